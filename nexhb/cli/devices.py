@@ -1,0 +1,118 @@
+"""nexhb devices: who may send. Works beside a running daemon, which hears of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from nexhb import cli, daemon, migrate
+from nexhb import devices as store
+from nexhb.db import Connection
+from nexhb.errors import BadInput
+
+_commands = typer.Typer(no_args_is_help=True, help="Who may send heartbeats.")
+cli.app.add_typer(_commands, name="devices")
+T = TypeVar("T")
+
+DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id, up to 100 characters.")]
+
+
+async def _with_connection(work: Callable[[Connection], Awaitable[T]]) -> T:
+    async with daemon.open_database(cli.settings()) as database:
+        conn = await database.connect(application="nexhb devices", lock_timeout="10000")
+        try:
+            # A command may come before the first daemon.
+            await migrate.migrate(conn, daemon.utc_now())
+            return await work(conn)
+        finally:
+            await conn.close()
+
+
+def _show_token(device_id: str, token: str, as_json: bool) -> None:
+    if as_json:
+        cli.show({"device_id": device_id, "device_token": token})
+    else:
+        typer.echo(token)
+
+
+@_commands.command()
+def add(
+    device_id: DeviceId,
+    alias: Annotated[str | None, typer.Option(help="A name that people use.")] = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Make a device and print its token, this once."""
+    _show_token(device_id, cli.run(_with_connection(lambda conn: store.add(conn, device_id, alias))), as_json)
+
+
+@_commands.command()
+def rotate(device_id: DeviceId, as_json: cli.Json = False) -> None:
+    """Give a device a new token, print it once; the old ones stop working at once."""
+    _show_token(device_id, cli.run(_with_connection(lambda conn: store.rotate(conn, device_id))), as_json)
+
+
+@_commands.command()
+def revoke(device_id: DeviceId, as_json: cli.Json = False) -> None:
+    """Answer a device 410 from now on; `rotate` admits it again."""
+    cli.run(_with_connection(lambda conn: store.revoke(conn, device_id, daemon.utc_now())))
+    if as_json:
+        cli.show({"device_id": device_id, "revoked": True})
+    else:
+        typer.echo(f"{device_id} is revoked.")
+
+
+@_commands.command(name="import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="CSV with device_id,alias,token or token_sha256 (NexMDM's token_id).")],
+    as_json: cli.Json = False,
+) -> None:
+    """Take devices and their tokens from a CSV file: all of it or, where a line is bad, nothing. Idempotent."""
+    if not file.is_file():
+        raise BadInput(f"there is no file {file}.")
+    done = cli.run(_with_connection(lambda conn: store.import_csv(conn, file)))
+    if as_json:
+        cli.show({"rows": done.rows, "devices_made": done.devices_made, "tokens_added": done.tokens_added})
+    else:
+        typer.echo(f"{done.rows} rows: {done.devices_made} devices made, {done.tokens_added} tokens added.")
+
+
+@_commands.command(name="list")
+def list_devices(
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many.")] = 100,
+    after: Annotated[str, typer.Option(help="From behind this id.")] = "",
+    as_json: cli.Json = False,
+) -> None:
+    """List devices by id. Tokens are never shown: only their hashes are stored."""
+    rows: list[dict[str, Any]] = [
+        dict(row) for row in cli.run(_with_connection(lambda conn: store.page(conn, after, limit)))
+    ]
+    if as_json:
+        cli.show({"devices": rows})
+        return
+    table = Table("device_id", "alias", "model", "last heartbeat", "")
+    for row in rows:
+        last = f"{row['last_ts']:%Y-%m-%d %H:%M:%SZ}" if row["last_ts"] else "never"
+        table.add_row(row["device_id"], row["alias"], row["model"], last, "revoked" if row["revoked_at"] else "")
+    Console().print(table)
+
+
+@_commands.command(name="enrolment-key")
+def enrolment_key(
+    uses: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many devices may register with it.")] = 1,
+    hours: Annotated[int, typer.Option(min=1, max=8784, help="How long it holds.")] = 168,
+    note: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+    as_json: cli.Json = False,
+) -> None:
+    """Issue a key with which devices register themselves (auth.enrolment = "open"); printed this once."""
+    expires_at = daemon.utc_now() + timedelta(hours=hours)
+    key = cli.run(_with_connection(lambda c: store.issue_enrolment_key(c, note=note, uses=uses, expires_at=expires_at)))
+    if as_json:
+        cli.show({"enrolment_key": key, "uses": uses, "expires_at": expires_at})
+    else:
+        typer.echo(key)

@@ -1,0 +1,27 @@
+"""nexhb migrate: bring the schema up to date."""
+
+from __future__ import annotations
+
+import typer
+
+from nexhb import cli, daemon
+from nexhb import migrate as migrations
+
+
+async def _migrate() -> list[str]:
+    async with daemon.open_database(cli.settings()) as database:
+        conn = await database.connect(application="nexhb migrate", lock_timeout="30000")
+        try:
+            return await migrations.migrate(conn, daemon.utc_now())
+        finally:
+            await conn.close()
+
+
+@cli.app.command()
+def migrate(as_json: cli.Json = False) -> None:
+    """Apply the migrations that are missing. Running it twice changes nothing."""
+    applied = cli.run(_migrate())
+    if as_json:
+        cli.show({"applied": applied})
+    else:
+        typer.echo("\n".join(f"applied {name}" for name in applied) or "The schema is up to date.")

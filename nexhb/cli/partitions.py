@@ -1,0 +1,34 @@
+"""nexhb partitions: the days, as hb_partitions and the catalog have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nexhb import cli, daemon
+from nexhb import partitions as days
+
+
+async def _known() -> list[dict[str, Any]]:
+    async with daemon.open_database(cli.settings()) as database:
+        conn = await database.connect(application="nexhb partitions")
+        try:
+            return [dict(row) for row in await days.known(conn)]
+        finally:
+            await conn.close()
+
+
+@cli.app.command()
+def partitions(as_json: cli.Json = False) -> None:
+    """List the partitions, newest first."""
+    rows = cli.run(_known())
+    if as_json:
+        cli.show({"partitions": rows})
+        return
+    table = Table("day", "state", "MiB")
+    for row in rows:
+        state = row["state"] if row["present"] or row["state"] == "dropped" else f"{row['state']}, but not there"
+        table.add_row(f"{row['range_start']:%Y-%m-%d}", state, f"{(row['bytes_size'] or 0) / 2**20:.1f}")
+    Console().print(table)

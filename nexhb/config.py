@@ -1,0 +1,297 @@
+"""Settings: a TOML file, the environment over it, defaults under it. Unknown keys and bad values stop the start."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from nexhb.errors import ConfigError
+
+# The seed's names, and the keys they stand for.
+ALIASES = {"DATABASE_URL": ("database", "url"), "ADMIN_KEY": ("auth", "admin_key")}
+
+_UNITS = {
+    "s": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
+    "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
+}  # fmt: skip
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
+
+
+def parse_duration(value: object) -> object:
+    """`7 days`, `5 minutes`, `90s` or a number of seconds → timedelta; anything else is left to be refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    match = _DURATION.fullmatch(str(value).lower())
+    unit = match and (match[2] or "s")
+    if not match or unit not in _UNITS:
+        raise ValueError('takes a duration like "7 days", "5 minutes" or a number of seconds')
+    return timedelta(seconds=float(match[1]) * _UNITS[str(unit)])
+
+
+Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(_Section):
+    """The HTTP side."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; loopback unless told otherwise")
+    port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    body_max_bytes: int = Field(
+        default=65536,
+        ge=1024,
+        le=2**24,
+        description="bytes; largest body of one heartbeat (the agent's is about 1,200)",
+    )
+    batch_body_max_bytes: int = Field(
+        default=2**21,
+        ge=1024,
+        le=2**28,
+        description="bytes; largest body of POST /v1/heartbeats (500 heartbeats are 0.6 MB)",
+    )
+    body_timeout_seconds: float = Field(
+        default=10, gt=0, le=60, description="seconds; a body that takes longer is refused (408)"
+    )
+    shutdown_timeout_seconds: float = Field(
+        default=10, gt=0, le=60, description="seconds; how long requests under way may take when the daemon stops"
+    )
+
+
+class Database(_Section):
+    """Where the heartbeats go."""
+
+    url: SecretStr | None = Field(
+        default=None, description="postgresql://…, PostgreSQL 14 or newer; unset: the embedded PostgreSQL in data_dir"
+    )
+    read_pool_size: int = Field(
+        default=4,
+        ge=1,
+        le=100,
+        description="connections; reads have a pool of their own, so they never hold up ingest",
+    )
+    read_timeout_seconds: float = Field(
+        default=10, gt=0, le=300, description="seconds; a read that takes longer is cancelled"
+    )
+    accept_unsafe_settings: bool = Field(
+        default=False,
+        description="serve although fsync or full_page_writes is off: a crash may then lose acknowledged heartbeats",
+    )
+
+
+class Auth(_Section):
+    """Keys."""
+
+    admin_key: SecretStr | None = Field(
+        default=None,
+        description="key for reads and operations; unset: made at first start, kept in data_dir/admin_key (0600)",
+    )
+    enrolment: Literal["token", "open"] = Field(
+        default="token",
+        description='"token": only known tokens; "open": a device may register itself with an enrolment key',
+    )
+    refresh_seconds: float = Field(
+        default=300,
+        ge=1,
+        le=86400,
+        description="seconds; the token store is read again this often, should a notification be lost",
+    )
+
+
+class Ingest(_Section):
+    """From the socket to the commit."""
+
+    queue_items: int = Field(
+        default=20_000,
+        ge=1,
+        description="heartbeats admitted and unanswered at most: 3 s of work at 7,000/s, far inside the 30 s of the agent",
+    )
+    queue_bytes: int = Field(
+        default=33_554_432,
+        ge=65536,
+        description="bytes of bodies admitted and unanswered at most: 20,000 of the agent's 1,200 bytes, and a margin",
+    )
+    batch_max: int = Field(
+        default=2_000,
+        ge=1,
+        le=50_000,
+        description="heartbeats in one transaction at most: about 50 ms of commit on 2 cores",
+    )
+    bucket_seconds: int = Field(
+        default=10, ge=1, le=3600, description="seconds; one row per device and bucket; divides a day"
+    )
+    answer_within_seconds: float = Field(
+        default=10,
+        ge=1,
+        le=25,
+        description="seconds; a heartbeat not committed by then is answered 503; the agent gives up at 30",
+    )
+    accept_past: Duration = Field(
+        default=timedelta(days=7),
+        description="how old a heartbeat's own time may be; older ones are stored at the time of receipt",
+    )
+    accept_future: Duration = Field(default=timedelta(minutes=5), description="how far ahead a device's clock may be")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Ingest:
+        if 86400 % self.bucket_seconds:
+            raise ValueError("bucket_seconds must divide a day (86,400 s)")
+        if not timedelta(0) <= self.accept_past <= timedelta(days=60):
+            raise ValueError("accept_past takes 0 to 60 days")
+        if not timedelta(0) <= self.accept_future <= timedelta(days=1):
+            raise ValueError("accept_future takes 0 to 1 day")
+        return self
+
+
+class HeartbeatRules(_Section):
+    """What is asked of devices, and when they count as gone."""
+
+    interval_seconds: int = Field(
+        default=60, ge=1, le=86400, description="seconds; sent back as next_heartbeat_seconds"
+    )
+    offline_after_seconds: int = Field(
+        default=600, ge=1, description="seconds of silence after which a device counts as offline"
+    )
+    unity_package: str = Field(
+        default="io.unitynodes.unityapp", min_length=1, max_length=200, description="Android package of the Unity app"
+    )
+
+
+class Partitions(_Section):
+    """The days."""
+
+    days_ahead: int = Field(default=14, ge=1, le=366, description="days made ahead of today")
+
+
+def _default_data_dir() -> Path:
+    if state := os.environ.get("STATE_DIRECTORY"):
+        return Path(state.split(":", maxsplit=1)[0])
+    if os.geteuid() == 0:
+        return Path("/var/lib/nexhb")
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "nexhb"
+
+
+class Settings(BaseSettings):
+    """All settings; frozen, made once at the rim."""
+
+    model_config = SettingsConfigDict(env_prefix="NEXHB_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        description="where state lies: $STATE_DIRECTORY, else /var/lib/nexhb as root, else $XDG_STATE_HOME/nexhb, "
+        "else ~/.local/state/nexhb",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="log lines below this are dropped"
+    )
+    server: Server = Field(default=Server())
+    database: Database = Field(default=Database())
+    auth: Auth = Field(default=Auth())
+    ingest: Ingest = Field(default=Ingest())
+    heartbeat: HeartbeatRules = Field(default=HeartbeatRules())
+    partitions: Partitions = Field(default=Partitions())
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then NEXHB_…, then the seed's names, then the file."""
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings, _AliasSource(settings_cls)]
+        file = settings_cls.model_config.get("toml_file")
+        if file:
+            sources.append(TomlConfigSettingsSource(settings_cls))
+        return tuple(sources)
+
+
+class _AliasSource(PydanticBaseSettingsSource):
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, (section, key) in ALIASES.items():
+            if value := os.environ.get(name):
+                found.setdefault(section, {})[key] = value
+        return found
+
+
+def find_file(argument: Path | None) -> Path | None:
+    """`--config`, else $NEXHB_CONFIG, else ./nexhb.toml, else /etc/nexhb/nexhb.toml, else none.
+
+    Raises ConfigError where a named file is not there.
+    """
+    named = argument or (Path(os.environ["NEXHB_CONFIG"]) if os.environ.get("NEXHB_CONFIG") else None)
+    if named:
+        if not named.is_file():
+            raise ConfigError(f"There is no file {named}.", hint="Name another with --config or $NEXHB_CONFIG.")
+        return named
+    return next((p for p in (Path("nexhb.toml"), Path("/etc/nexhb/nexhb.toml")) if p.is_file()), None)
+
+
+def _unknown_environment() -> list[str]:
+    sections = set(Settings.model_fields)
+    known_whole = {"NEXHB_CONFIG"} | {f"NEXHB_{name.upper()}" for name in sections}
+    return [
+        name
+        for name in os.environ
+        if name.startswith("NEXHB_")
+        and name not in known_whole
+        and not ("__" in name and name.removeprefix("NEXHB_").split("__")[0].lower() in sections)
+    ]
+
+
+def load(file: Path | None = None) -> Settings:
+    """The settings from `file` (see find_file) and the environment. Raises ConfigError naming each bad key."""
+    path = find_file(file)
+    if unknown := _unknown_environment():
+        raise ConfigError(f"{', '.join(sorted(unknown))}: no such setting.", hint="See config.example.toml.")
+
+    class FromFile(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    try:
+        return FromFile()
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}.") from error
+    except ValidationError as error:
+        lines = [f"{_key(e['loc'])}: {_reason(dict(e))}" for e in error.errors(include_url=False)]
+        raise ConfigError("; ".join(lines) + ".", hint="See config.example.toml.") from None
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc) or "settings"
+
+
+def _reason(error: dict[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "no such setting"
+    # The value is not repeated: it may be a secret.
+    return str(error["msg"]).removeprefix("Value error, ").lower()

@@ -1,0 +1,255 @@
+"""The composition root. Parts start in the order of a heartbeat's needs and stop in the reverse:
+not ready → stop accepting → finish handlers → drain the writer → close the connections → stop PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from aiohttp import web
+
+from nexhb import __version__, db, keys, log, metrics, migrate, partitions
+from nexhb.config import Settings
+from nexhb.db import Database
+from nexhb.devices import DeviceStore
+from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError
+from nexhb.http.app import make_app
+from nexhb.http.auth import AdminKey
+from nexhb.http.parts import Parts
+from nexhb.intake import Intake
+from nexhb.reads import Reads
+from nexhb.writer import Writer
+
+_log = log.get("daemon")
+
+KEEPALIVE_S = 150.0  # a fleet at 60 s ± 15 s keeps its connections; one at 600 s opens a new one each time
+SWEEP_S = 0.5
+START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
+
+
+def utc_now() -> datetime:
+    """The daemon's clock, handed to everything that needs one."""
+    return datetime.now(UTC)
+
+
+@dataclass
+class State:
+    """Why the daemon cannot commit, besides what the intake says; empty while it can."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def not_ready(self, intake: Intake) -> list[str]:
+        """Every reason, for /readyz."""
+        found = list(self.reasons.values())
+        if intake.closed_because:
+            found.append(intake.closed_because)
+        return found
+
+
+@dataclass(frozen=True)
+class Running:
+    """A daemon that serves."""
+
+    url: str
+    settings: Settings
+    embedded: bool
+    admin_key: str = field(repr=False)
+    failed: asyncio.Future[BaseException]  # resolved when a part died that the daemon cannot do without
+
+
+@asynccontextmanager
+async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> AsyncIterator[Running]:
+    """The whole daemon for the block. Raises NexhbError where it cannot start."""
+    state = State()
+    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(open_database(settings))
+        admin_key = keys.read_or_make(settings)
+        await _prepare(database, settings, state, now())
+        intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
+        devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds)
+        await devices.load()
+        stack.push_async_callback(devices.close)
+        await stack.enter_async_context(_side_task("devices", devices.run(), failed))
+        pool = await database.pool(
+            application="nexhb reads",
+            size=settings.database.read_pool_size,
+            timeout_s=settings.database.read_timeout_seconds,
+        )
+        stack.callback(pool.terminate)
+        writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
+        await stack.enter_async_context(_side_task("writer", writer.run(), failed))
+        stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
+        await stack.enter_async_context(_side_task("sweeper", _sweep(settings, database, intake, state, now), failed))
+        parts = Parts(
+            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool),
+            admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
+        )  # fmt: skip
+        port = await stack.enter_async_context(_serving(parts))
+        stack.callback(_stopping, state)
+        metrics.ready.set(0 if state.not_ready(intake) else 1)
+        yield Running(_url(settings.server.host, port), settings, settings.database.url is None, admin_key, failed)
+
+
+def _stopping(state: State) -> None:
+    state.reasons["stopping"] = "The daemon is stopping."
+    metrics.ready.set(0)
+
+
+@asynccontextmanager
+async def open_database(settings: Settings) -> AsyncIterator[Database]:
+    """Where the heartbeats go: database.url, else the embedded PostgreSQL, started now unless it runs."""
+    if settings.database.url is not None:
+        yield Database(settings.database.url.get_secret_value())
+        return
+    from nexhb import embedded  # noqa: PLC0415 - its wheel is optional
+
+    server = await asyncio.to_thread(embedded.start, settings.data_dir, log=log.get("embedded").info)
+    try:
+        yield Database(server.dsn)
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def _prepare(database: Database, settings: Settings, state: State, now: datetime) -> None:
+    """Schema and partitions, and whether the database keeps what it commits."""
+    conn = await _connect_patiently(database, utc_now() + timedelta(seconds=START_PATIENCE_S))
+    try:
+        unsafe = await db.unsafe_settings(conn)
+        if unsafe and not settings.database.accept_unsafe_settings:
+            state.reasons["unsafe"] = f"The database does not keep what it commits: {', '.join(unsafe)}."
+            _log.error("database.unsafe", settings=unsafe)
+        await migrate.migrate(conn, now)
+        await partitions.ensure(conn, window_days(settings, now))
+    finally:
+        await conn.close(timeout=5)
+
+
+def window_days(settings: Settings, now: datetime) -> list[Any]:
+    """The days that heartbeats may fall into, and those made ahead."""
+    first = (now - settings.ingest.accept_past).date()
+    return partitions.days_between(first, now.date() + timedelta(days=settings.partitions.days_ahead))
+
+
+async def _connect_patiently(database: Database, until: datetime) -> db.Connection:
+    while True:
+        try:
+            return await database.connect(application="nexhb start", lock_timeout="30000")
+        except DatabaseUnavailable as error:
+            if utc_now() > until:
+                raise
+            _log.warning("database.waiting", error=str(error))
+            await asyncio.sleep(1)
+
+
+async def _sweep(
+    settings: Settings, database: Database, intake: Intake, state: State, now: Callable[[], datetime]
+) -> None:
+    """Twice a second: answer what has waited too long. Every hour: the days ahead."""
+    loop = asyncio.get_running_loop()
+    next_partitions = loop.time() + 3600
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        intake.expire(loop.time(), settings.ingest.answer_within_seconds)
+        intake.observe()
+        metrics.ready.set(0 if state.not_ready(intake) else 1)
+        if loop.time() >= next_partitions:
+            next_partitions = loop.time() + 3600
+            await _ensure_partitions(settings, database, now())
+
+
+async def _ensure_partitions(settings: Settings, database: Database, now: datetime) -> None:
+    try:
+        conn = await database.connect(application="nexhb partitions")
+        try:
+            await partitions.ensure(conn, window_days(settings, now))
+        finally:
+            await conn.close(timeout=5)
+    except Exception:
+        # Days stand ahead for two weeks, and the writer makes the one it needs: an hour later is soon enough.
+        _log.exception("partition.ensure_failed")
+
+
+@asynccontextmanager
+async def _side_task(
+    name: str, work: Coroutine[Any, Any, None], failed: asyncio.Future[BaseException]
+) -> AsyncIterator[None]:
+    """A task beside the server. One that ends by itself stops the daemon: half a daemon is worse than none."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not failed.done():
+            failed.set_result(task.exception() or RuntimeError(f"the task {name} came to its end"))
+
+    task = asyncio.create_task(work, name=name)
+    task.add_done_callback(ended)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+@asynccontextmanager
+async def _serving(parts: Parts) -> AsyncIterator[int]:
+    """Accept connections for the block; the port. On the way out no new request is taken and those under way finish."""
+    settings = parts.settings.server
+    runner = web.AppRunner(
+        make_app(parts),
+        access_log=None,
+        keepalive_timeout=KEEPALIVE_S,
+        auto_decompress=False,
+        shutdown_timeout=settings.shutdown_timeout_seconds,
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port, backlog=4096)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(
+                f"server.host {settings.host}, server.port {settings.port}: {error.strerror or error}.",
+                hint="Is another nexhb running? Set server.port.",
+            ) from error
+        yield _port(runner)
+    finally:
+        await runner.cleanup()
+
+
+def _port(runner: web.AppRunner) -> int:
+    return int(runner.addresses[0][1])
+
+
+def _url(host: str, port: int) -> str:
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
+    """Run until SIGTERM or SIGINT; the exit code. `ready` is called once heartbeats are taken."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with running(settings) as daemon:
+            _log.info("daemon.started", version=__version__, url=daemon.url, host=socket.gethostname())
+            ready(daemon)
+            waiting = asyncio.ensure_future(stop.wait())
+            await asyncio.wait((waiting, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            _log.info("daemon.stopping")
+    except NexhbError as error:
+        _log.error("daemon.not_started", error=str(error))
+        return 1
+    if daemon.failed.done():
+        _log.error("daemon.part_died", exc_info=daemon.failed.result())
+        return 1
+    _log.info("daemon.stopped")
+    return 0

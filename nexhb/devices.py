@@ -1,0 +1,308 @@
+"""Who may send: tokens (SHA-256 at rest) → devices, held in memory, kept fresh by LISTEN and by a slow refresh."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import csv
+import hashlib
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+import asyncpg
+
+from nexhb import log, metrics, sql
+from nexhb.db import Connection, Database
+from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
+
+_Q = sql.queries("devices")
+_log = log.get("devices")
+
+CHANNEL = "nexhb_devices"
+MISSES_HELD = 10_000  # unknown tokens remembered for a moment, so that a stray device costs no query a heartbeat
+MISS_HOLDS_S = 2.0
+
+
+class Device(NamedTuple):
+    """Whose token it is."""
+
+    device_no: int
+    device_id: str
+    revoked: bool
+
+
+def new_token() -> str:
+    """32 random bytes, URL-safe base64 without padding: what the agent carries."""
+    return base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
+
+
+def hash_token(token: str) -> bytes:
+    """What is stored and looked up (NexMDM calls its hex form token_id)."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+class DeviceStore:
+    """The daemon's memory of the token store.
+
+    A token that memory does not know is asked of the database before anybody is told 401: a device that hears 401
+    five times erases its credentials.
+    """
+
+    def __init__(self, database: Database, *, refresh_s: float) -> None:
+        self._database = database
+        self._refresh_s = refresh_s
+        self._by_hash: dict[bytes, Device] = {}
+        self._misses: OrderedDict[bytes, float] = OrderedDict()
+        self._lookup_conn: Connection | None = None
+        self._lookup_lock = asyncio.Lock()
+        self._changed: asyncio.Queue[str] = asyncio.Queue()
+
+    def known(self, token_hash: bytes) -> Device | None:
+        """The device, if memory knows the token. Takes no time."""
+        return self._by_hash.get(token_hash)
+
+    async def find(self, token_hash: bytes) -> Device | None:
+        """The device, by the database where memory does not know the token; None: the store was read, and it is in
+        nobody's hands. Raises DatabaseUnavailable where the store could not be read."""
+        if device := self._by_hash.get(token_hash):
+            return device
+        now = asyncio.get_running_loop().time()
+        missed = self._misses.get(token_hash)
+        if missed is not None and now - missed < MISS_HOLDS_S:
+            return None
+        async with self._lookup_lock:
+            await self._read([token_hash])
+        device = self._by_hash.get(token_hash)
+        if device is None:
+            self._misses[token_hash] = now
+            while len(self._misses) > MISSES_HELD:
+                self._misses.popitem(last=False)
+        return device
+
+    async def load(self) -> None:
+        """Read the whole store. Raises DatabaseUnavailable."""
+        conn = await self._database.connect(application="nexhb devices")
+        try:
+            await self._read_all(conn, "start")
+        finally:
+            await conn.close()
+
+    async def run(self) -> None:
+        """Follow the store until cancelled: notifications at once, everything again every refresh_s."""
+        while True:
+            try:
+                await self._follow()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DatabaseUnavailable) as error:
+                metrics.device_refreshes.labels(why="listen", status="failed").inc()
+                _log.warning("devices.listen_lost", error=f"{type(error).__name__}: {error}")
+                await asyncio.sleep(1)
+
+    async def close(self) -> None:
+        """Close the connection for look-ups."""
+        if self._lookup_conn is not None:
+            self._lookup_conn.terminate()
+
+    async def _follow(self) -> None:
+        conn = await self._database.connect(application="nexhb devices")
+        try:
+            conn.add_termination_listener(lambda _: self._changed.put_nowait("lost"))
+            await conn.add_listener(CHANNEL, lambda *args: self._changed.put_nowait(str(args[3])))
+            # What changed while nobody listened was not notified.
+            await self._read_all(conn, "listen")
+            while True:
+                try:
+                    payload = await asyncio.wait_for(self._changed.get(), self._refresh_s)
+                except TimeoutError:
+                    await self._read_all(conn, "refresh")
+                    continue
+                if payload == "lost":
+                    raise DatabaseUnavailable("The connection that listens was closed.")
+                await self._take_notice(conn, payload)
+        finally:
+            self._changed = asyncio.Queue()
+            with suppress(Exception):
+                await conn.close(timeout=2)
+
+    async def _take_notice(self, conn: Connection, payload: str) -> None:
+        if not payload:
+            await self._read_all(conn, "notify")
+            return
+        hashes = [bytes.fromhex(text) for text in payload.split(",")]
+        found = {row["token_sha256"]: _device(row) for row in await conn.fetch(_Q["find_tokens"], hashes)}
+        for token_hash in hashes:
+            self._misses.pop(token_hash, None)
+            if device := found.get(token_hash):
+                self._by_hash[token_hash] = device
+            else:
+                self._by_hash.pop(token_hash, None)
+        metrics.devices_known.set(len(self._by_hash))
+        metrics.device_refreshes.labels(why="notify", status="ok").inc()
+
+    async def _read_all(self, conn: Connection, why: str) -> None:
+        self._by_hash = {row["token_sha256"]: _device(row) for row in await conn.fetch(_Q["all_tokens"])}
+        self._misses.clear()
+        metrics.devices_known.set(len(self._by_hash))
+        metrics.device_refreshes.labels(why=why, status="ok").inc()
+
+    async def _read(self, hashes: list[bytes]) -> None:
+        try:
+            if self._lookup_conn is None or self._lookup_conn.is_closed():
+                self._lookup_conn = await self._database.connect(
+                    application="nexhb token look-up", command_timeout_s=5, timeout_s=5
+                )
+            rows = await self._lookup_conn.fetch(_Q["find_tokens"], hashes)
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            if self._lookup_conn is not None:
+                self._lookup_conn.terminate()
+            raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
+        for row in rows:
+            self._by_hash[row["token_sha256"]] = _device(row)
+
+
+def _device(row: asyncpg.Record) -> Device:
+    return Device(row["device_no"], row["device_id"], row["revoked"])
+
+
+# ---- changes: each in one transaction; every daemon hears of it by NOTIFY ---------------------------------------
+
+
+async def add(conn: Connection, device_id: str, alias: str | None) -> str:
+    """A new device; its token, which is shown this once. Raises DeviceExists, BadInput."""
+    _check_text(device_id, "device_id", 100)
+    if alias is not None:
+        _check_text(alias, "alias", 200)
+    token = new_token()
+    async with conn.transaction():
+        device_no = await conn.fetchval(_Q["add_device"], device_id, alias)
+        if device_no is None:
+            raise DeviceExists(
+                f"{device_id!r} is taken.", hint="`nexhb devices rotate` gives a known device a new token."
+            )
+        await conn.execute(_Q["add_token"], hash_token(token), device_no)
+    return token
+
+
+async def rotate(conn: Connection, device_id: str) -> str:
+    """A new token for a known device; the old ones stop working, and a revoked device is admitted again.
+
+    Raises UnknownDevice.
+    """
+    token = new_token()
+    async with conn.transaction():
+        device_no = await _device_no(conn, device_id)
+        await conn.execute(_Q["drop_tokens"], device_no)
+        await conn.execute(_Q["add_token"], hash_token(token), device_no)
+        await conn.execute(_Q["revoke_device"], device_no, None)
+        await conn.execute(_Q["set_status"], device_no, "ok")
+    return token
+
+
+async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
+    """Its heartbeats are answered 410 from now on, and it no longer counts. Raises UnknownDevice."""
+    async with conn.transaction():
+        device_no = await _device_no(conn, device_id)
+        await conn.execute(_Q["revoke_device"], device_no, now)
+        await conn.execute(_Q["revoke_tokens"], device_no, now)
+        await conn.execute(_Q["set_status"], device_no, "revoked")
+
+
+async def page(conn: Connection, after: str, limit: int) -> list[asyncpg.Record]:
+    """Known devices by device_id, from behind `after`."""
+    rows: list[asyncpg.Record] = await conn.fetch(_Q["list_devices"], after, limit)
+    return rows
+
+
+async def _device_no(conn: Connection, device_id: str) -> int:
+    device_no = await conn.fetchval(_Q["device_no"], device_id)
+    if device_no is None:
+        raise UnknownDevice(f"{device_id!r}.", hint="`nexhb devices list` shows them.")
+    return int(device_no)
+
+
+def _check_text(value: str, what: str, longest: int) -> None:
+    if not 1 <= len(value) <= longest or "\0" in value or not value.isprintable():
+        raise BadInput(f"{what} takes 1 to {longest} printable characters.")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    rows: int
+    devices_made: int
+    tokens_added: int
+
+
+async def import_csv(conn: Connection, path: Path) -> Imported:
+    """Take device_id,alias,token (or token_sha256, hex) rows; all or none. Idempotent.
+
+    Raises BadInput naming the first bad lines.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        records = list(_rows(csv.DictReader(file, strict=True)))
+    async with conn.transaction():
+        await conn.execute(_Q["import_table"])
+        await conn.copy_records_to_table("device_import", records=records)
+        if bad := await conn.fetch(_Q["import_conflicts"]):
+            raise BadInput("; ".join(f"line {r['line']} ({r['device_id']}): {r['why']}" for r in bad) + ".")
+        made = await conn.fetch(_Q["import_devices"])
+        added = await conn.execute(_Q["import_tokens"])
+    return Imported(len(records), sum(row["made"] for row in made), int(added.split()[-1]))
+
+
+def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, bytes]]:
+    columns = set(reader.fieldnames or ())
+    if "device_id" not in columns or not columns & {"token", "token_sha256"}:
+        raise BadInput("the first line must name device_id, alias and token (or token_sha256).")
+    try:
+        for row in reader:
+            try:
+                device_id, alias = (row["device_id"] or "").strip(), (row.get("alias") or "").strip() or None
+                _check_text(device_id, "device_id", 100)
+                if alias is not None:
+                    _check_text(alias, "alias", 200)
+                yield reader.line_num, device_id, alias, _hash_in(row)
+            except BadInput as error:
+                raise BadInput(f"line {reader.line_num}: {error.detail}") from None
+    except csv.Error as error:
+        raise BadInput(f"line {reader.line_num}: {error}.") from None
+
+
+def _hash_in(row: dict[str, str]) -> bytes:
+    if token := (row.get("token") or "").strip():
+        if len(token) < 32:
+            raise BadInput("a token has 32 characters or more.")
+        return hash_token(token)
+    text = (row.get("token_sha256") or "").strip()
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise BadInput("takes a token, or its SHA-256 as 64 hexadecimal digits.")
+    return digest
+
+
+# ---- enrolment ------------------------------------------------------------------------------------------------
+
+
+async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, expires_at: datetime) -> str:
+    """A key with which devices may register themselves `uses` times until `expires_at`; shown this once."""
+    key = new_token()
+    await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
+    return key
+
+
+async def enrol(conn: Connection, key: str, device_id: str, alias: str | None, now: datetime) -> str:
+    """A new device's token against one use of `key`. Raises EnrolmentRefused, DeviceExists, BadInput; then the use
+    is not spent."""
+    async with conn.transaction():
+        if await conn.fetchval(_Q["use_enrolment_key"], hash_token(key), now) is None:
+            raise EnrolmentRefused("It is unknown, used up or expired.")
+        return await add(conn, device_id, alias)

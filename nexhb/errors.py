@@ -1,0 +1,57 @@
+"""The exceptions nexhb raises itself. The docstring is the sentence a person reads; `hint` says what to do."""
+
+from __future__ import annotations
+
+
+class NexhbError(Exception):
+    """nexhb could not go on."""
+
+    def __init__(self, detail: str = "", *, hint: str = "") -> None:
+        self.detail = detail
+        self.hint = hint
+        super().__init__(detail)
+
+    def __str__(self) -> str:
+        sentence = (type(self).__doc__ or "").strip()
+        text = f"{sentence} {self.detail}" if self.detail else sentence
+        return f"{text} {self.hint}" if self.hint else text
+
+
+class ConfigError(NexhbError):
+    """The configuration is not usable."""
+
+
+class EmbeddedPostgresError(NexhbError):
+    """The embedded PostgreSQL is not usable."""
+
+
+class MigrationError(NexhbError):
+    """The database schema does not match this version of nexhb."""
+
+
+class LockHeld(NexhbError):
+    """Somebody else is running this."""
+
+
+class DatabaseUnavailable(NexhbError):
+    """The database cannot be reached or cannot commit right now."""
+
+
+class Overloaded(NexhbError):
+    """nexhb holds as many unanswered heartbeats as it may."""
+
+
+class UnknownDevice(NexhbError):
+    """No such device is known."""
+
+
+class DeviceExists(NexhbError):
+    """A device with this id or token is already known."""
+
+
+class EnrolmentRefused(NexhbError):
+    """The enrolment key is not usable."""
+
+
+class BadInput(NexhbError):
+    """The input is not usable."""

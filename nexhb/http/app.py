@@ -1,0 +1,105 @@
+"""All routes in one block, each with its key, its time as a metric and its errors as problem details."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from prometheus_client import Histogram
+
+from nexhb import log, metrics
+from nexhb.errors import DatabaseUnavailable, UnknownDevice
+from nexhb.http import fleet, heartbeats, ops
+from nexhb.http.parts import PARTS, Parts
+from nexhb.http.problem import Problem
+
+_log = log.get("http")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(parts: Parts) -> web.Application:
+    """The application. Bodies are bounded by their handlers, so aiohttp's own limit is the larger of theirs."""
+    app = web.Application(client_max_size=parts.settings.server.batch_body_max_bytes)
+    app[PARTS] = parts
+    for method, path, handler, key in (
+        ("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
+        ("POST", "/v1/heartbeats", heartbeats.post_heartbeats, "device"),
+        ("POST", "/v1/register", heartbeats.post_register, "enrolment"),
+        ("GET", "/v1/fleet", fleet.get_fleet, "admin"),
+        ("GET", "/v1/devices", fleet.get_devices, "admin"),
+        ("GET", "/v1/devices/offline", fleet.get_offline, "admin"),
+        ("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin"),
+        ("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
+        ("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin"),
+        ("POST", "/ops/enrolment-keys", ops.post_enrolment_key, "admin"),
+        ("GET", "/metrics", ops.get_metrics, "admin"),
+        ("GET", "/healthz", ops.get_healthz, "none"),
+        ("GET", "/readyz", ops.get_readyz, "none"),
+    ):
+        app.router.add_route(method, path, _wrapped(path, method, handler, admin=key == "admin"))
+    app.router.add_route("*", "/{tail:.*}", _wrapped("other", "other", _no_such_route, admin=False))
+    return app
+
+
+def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handler:
+    """No middleware: aiohttp would build a chain of them for every request."""
+    series: dict[int, Histogram] = {}
+
+    def observe(status: int, started: float) -> None:
+        found = series.get(status)
+        if found is None:
+            found = series[status] = metrics.http_request_latency_ms.labels(
+                route=route, method=method, status=str(status)
+            )
+        found.observe((time.perf_counter() - started) * 1000)
+
+    async def call(request: web.Request) -> web.StreamResponse:
+        started = time.perf_counter()
+        try:
+            if admin:
+                request.app[PARTS].admin.check(request)
+            response = await handler(request)
+        except Exception as error:
+            response = _as_problem(error, request).response()
+        except asyncio.CancelledError:
+            observe(499, started)
+            raise
+        observe(response.status, started)
+        return response
+
+    return call
+
+
+def _as_problem(error: Exception, request: web.Request) -> Problem:
+    """The one rim at which exceptions become answers."""
+    match error:
+        case Problem():
+            return error
+        case UnknownDevice():
+            return Problem(404, str(error))
+        case DatabaseUnavailable():
+            return Problem(503, str(error), headers={"Retry-After": "5"})
+        case web.HTTPRequestEntityTooLarge():
+            return Problem(413, "The body is too large.", close=True)
+        case web.RequestPayloadError() | ConnectionError():
+            return Problem(400, "The request broke off.", close=True)
+    _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
+    return Problem(500, "An unexpected error; it is in the log.")
+
+
+async def _no_such_route(request: web.Request) -> web.StreamResponse:
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        for route in resource:
+            if route.method not in ("*", request.method) and (await resource.resolve(request))[1]:
+                allowed.add(route.method)
+    if allowed:
+        raise Problem(
+            405,
+            f"{request.path} takes {', '.join(sorted(allowed))}.",
+            headers={"Allow": ", ".join(sorted(allowed))},
+        )
+    raise Problem(404, "There is nothing here.")

@@ -1,0 +1,49 @@
+"""Reads a request's body: bounded in size and time, never decompressed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from nexhb.http.problem import Problem
+
+
+def check_headers(request: web.Request, *, most: int, types: tuple[str, ...]) -> None:
+    """Refuse, before a byte of the body is read, what would be refused after it."""
+    length = request.content_length
+    if length is not None and length > most:
+        raise Problem(413, f"The body takes at most {most} bytes, this one has {length}.", close=True)
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Problem(415, "Compressed bodies are not taken.", headers={"Accept-Encoding": "identity"}, close=True)
+    if "Content-Type" in request.headers and request.content_type not in types:
+        raise Problem(415, f"Content-Type takes {' or '.join(types)}, not {request.content_type}.", close=True)
+
+
+async def read(request: web.Request, *, most: int, timeout_s: float) -> bytes:
+    """The body. Raises a Problem: 413 over `most` bytes, 408 after `timeout_s`, 400 where it breaks off."""
+    content = request.content
+    if content.is_eof():  # the usual case: it came with the headers, and no timer is needed
+        body = content.read_nowait() if content.total_bytes else b""
+    else:
+        body = await _read_slowly(request, most, timeout_s)
+    if len(body) > most:
+        raise Problem(413, f"The body takes at most {most} bytes.", close=True)
+    return body
+
+
+async def _read_slowly(request: web.Request, most: int, timeout_s: float) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while part := await request.content.readany():
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    break
+    except TimeoutError:
+        raise Problem(408, f"The body did not arrive within {timeout_s:g} s.", close=True) from None
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise Problem(400, f"The body broke off: {error}", close=True) from None
+    return b"".join(parts)

@@ -1,0 +1,194 @@
+"""POST /v1/heartbeat, /v1/heartbeats and /v1/register: what devices call."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from aiohttp import web
+
+from nexhb import devices, log, metrics, wire
+from nexhb.devices import Device
+from nexhb.errors import BadInput, DeviceExists, EnrolmentRefused, Overloaded
+from nexhb.http import auth, body
+from nexhb.http.parts import PARTS, Parts, writable_connection
+from nexhb.http.problem import Problem, answer
+from nexhb.intake import Outcome, Ticket, Verdict
+
+_log = log.get("heartbeats")
+_JSON = ("application/json",)
+_JSON_OR_NDJSON = ("application/json", "application/x-ndjson", "application/jsonl")
+MOST_IN_ONE_REQUEST = 500  # what an agent keeps at most
+_mismatch_logged: set[int] = set()
+
+
+async def post_heartbeat(request: web.Request) -> web.Response:
+    """One heartbeat; answered once it is committed."""
+    parts = request.app[PARTS]
+    _check_open(parts)
+    device = await auth.device_of(request, parts.devices)
+    limits = parts.settings.server
+    body.check_headers(request, most=limits.body_max_bytes, types=_JSON)
+    raw = await body.read(request, most=limits.body_max_bytes, timeout_s=limits.body_timeout_seconds)
+    metrics.heartbeats_ingested.inc()
+    try:
+        ticket = parts.intake.admit(_parse(parts, raw, device, parts.now()), len(raw))
+    except wire.Refused as refused:
+        metrics.heartbeats_refused.labels(reason="invalid").inc()
+        raise Problem(refused.status, "The heartbeat is not valid.", errors=refused.errors) from None
+    except Overloaded as error:
+        metrics.heartbeats_failed.labels(reason="overloaded").inc()
+        raise _come_back(parts, str(error)) from None
+    verdict = await ticket.future
+    if verdict.outcome is Outcome.WRITTEN:
+        return web.Response(body=parts.answer_written, content_type="application/json")
+    if verdict.outcome is Outcome.DEDUPLICATED:
+        return web.Response(body=parts.answer_deduplicated, content_type="application/json")
+    if verdict.outcome is Outcome.REFUSED:
+        raise Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
+    raise _come_back(parts, f"Not committed: {verdict.reason}. Keep it and send it again.")
+
+
+async def post_heartbeats(request: web.Request) -> web.Response:
+    """A replayed queue of one device: a JSON array or NDJSON. Good ones are kept, bad ones named by their place."""
+    parts = request.app[PARTS]
+    _check_open(parts)
+    device = await auth.device_of(request, parts.devices)
+    limits = parts.settings.server
+    body.check_headers(request, most=limits.batch_body_max_bytes, types=_JSON_OR_NDJSON)
+    raw = await body.read(request, most=limits.batch_body_max_bytes, timeout_s=limits.body_timeout_seconds)
+    try:
+        items = wire.split(raw, ndjson=request.content_type != "application/json", most=MOST_IN_ONE_REQUEST)
+    except wire.Refused as refused:
+        raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
+    metrics.heartbeats_ingested.inc(len(items))
+    tickets, refusals = _admit_all(parts, items, device)
+    verdicts: list[Verdict] = await asyncio.gather(*(ticket.future for _, ticket in tickets))
+    return _answer_all(parts, tickets, verdicts, refusals, len(items))
+
+
+def _admit_all(
+    parts: Parts, items: list[bytes], device: Device
+) -> tuple[list[tuple[int, Ticket]], list[dict[str, Any]]]:
+    received_at = parts.now()
+    tickets: list[tuple[int, Ticket]] = []
+    refusals: list[dict[str, Any]] = []
+    for index, item in enumerate(items):
+        try:
+            tickets.append((index, parts.intake.admit(_parse(parts, item, device, received_at), len(item))))
+        except wire.Refused as refused:
+            metrics.heartbeats_refused.labels(reason="invalid").inc()
+            refusals.append(_refusal(index, tuple(refused.errors)))
+        except Overloaded:
+            # What is admitted is committed; the request as a whole is answered 503 and sent again: the key of each
+            # row makes that harmless.
+            metrics.heartbeats_failed.labels(reason="overloaded").inc(len(items) - index)
+            break
+    return tickets, refusals
+
+
+def _answer_all(
+    parts: Parts,
+    tickets: list[tuple[int, Ticket]],
+    verdicts: list[Verdict],
+    refusals: list[dict[str, Any]],
+    items: int,
+) -> web.Response:
+    outcomes = [verdict.outcome for verdict in verdicts]
+    if Outcome.FAILED in outcomes or len(tickets) + len(refusals) < items:
+        raise _come_back(parts, "Not all heartbeats could be committed. Keep them and send them again.")
+    refusals += [
+        _refusal(index, verdict.errors)
+        for (index, _), verdict in zip(tickets, verdicts, strict=True)
+        if verdict.outcome is Outcome.REFUSED
+    ]
+    return answer(
+        {
+            "ok": True,
+            "written": outcomes.count(Outcome.WRITTEN),
+            "deduplicated": outcomes.count(Outcome.DEDUPLICATED),
+            "refused": sorted(refusals, key=lambda refusal: int(refusal["index"])),
+            "next_heartbeat_seconds": parts.settings.heartbeat.interval_seconds,
+        }
+    )
+
+
+def _refusal(index: int, errors: tuple[wire.FieldError, ...]) -> dict[str, Any]:
+    return {"index": index, "errors": [{"path": e.path, "message": e.message} for e in errors]}
+
+
+def _check_open(parts: Parts) -> None:
+    """Over the bound, nothing more is read."""
+    try:
+        parts.intake.check()
+    except Overloaded as error:
+        raise _come_back(parts, str(error)) from None
+
+
+def _come_back(parts: Parts, detail: str) -> Problem:
+    return Problem(503, detail, headers={"Retry-After": str(parts.intake.retry_after_s())})
+
+
+def _parse(parts: Parts, raw: bytes, device: Device, received_at: datetime) -> wire.Heartbeat:
+    heartbeat = wire.parse(
+        raw,
+        device_no=device.device_no,
+        device_id=device.device_id,
+        received_at=received_at,
+        rules=parts.rules,
+    )
+    if heartbeat.clock_wrong:
+        metrics.clock_outside_window.inc()
+    if heartbeat.queue_depth is not None:
+        metrics.device_queue_depth.observe(heartbeat.queue_depth)
+    for field in heartbeat.dropped:
+        metrics.fields_dropped.labels(field=field).inc()
+    if heartbeat.claimed_device_id is not None:
+        _note_mismatch(device, heartbeat.claimed_device_id)
+    return heartbeat
+
+
+def _note_mismatch(device: Device, claimed: str) -> None:
+    """Counted each time, logged once a device and run: a kiosk says it every minute."""
+    metrics.device_id_mismatch.inc()
+    if device.device_no not in _mismatch_logged and len(_mismatch_logged) < 10_000:
+        _mismatch_logged.add(device.device_no)
+        _log.warning("heartbeat.device_id_mismatch", device_id=device.device_id, claimed=claimed)
+
+
+# ---- enrolment ------------------------------------------------------------------------------------------------
+
+
+class _Registration(msgspec.Struct):
+    device_id: str | None = None
+    alias: str | None = None
+
+
+async def post_register(request: web.Request) -> web.Response:
+    """A new device against an enrolment key: its id and its token, this once."""
+    parts = request.app[PARTS]
+    if parts.settings.auth.enrolment != "open":
+        raise Problem(403, "Devices are added by the operator here (auth.enrolment is token).")
+    key = auth.bearer(request)
+    body.check_headers(request, most=4096, types=_JSON)
+    raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
+    try:
+        wanted = msgspec.json.decode(raw or b"{}", type=_Registration)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"The registration is not valid: {error}") from None
+    device_id = wanted.device_id or str(uuid4())
+    async with writable_connection(parts) as conn:
+        try:
+            token = await devices.enrol(conn, key, device_id, wanted.alias or None, parts.now())
+        except EnrolmentRefused as error:
+            metrics.unauthorized.labels(kind="enrolment").inc()
+            raise Problem(401, str(error)) from None
+        except DeviceExists as error:
+            raise Problem(409, str(error)) from None
+        except BadInput as error:
+            raise Problem(422, str(error)) from None
+    _log.info("device.enrolled", device_id=device_id)
+    return answer({"device_id": device_id, "device_token": token}, 201)

@@ -1,0 +1,54 @@
+"""Health, metrics and what else operators' tools call."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import msgspec
+from aiohttp import web
+from prometheus_async.aio.web import server_stats
+
+from nexhb import __version__, devices
+from nexhb.http import body
+from nexhb.http.parts import PARTS, writable_connection
+from nexhb.http.problem import Problem, answer
+
+
+async def get_healthz(_request: web.Request) -> web.Response:
+    """Alive: the event loop turns."""
+    return answer({"ok": True, "version": __version__})
+
+
+async def get_readyz(request: web.Request) -> web.Response:
+    """Able to commit, or 503 with every reason why not."""
+    reasons = request.app[PARTS].not_ready()
+    return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+
+async def get_metrics(request: web.Request) -> web.StreamResponse:
+    """Prometheus, in the format that the caller accepts."""
+    request.app[PARTS].intake.observe()
+    return await server_stats(request)
+
+
+class _KeyWanted(msgspec.Struct, forbid_unknown_fields=True):
+    uses: int = 1
+    expires_in_seconds: int = 7 * 86400
+    note: str | None = None
+
+
+async def post_enrolment_key(request: web.Request) -> web.Response:
+    """A key with which devices may register themselves; shown this once."""
+    parts = request.app[PARTS]
+    body.check_headers(request, most=4096, types=("application/json",))
+    raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
+    try:
+        wanted = msgspec.json.decode(raw or b"{}", type=_KeyWanted)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"The request is not valid: {error}") from None
+    if not (1 <= wanted.uses <= 1_000_000 and 60 <= wanted.expires_in_seconds <= 366 * 86400):
+        raise Problem(422, "uses takes 1 to 1,000,000, expires_in_seconds a minute to a year.")
+    expires_at = parts.now() + timedelta(seconds=wanted.expires_in_seconds)
+    async with writable_connection(parts) as conn:
+        key = await devices.issue_enrolment_key(conn, note=wanted.note, uses=wanted.uses, expires_at=expires_at)
+    return answer({"enrolment_key": key, "uses": wanted.uses, "expires_at": expires_at}, 201)

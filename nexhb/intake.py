@@ -1,0 +1,151 @@
+"""The in-memory queue between handlers and the writer, bounded in items and bytes.
+
+The bounds cover every heartbeat that is admitted and not yet answered, queued or in a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nexhb import metrics
+from nexhb.errors import Overloaded
+from nexhb.wire import FieldError, Heartbeat
+
+
+class Outcome(enum.Enum):
+    """What became of a heartbeat: the ledger's four columns."""
+
+    WRITTEN = "written"
+    DEDUPLICATED = "deduplicated"
+    REFUSED = "refused"
+    FAILED = "failed"
+
+
+class Verdict(NamedTuple):
+    """The only thing that travels back from the writer to the handler."""
+
+    outcome: Outcome
+    reason: str = ""
+    errors: tuple[FieldError, ...] = ()
+
+
+WRITTEN = Verdict(Outcome.WRITTEN)
+DEDUPLICATED = Verdict(Outcome.DEDUPLICATED)
+
+
+class Ticket:
+    """A heartbeat that somebody waits for. Settled exactly once; later verdicts are ignored."""
+
+    __slots__ = ("admitted_at", "future", "heartbeat", "size")
+
+    def __init__(self, heartbeat: Heartbeat, size: int, admitted_at: float, future: asyncio.Future[Verdict]) -> None:
+        self.heartbeat = heartbeat
+        self.size = size
+        self.admitted_at = admitted_at  # s, the event loop's clock
+        self.future = future
+
+
+class Intake:
+    """Admits heartbeats, hands all that wait to the writer, and keeps count of what is unanswered."""
+
+    def __init__(self, *, max_items: int, max_bytes: int, random_fraction: Callable[[], float] = random.random) -> None:
+        self.max_items = max_items
+        self.max_bytes = max_bytes
+        self.closed_because = ""  # set while nothing can be committed: then nothing is admitted either
+        self._waiting: deque[Ticket] = deque()
+        self._unanswered: set[Ticket] = set()
+        self._bytes = 0
+        self._arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._random_fraction = random_fraction
+
+    @property
+    def items(self) -> int:
+        """Heartbeats admitted and unanswered."""
+        return len(self._unanswered)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of their bodies."""
+        return self._bytes
+
+    def check(self, items: int = 1) -> None:
+        """Raise Overloaded where `items` more heartbeats would not be admitted. Called before a body is read."""
+        if self.closed_because:
+            raise Overloaded(self.closed_because)
+        if len(self._unanswered) + items > self.max_items or self._bytes >= self.max_bytes:
+            raise Overloaded(f"{len(self._unanswered)} heartbeats ({self._bytes} bytes) wait to be committed.")
+
+    def retry_after_s(self) -> int:
+        """When to come back: 2 to 12 s, spread so that a fleet does not return as one."""
+        return 2 + int(10 * self._random_fraction())
+
+    def admit(self, heartbeat: Heartbeat, size: int) -> Ticket:
+        """Queue one heartbeat of `size` bytes. Raises Overloaded over the bounds."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(heartbeat, size, loop.time(), loop.create_future())
+        self._unanswered.add(ticket)
+        self._idle.clear()
+        self._bytes += size
+        self._waiting.append(ticket)
+        self._arrived.set()
+        return ticket
+
+    async def take(self, most: int) -> list[Ticket]:
+        """Every ticket that waits, `most` at the most; waits for the first."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+        return [t for t in taken if not t.future.done()]
+
+    async def idle(self) -> None:
+        """Wait until everything admitted is answered."""
+        await self._idle.wait()
+
+    def settle(self, ticket: Ticket, verdict: Verdict) -> None:
+        """Answer a ticket; the first verdict counts."""
+        if ticket not in self._unanswered:
+            return
+        self._unanswered.discard(ticket)
+        self._bytes -= ticket.size
+        if not self._unanswered:
+            self._idle.set()
+        if not ticket.future.done():  # done: its handler was cancelled
+            ticket.future.set_result(verdict)
+        _count(verdict)
+
+    def expire(self, now: float, after_s: float) -> None:
+        """Fail what has waited for longer than `after_s` at `now` (the loop's clock): the device keeps it."""
+        for ticket in [t for t in self._unanswered if now - t.admitted_at > after_s]:
+            self.settle(ticket, Verdict(Outcome.FAILED, "not committed in time"))
+
+    def fail_all(self, reason: str) -> None:
+        """Fail everything unanswered."""
+        self._waiting.clear()
+        for ticket in list(self._unanswered):
+            self.settle(ticket, Verdict(Outcome.FAILED, reason))
+
+    def observe(self) -> None:
+        """Set the gauges."""
+        metrics.intake_items.set(len(self._unanswered))
+        metrics.intake_bytes.set(self._bytes)
+
+
+def _count(verdict: Verdict) -> None:
+    match verdict.outcome:
+        case Outcome.WRITTEN:
+            metrics.hb_writes.inc()
+        case Outcome.DEDUPLICATED:
+            metrics.hb_dedupe.inc()
+        case Outcome.REFUSED:
+            metrics.heartbeats_refused.labels(reason="database").inc()
+        case Outcome.FAILED:
+            metrics.heartbeats_failed.labels(reason="uncommitted").inc()

@@ -1,0 +1,39 @@
+"""PostgreSQL advisory locks, each on a connection that its user owns: releasing a connection to a pool would
+release its locks too."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+
+from nexhb import sql
+from nexhb.errors import LockHeld
+
+_Q = sql.queries("locks")
+_SPACE = 0x6E65786862 << 20  # "nexhb" in the upper bits: other users of the database keep theirs
+
+
+class Lock(enum.IntEnum):
+    """Every lock there is."""
+
+    MIGRATE = _SPACE + 1
+    PARTITIONS = _SPACE + 2
+    NIGHTLY = _SPACE + 3
+    RECONCILE = _SPACE + 4
+
+
+@asynccontextmanager
+async def held(conn: asyncpg.Connection, lock: Lock, *, wait: bool) -> AsyncIterator[None]:
+    """Hold `lock` on `conn` for the block. Without `wait`, raises LockHeld where somebody else has it."""
+    if wait:
+        await conn.execute(_Q["wait_lock"], int(lock))
+    elif not await conn.fetchval(_Q["try_lock"], int(lock)):
+        raise LockHeld(lock.name.lower())
+    try:
+        yield
+    finally:
+        if not conn.is_closed():
+            await conn.execute(_Q["unlock"], int(lock))

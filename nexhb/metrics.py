@@ -1,0 +1,67 @@
+"""Every metric, declared once. The names of the seed stay as they were; new ones start with `nexhb_`.
+
+The ledger of heartbeats: ingested = writes + dedupe + refused + failed + what is still unanswered.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
+
+# One process, one registry (the library's own, which has the process' metrics too): its multiprocess mode loses and
+# wedges metrics.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 300, 500, 1000, 3000, 10000)
+
+heartbeats_ingested = Counter("heartbeats_ingested", "Heartbeats received, whatever became of them")
+hb_writes = Counter("hb_writes", "Heartbeats committed as a row of the history")
+hb_dedupe = Counter("hb_dedupe", "Heartbeats dropped: their bucket already had its row")
+heartbeats_refused = Counter("nexhb_heartbeats_refused", "Heartbeats that no retry can save", ["reason"])
+heartbeats_failed = Counter("nexhb_heartbeats_failed", "Heartbeats answered 503: the device keeps them", ["reason"])
+last_status_upserts = Counter("last_status_upserts", "Rows of device_last_status written by ingest")
+clock_outside_window = Counter(
+    "nexhb_heartbeats_clock_outside_window",
+    "Heartbeats stored at the time of receipt, their own lying outside the accept window",
+)
+device_id_mismatch = Counter("nexhb_device_id_mismatch", "Heartbeats whose device_id is not the token's")
+fields_dropped = Counter("nexhb_fields_dropped", "Optional values stored as null, being unreadable", ["field"])
+device_queue_depth = Histogram(
+    "nexhb_device_queue_depth",
+    "Heartbeats that devices say they still hold",
+    buckets=(0, 1, 2, 5, 10, 50, 100, 250, 500),
+)
+
+intake_items = Gauge("nexhb_intake_items", "Heartbeats admitted and not yet answered")
+intake_bytes = Gauge("nexhb_intake_bytes", "Bytes of heartbeats admitted and not yet answered")
+batch_rows = Histogram(
+    "nexhb_batch_heartbeats",
+    "Heartbeats committed together",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000),
+)
+hb_write_latency_ms = Histogram("hb_write_latency_ms", "One batch, from BEGIN to COMMIT", buckets=_MS)
+staging_batches = Counter(
+    "nexhb_staging_batches",
+    "Batches redone through the staging table after a unique violation",
+)
+write_retries = Counter("nexhb_write_retries", "Attempts to commit that are made again", ["kind"])
+commits_in_doubt = Counter(
+    "nexhb_commits_in_doubt",
+    "Connections lost around COMMIT, by what was found",
+    ["outcome"],
+)
+ready = Gauge("nexhb_ready", "1 while heartbeats can be committed")
+last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was last committed")
+
+partitions_created = Counter("partitions_created", "Partitions made")
+partition_create_failures = Counter("partition_create_failures", "Partitions that could not be made")
+
+http_request_latency_ms = Histogram(
+    "http_request_latency_ms",
+    "From the request's headers to its answer",
+    ["route", "method", "status"],
+    buckets=_MS,
+)
+last_status_read_latency_ms = Histogram("last_status_read_latency_ms", "Reads for operators", ["query"], buckets=_MS)
+unauthorized = Counter("nexhb_unauthorized", "Calls without a valid key", ["kind"])
+devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
+device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])

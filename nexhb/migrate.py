@@ -1,0 +1,83 @@
+"""Brings the schema up to date: numbered plain SQL files, each in a transaction, under an advisory lock."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from nexhb import log, sql
+from nexhb.db import Connection, check_version
+from nexhb.errors import MigrationError
+from nexhb.locks import Lock, held
+
+_Q = sql.queries("migrate")
+_FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+_log = log.get("migrate")
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One numbered file."""
+
+    version: int
+    name: str
+    text: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the text, hex."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def find(folder: Path | None = None) -> list[Migration]:
+    """The migrations in order. Raises MigrationError where a number is missing or a file is named otherwise."""
+    folder = folder or sql.root() / "migrations"
+    found: list[Migration] = []
+    for path in sorted(folder.glob("*.sql")):
+        match = _FILE.fullmatch(path.name)
+        if not match or int(match[1]) != len(found) + 1:
+            raise MigrationError(f"{path.name}: migrations are named 0001_what.sql, 0002_what.sql, …, none left out.")
+        found.append(Migration(int(match[1]), path.stem, path.read_text(encoding="utf-8")))
+    return found
+
+
+async def migrate(conn: Connection, now: datetime, migrations: list[Migration] | None = None) -> list[str]:
+    """Apply what is missing; the names of what was applied. `conn` is the caller's own.
+
+    Raises MigrationError where an applied file was changed or is missing, or the database is newer than nexhb.
+    """
+    await check_version(conn)
+    migrations = find() if migrations is None else migrations
+    done: list[str] = []
+    async with held(conn, Lock.MIGRATE, wait=True):
+        await conn.execute(_Q["journal"])
+        applied = {row["version"]: row for row in await conn.fetch(_Q["applied"])}
+        _compare(migrations, {v: (row["name"], row["checksum_sha256"]) for v, row in applied.items()})
+        for migration in migrations:
+            if migration.version in applied:
+                continue
+            async with conn.transaction():
+                await conn.execute(migration.text)
+                await conn.execute(_Q["record"], migration.version, migration.name, migration.checksum, now)
+            _log.info("migration.applied", version=migration.version, name=migration.name)
+            done.append(migration.name)
+    return done
+
+
+def _compare(migrations: list[Migration], applied: dict[int, tuple[str, str]]) -> None:
+    known = {m.version: m for m in migrations}
+    for version, (name, checksum) in applied.items():
+        migration = known.get(version)
+        if migration is None:
+            raise MigrationError(
+                f"The database has migration {name}, which this nexhb does not know.",
+                hint="Run the nexhb that applied it, or a newer one.",
+            )
+        if migration.checksum != checksum:
+            raise MigrationError(
+                f"{migration.name} was changed after it had been applied.",
+                hint="Restore the file; a change of the schema is a new migration.",
+            )

@@ -1,0 +1,58 @@
+"""One classifier for everything that can go wrong between nexhb and PostgreSQL."""
+
+from __future__ import annotations
+
+import enum
+
+import asyncpg
+
+
+class Kind(enum.StrEnum):
+    """What an error means for the work at hand."""
+
+    LOST = "lost"  # the connection is gone: reconnect, then ask what became of the transaction
+    TRANSIENT = "transient"  # the same work may succeed a moment later
+    DUPLICATE = "duplicate"  # a row with this key is there already (23505)
+    NO_PARTITION = "no_partition"  # the day's table is not there (any more)
+    DATA = "data"  # this row will never go in, however often it is tried
+    BUG = "bug"  # nobody expected this: 503, a log line, a metric
+
+
+# 40001 serialization, 40P01 deadlock, 55P03 lock_timeout, 57014 statement_timeout, 53xxx resources.
+_TRANSIENT = ("40001", "40P01", "55P03", "57014", "53")
+# 57P01 admin shutdown, 57P02 crash, 57P03 cannot connect now, 57P05 idle timeout; 25P03 idle in transaction.
+_LOST = ("08", "57P0", "25P03")
+
+
+def classify(error: BaseException) -> Kind:
+    """The kind of `error`. An error without an SQLSTATE on a closed connection surfaces as
+    InterfaceError (asyncpg), so the class counts where there is no code."""
+    state = str(getattr(error, "sqlstate", None) or "")
+    if state:
+        return _by_state(state)
+    if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
+        return Kind.DATA  # the client could not encode a value: asyncpg.exceptions._base.InterfaceError + ValueError
+    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | EOFError | TimeoutError):
+        return Kind.LOST
+    if isinstance(error, OverflowError | ValueError | TypeError):
+        return Kind.DATA
+    return Kind.BUG
+
+
+def _by_state(state: str) -> Kind:
+    if state.startswith(_LOST):
+        return Kind.LOST
+    if state.startswith(_TRANSIENT):
+        return Kind.TRANSIENT
+    if state == "23505":
+        return Kind.DUPLICATE
+    if state in ("42P01", "23514"):
+        return Kind.NO_PARTITION
+    if state.startswith(("22", "23")):
+        return Kind.DATA
+    return Kind.BUG
+
+
+def is_retryable(error: BaseException) -> bool:
+    """True where the same work may succeed when tried again."""
+    return classify(error) in (Kind.LOST, Kind.TRANSIENT)

@@ -1,0 +1,361 @@
+"""The one coroutine that commits. Takes every waiting ticket, makes the plan, runs COPY and upsert in one
+transaction, settles every ticket. What arrived while one batch commits is the next batch: there is no linger."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import date
+from typing import NamedTuple
+
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from nexhb import batch, db, log, metrics, partitions, sql
+from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys
+from nexhb.db import Connection, Database
+from nexhb.errors import DatabaseUnavailable
+from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
+from nexhb.pgerrors import Kind, classify
+from nexhb.wire import FieldError, Heartbeat, Label
+
+_Q = sql.queries("writer")
+_PING = sql.queries("db")["ping"]
+_log = log.get("writer")
+
+STATEMENT_TIMEOUT_S = 5.0
+RETRY_FOR_S = 6.0  # with the last attempt's statement timeout still far inside the agent's 30 s
+RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
+LABELS_HELD = 100_000
+
+
+class _InDoubt(Exception):
+    """The connection went away around COMMIT: the transaction may be in."""
+
+    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan, written: set[Key]) -> None:
+        self.xid = xid
+        self.verdicts = verdicts
+        self.plan = plan
+        self.written = written
+        super().__init__(xid)
+
+
+class _Attempt(NamedTuple):
+    """What one transaction would settle, once it is committed."""
+
+    xid: str
+    written: set[Key]
+    status_rows: int
+
+
+class Writer:
+    """Owns its connection. `run` is the coroutine; `stop` drains it."""
+
+    def __init__(self, database: Database, intake: Intake, *, batch_max: int) -> None:
+        self._database = database
+        self._intake = intake
+        self._batch_max = batch_max
+        self._conn: Connection | None = None
+        self._recent = RecentKeys(RECENT_KEYS)
+        self._labels: dict[Label, int] = {}
+        self._facts: dict[int, int] = {}  # device_no → hash of what it last said of itself
+        self._tables: dict[date, str] = {}
+        self._doubt: _InDoubt | None = None
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit batches until cancelled. Never raises for what the database does."""
+        while True:
+            tickets = await self._intake.take(self._batch_max)
+            if tickets:
+                await self._write(tickets)
+            if self._intake.closed_because:
+                await self._recover()
+
+    async def stop(self, drain_s: float) -> None:
+        """Wait until everything admitted is answered, at most `drain_s`; then close the connection."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._intake.idle(), drain_s)
+        self._intake.fail_all("the daemon stops")
+        await self._disconnect()
+
+    async def _write(self, tickets: list[Ticket]) -> None:
+        verdicts: list[Verdict] = []
+        try:
+            verdicts = await self._commit([t.heartbeat for t in tickets])
+        except Exception:
+            # Nobody foresaw this one. The devices keep what they sent and come again.
+            _log.exception("batch.failed_unexpectedly", heartbeats=len(tickets))
+            await self._disconnect()
+        finally:
+            failed = Verdict(Outcome.FAILED, "internal error")
+            for index, ticket in enumerate(tickets):
+                self._intake.settle(ticket, verdicts[index] if index < len(verdicts) else failed)
+
+    async def _commit(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        """One verdict a heartbeat. Retries what is transient; splits a batch until a bad row stands alone."""
+        try:
+            return await self._patiently(heartbeats)
+        except Exception as error:
+            kind = classify(error)
+            if kind is Kind.DATA:
+                return await self._split(heartbeats, error)
+            if kind is Kind.BUG and not isinstance(error, _InDoubt | DatabaseUnavailable):
+                raise
+            self._close_intake(error)
+            return [Verdict(Outcome.FAILED, "the database cannot commit")] * len(heartbeats)
+
+    async def _split(self, heartbeats: Sequence[Heartbeat], error: Exception) -> list[Verdict]:
+        if len(heartbeats) == 1:
+            _log.warning("heartbeat.refused_by_database", device_id=heartbeats[0].device_id, error=str(error))
+            return [Verdict(Outcome.REFUSED, errors=(FieldError("", f"cannot be stored: {error}"),))]
+        middle = len(heartbeats) // 2
+        return await self._commit(heartbeats[:middle]) + await self._commit(heartbeats[middle:])
+
+    async def _patiently(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception(_worth_another_try),
+            stop=stop_after_delay(RETRY_FOR_S),
+            wait=wait_random_exponential(multiplier=0.02, max=1),
+            before_sleep=_say_retry,
+            reraise=True,
+        )
+        try:
+            verdicts: list[Verdict] = await retrying(self._attempt, heartbeats)
+            return verdicts
+        finally:
+            self._doubt = None
+
+    # ---- one attempt ------------------------------------------------------------------------------------------
+
+    async def _attempt(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        conn = await self._connection()
+        try:
+            if self._doubt and (verdicts := await self._resolve_doubt(conn, self._doubt)):
+                return verdicts
+            started = time.perf_counter()
+            possible, impossible = await self._without_missing_days(conn, heartbeats)
+            verdicts = await self._transact(conn, possible) if possible else []
+            if impossible:
+                verdicts = _merge(impossible, verdicts)
+        except Exception as error:
+            await self._after(error)
+            raise
+        metrics.hb_write_latency_ms.observe((time.perf_counter() - started) * 1000)
+        metrics.batch_rows.observe(len(heartbeats))
+        metrics.last_commit.set(time.time())
+        return verdicts
+
+    async def _transact(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        plan = batch.make(heartbeats, self._recent)
+        await self._learn_labels(conn, heartbeats)
+        try:
+            return await self._transaction(conn, heartbeats, plan, self._copy)
+        except Exception as error:
+            if classify(error) is not Kind.DUPLICATE:
+                raise
+        metrics.staging_batches.inc()
+        return await self._transaction(conn, heartbeats, plan, self._copy_through_stage)
+
+    async def _transaction(
+        self,
+        conn: Connection,
+        heartbeats: Sequence[Heartbeat],
+        plan: Plan,
+        copy: Callable[[Connection, Sequence[Heartbeat], Plan], Awaitable[set[Key]]],
+    ) -> list[Verdict]:
+        transaction = conn.transaction()
+        await transaction.start()
+        try:
+            written = await copy(conn, heartbeats, plan)
+            changed = batch.changed_facts(plan.newest, self._facts)
+            row = await conn.fetchrow(_Q["upsert_last_status"], *batch.status_columns(plan.newest))
+            assert row is not None  # noqa: S101 - an aggregate has one row
+            if changed:
+                await conn.execute(_Q["update_facts"], *_facts_columns(changed))
+        except BaseException:
+            with suppress(Exception):
+                await transaction.rollback()
+            raise
+        verdicts = _verdicts(heartbeats, plan, written)
+        try:
+            await transaction.commit()
+        except Exception as error:
+            if classify(error) is Kind.LOST:
+                raise _InDoubt(row["xid"], verdicts, plan, written) from error
+            raise
+        self._remember(plan, changed)
+        metrics.last_status_upserts.inc(row["written"])
+        return verdicts
+
+    async def _copy(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
+        """Straight into each day's partition; a key that is there already fails it (23505)."""
+        written: set[Key] = set()
+        for day, rows in plan.rows.items():
+            await conn.copy_records_to_table(
+                self._tables[day], records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS
+            )
+            written.update(key for key, _ in rows)
+        return written
+
+    async def _copy_through_stage(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
+        """Through a temporary table, dropping the keys that are there already; what is new, by key."""
+        await conn.execute(_Q["stage_table"])
+        rows = [row for day in plan.rows.values() for row in day]
+        await conn.copy_records_to_table("hb_stage", records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS)
+        return {batch.key_of(r["device_no"], r["bucket"]) for r in await conn.fetch(_Q["insert_staged"])}
+
+    def _records(self, heartbeats: Sequence[Heartbeat], rows: Iterable[tuple[Key, int]]) -> list[tuple[object, ...]]:
+        labels = self._labels
+        return [batch.history_row(h, labels[h.label]) for h in (heartbeats[index] for _, index in rows)]
+
+    # ---- what an attempt needs ----------------------------------------------------------------------------------
+
+    async def _connection(self) -> Connection:
+        if self._conn is None or self._conn.is_closed():
+            self._conn = await self._database.connect(
+                application="nexhb writer",
+                command_timeout_s=STATEMENT_TIMEOUT_S,
+                timeout_s=STATEMENT_TIMEOUT_S,
+                statement_timeout=f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
+                lock_timeout="3000",
+                # A daemon that is stopped in mid-transaction must not hold its locks for ever.
+                idle_in_transaction_session_timeout="10000",
+            )
+            await db.use_packed_inet(self._conn)
+        return self._conn
+
+    async def _without_missing_days(
+        self, conn: Connection, heartbeats: Sequence[Heartbeat]
+    ) -> tuple[Sequence[Heartbeat], list[Verdict | None]]:
+        """Heartbeats whose day has its partition, made now if need be, and a verdict for each of the others."""
+        missing = {h.ts.date() for h in heartbeats} - self._tables.keys()
+        for day in sorted(missing):
+            try:
+                self._tables |= await partitions.ensure(conn, [day])
+            except Exception as error:
+                if classify(error) is Kind.LOST:
+                    raise
+        still = missing - self._tables.keys()
+        if not still:
+            return heartbeats, []
+        failed = Verdict(Outcome.FAILED, "its day has no partition")
+        return (
+            [h for h in heartbeats if h.ts.date() not in still],
+            [failed if h.ts.date() in still else None for h in heartbeats],
+        )
+
+    async def _learn_labels(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> None:
+        """Number the labels that are new to us. Outside the transaction: a number must not vanish with it."""
+        missing = batch.unknown_labels(heartbeats, self._labels)
+        if not missing:
+            return
+        if len(self._labels) + len(missing) > LABELS_HELD:
+            self._labels.clear()
+            missing = batch.unknown_labels(heartbeats, self._labels)
+        columns = tuple(zip(*missing, strict=True))
+        await conn.execute(_Q["add_labels"], *columns)
+        for number, *texts in await conn.fetch(_Q["find_labels"], *columns):
+            self._labels[Label(*texts)] = number
+
+    def _remember(self, plan: Plan, changed: Sequence[Heartbeat]) -> None:
+        """Only what is committed: a batch that was lost must be able to come again."""
+        self._recent.add(key for rows in plan.rows.values() for key, _ in rows)
+        for heartbeat in changed:
+            self._facts[heartbeat.device_no] = hash(heartbeat.facts)
+
+    # ---- when it goes wrong -------------------------------------------------------------------------------------
+
+    async def _after(self, error: Exception) -> None:
+        """Leave the writer so that the next attempt starts clean."""
+        kind = classify(error)
+        if isinstance(error, _InDoubt):
+            self._doubt = error
+        if kind is Kind.NO_PARTITION:
+            self._tables.clear()
+        if kind in (Kind.LOST, Kind.BUG):
+            await self._disconnect()
+
+    async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
+        """What became of the transaction whose COMMIT was never answered. None: it is not in, do it again.
+
+        Raises the doubt again while the transaction is still in progress.
+        """
+        outcome = await conn.fetchval(_Q["xact_status"], doubt.xid)
+        metrics.commits_in_doubt.labels(outcome=str(outcome)).inc()
+        _log.warning("commit.in_doubt", xid=doubt.xid, outcome=outcome)
+        if outcome == "in progress":
+            raise doubt
+        self._doubt = None
+        if outcome != "committed":
+            return None  # aborted; or too old to know, and then the key makes a second writing harmless
+        self._remember(doubt.plan, [])
+        return doubt.verdicts
+
+    def _close_intake(self, error: Exception) -> None:
+        if not self._intake.closed_because:
+            _log.error("writer.not_ready", error=f"{type(error).__name__}: {error}")
+        self._intake.closed_because = "The database cannot commit."
+        metrics.ready.set(0)
+
+    async def _recover(self) -> None:
+        """Until the database answers again; the intake stays closed meanwhile."""
+        delay_s = 0.1
+        while True:
+            try:
+                await (await self._connection()).execute(_PING)
+                break
+            except Exception as error:
+                _log.info("writer.still_not_ready", error=f"{type(error).__name__}: {error}")
+                await self._disconnect()
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, 2.0)
+        self._intake.closed_because = ""
+        metrics.ready.set(1)
+        _log.info("writer.ready_again")
+
+    async def _disconnect(self) -> None:
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            conn.terminate()
+
+
+def _worth_another_try(error: BaseException) -> bool:
+    return isinstance(error, _InDoubt | DatabaseUnavailable) or classify(error) in (
+        Kind.LOST,
+        Kind.TRANSIENT,
+        Kind.NO_PARTITION,
+    )
+
+
+def _say_retry(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    kind = "in_doubt" if isinstance(error, _InDoubt) else classify(error).value if error else ""
+    metrics.write_retries.labels(kind=kind).inc()
+    _log.warning("batch.retry", kind=kind, attempt=state.attempt_number, error=f"{type(error).__name__}: {error}")
+
+
+def _verdicts(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) -> list[Verdict]:
+    verdicts = [DEDUPLICATED] * len(heartbeats)
+    for rows in plan.rows.values():
+        for key, index in rows:
+            if key in written:
+                verdicts[index] = WRITTEN
+    return verdicts
+
+
+def _merge(verdicts: list[Verdict | None], possible: list[Verdict]) -> list[Verdict]:
+    rest = iter(possible)
+    return [verdict or next(rest) for verdict in verdicts]
+
+
+def _facts_columns(changed: Sequence[Heartbeat]) -> tuple[Sequence[object], ...]:
+    return tuple(zip(*((h.device_no, h.ts, *h.facts) for h in changed), strict=True))

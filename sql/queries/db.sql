@@ -1,0 +1,12 @@
+-- name: settings
+-- What a promise of durability rests on.
+SELECT current_setting('server_version_num')::int AS version_num,
+       current_setting('server_version') AS version,
+       current_setting('fsync') AS fsync,
+       current_setting('full_page_writes') AS full_page_writes,
+       current_setting('synchronous_commit') AS synchronous_commit,
+       current_setting('TimeZone') AS timezone,
+       pg_is_in_recovery() AS in_recovery;
+
+-- name: ping
+SELECT 1;

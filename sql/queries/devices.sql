@@ -1,0 +1,90 @@
+-- Who may send, and who is known.
+
+-- name: all_tokens
+-- The whole token store; it is held in memory.
+SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked
+FROM device_tokens t JOIN devices d USING (device_no);
+
+-- name: find_tokens
+-- $1: token_sha256[]. For tokens that the memory does not know (yet), or that changed.
+SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked
+FROM device_tokens t JOIN devices d USING (device_no)
+WHERE t.token_sha256 = ANY($1::bytea[]);
+
+-- name: add_device
+-- $1 device_id, $2 alias.
+INSERT INTO devices (device_id, alias) VALUES ($1, $2)
+ON CONFLICT (device_id) DO NOTHING
+RETURNING device_no;
+
+-- name: add_token
+-- $1 token_sha256, $2 device_no.
+INSERT INTO device_tokens (token_sha256, device_no) VALUES ($1, $2);
+
+-- name: device_no
+-- $1 device_id.
+SELECT device_no FROM devices WHERE device_id = $1 FOR UPDATE;
+
+-- name: revoke_tokens
+-- $1 device_no, $2 now. The token stays known, so that the device is told 410 and not 401.
+UPDATE device_tokens SET revoked_at = $2 WHERE device_no = $1 AND revoked_at IS NULL;
+
+-- name: revoke_device
+-- $1 device_no, $2 now (null: take back).
+UPDATE devices SET revoked_at = $2 WHERE device_no = $1;
+
+-- name: set_status
+-- $1 device_no, $2 status.
+UPDATE device_last_status SET status = $2 WHERE device_no = $1 AND status <> $2;
+
+-- name: drop_tokens
+-- $1 device_no. On rotation the old token must stop working.
+DELETE FROM device_tokens WHERE device_no = $1;
+
+-- name: list_devices
+-- $1: the last device_id of the page before ('' to start), $2: how many.
+SELECT d.device_id, d.alias, d.model, d.created_at, d.revoked_at, s.last_ts
+FROM devices d LEFT JOIN device_last_status s USING (device_no)
+WHERE d.device_id > $1
+ORDER BY d.device_id
+LIMIT $2;
+
+-- name: import_table
+CREATE TEMP TABLE device_import (line int, device_id text, alias text, token_sha256 bytea) ON COMMIT DROP;
+
+-- name: import_conflicts
+-- Lines that cannot be taken: an id or a token twice in the file, a token of another device.
+SELECT i.line, i.device_id,
+       CASE WHEN c.device_no IS NOT NULL THEN 'its token belongs to another device'
+            WHEN i.same_id > 1 THEN 'its device_id stands twice in the file'
+            ELSE 'its token stands twice in the file' END AS why
+FROM (SELECT *, count(*) OVER (PARTITION BY device_id) AS same_id,
+             count(*) OVER (PARTITION BY token_sha256) AS same_token FROM device_import) i
+LEFT JOIN devices d ON d.device_id = i.device_id
+LEFT JOIN device_tokens c ON c.token_sha256 = i.token_sha256 AND c.device_no IS DISTINCT FROM d.device_no
+WHERE c.device_no IS NOT NULL OR i.same_id > 1 OR i.same_token > 1
+ORDER BY i.line
+LIMIT 20;
+
+-- name: import_devices
+-- New devices are made; a known one keeps its number, and its alias where the file gives none.
+INSERT INTO devices AS d (device_id, alias)
+SELECT device_id, alias FROM device_import ORDER BY device_id
+ON CONFLICT (device_id) DO UPDATE SET alias = coalesce(excluded.alias, d.alias)
+RETURNING (xmax = 0) AS made;
+
+-- name: import_tokens
+-- A device may hold several tokens: an imported one is added beside what it has.
+INSERT INTO device_tokens (token_sha256, device_no)
+SELECT i.token_sha256, d.device_no FROM device_import i JOIN devices d USING (device_id)
+ON CONFLICT (token_sha256) DO NOTHING;
+
+-- name: add_enrolment_key
+-- $1 key_sha256, $2 note, $3 uses, $4 expires_at.
+INSERT INTO enrolment_keys (key_sha256, note, uses_left, expires_at) VALUES ($1, $2, $3, $4);
+
+-- name: use_enrolment_key
+-- $1 key_sha256, $2 now. One conditional UPDATE: two devices cannot both take the last use.
+UPDATE enrolment_keys SET uses_left = uses_left - 1
+WHERE key_sha256 = $1 AND uses_left > 0 AND expires_at > $2
+RETURNING uses_left;

