@@ -1,20 +1,22 @@
-"""`python -m bench`: load against a server, and the fleet that sends it."""
+"""`python -m bench`: a fleet's load against nexhb, checked row by row, and the figures that decided its design."""
 
 from __future__ import annotations
 
-import sys
+import signal
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvloop
-from rich.console import Console
 
+from bench import demo, progress, stack
 from bench import load as loads
-from bench.fleet import Device, make_fleet, read_csv, schedule, write_csv
+from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
 from bench.scenarios import FLOORS
+from bench.trial import Trial, examine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -25,27 +27,27 @@ Seed = Annotated[int, typer.Option(help="What the fleet and its schedule are mad
 
 @app.command()
 def load(  # noqa: PLR0917 - typer reads each option from a parameter
-    devices: Annotated[
-        int, typer.Option(min=1, help="How many devices; with --tokens at most the file's.")
-    ] = 2000,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices; with --tokens at most the file's.")] = 2000,
     interval: Annotated[float, typer.Option(help="Seconds between a device's heartbeats.")] = 60.0,
     jitter: Annotated[float, typer.Option(help="Each heartbeat up to so many seconds early or late.")] = 15.0,
     duration: Annotated[float, typer.Option(help="Seconds of load.")] = 60.0,
     replay_fraction: Annotated[float, typer.Option(help="Share of devices that come with a queue.")] = 0.0,
     duplicate_factor: Annotated[float, typer.Option(help="Sends per heartbeat, all in its bucket.")] = 1.0,
-    url: Annotated[str | None, typer.Option(help="The server, on a loopback address.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server on a loopback address; else a daemon of one's own.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result there too.")] = None,
     tokens: Annotated[Path | None, typer.Option(help="CSV of device_id,alias,token.")] = None,
     seed: Seed = 1,
     closed: Annotated[bool, typer.Option("--closed", help="As fast as it goes instead.")] = False,
     connections: Annotated[int | None, typer.Option(min=1, help="Connections shared by the devices.")] = None,
-    pid: Annotated[int | None, typer.Option(help="The server's process, for its CPU time.")] = None,
+    pid: Annotated[int | None, typer.Option(help="The process behind --url, for its CPU time.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="An empty folder for the own daemon, kept.")] = None,
 ) -> None:
-    """Send a fleet's heartbeats and report latencies from the intended send time. Exit 0: all limits kept."""
-    if url is None:
-        raise typer.BadParameter("needed: http://127.0.0.1:PORT", param_hint="--url")
+    """Send a fleet's heartbeats and report latencies from the intended send time. Exit 0: all limits kept.
+
+    Without --url a daemon is started for the run, and every row is compared with what was acknowledged.
+    """
     try:
-        to = loads.target(url)
+        to = None if url is None else loads.target(url)
         fleet = _fleet(devices, seed, tokens)
         plan = schedule(
             len(fleet),
@@ -58,12 +60,10 @@ def load(  # noqa: PLR0917 - typer reads each option from a parameter
         )
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
-    if closed:
-        run = loads.closed_loop(to, fleet, connections=connections or 64, duration_s=duration, pid=pid)
-        finish(judge(_run(run), _CLOSED_LIMITS), json)
-    else:
-        run = loads.open_loop(to, fleet, plan, connections=connections, pid=pid, seed=seed)
-        finish(judge(_run(run), _OPEN_LIMITS), json)
+    work = _Load(fleet, plan, closed=closed, connections=connections, seed=seed)
+    if to is not None:
+        finish(judge(uvloop.run(work.run(to, pid)).result, work.limits), json)
+    finish_own(work, data_dir, json)
 
 
 @app.command()
@@ -76,20 +76,69 @@ def fleet(
     out.touch(mode=0o600)
     with out.open("w", encoding="utf-8", newline="") as file:
         write_csv(make_fleet(devices, seed), file)
-    Console().print(f"{devices:,} devices in {out}: nexhb devices import {out}")
+    progress.console().print(f"{devices:,} devices in {out}: nexhb devices import {out}", soft_wrap=True)
+
+
+app.command()(demo.demo)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What the options of `load` ask for."""
+
+    fleet: tuple[Device, ...]
+    plan: Schedule
+    closed: bool
+    connections: int | None
+    seed: int
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """What must hold of the result."""
+        return _CLOSED_LIMITS if self.closed else _OPEN_LIMITS
+
+    def run(self, to: loads.Target, pid: int | None, show: loads.Progress | None = None) -> _Run:
+        """The load, against a server."""
+        if self.closed:
+            return loads.closed_loop(
+                to, self.fleet, connections=self.connections or 64, duration_s=self.plan.duration_s, pid=pid
+            )
+        return loads.open_loop(
+            to, self.fleet, self.plan, connections=self.connections, pid=pid, seed=self.seed, progress=show
+        )
+
+    async def examined(self, own: stack.Stack) -> Trial:
+        """The load, against a daemon of its own, and every row compared."""
+        queued = sum(len(queue.made_us) for queue in self.plan.replays)
+        with progress.line(len(self.plan) + queued, "heartbeats acknowledged") as show:
+            run = await self.run(loads.target(own.url), own.pid, show)
+        return await examine(own, self.fleet, run, self.limits)
+
+
+_Run = Coroutine[object, object, loads.LoadRun]
+
+
+def finish_own(work: _Load, data_dir: Path | None, json: Path | None) -> None:
+    """Run against a daemon of its own, print, write, and leave with 0 if every limit was kept, 1 if not."""
+    console = progress.console()
+    try:
+        with stack.running(work.fleet, data_dir=data_dir) as own:
+            trial = uvloop.run(work.examined(own))
+    except stack.StackError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(1) from None
+    trial.show(console)
+    if json is not None:
+        trial.write(json)
+    raise typer.Exit(0 if trial.ok else 1)
 
 
 def finish(result: Result, json: Path | None) -> None:
     """Print the result, write it, and leave with 0 if every limit was kept, 1 if not."""
-    Console(width=None if sys.stdout.isatty() else 100).print(table(result))
+    progress.console().print(table(result))
     if json is not None:
         write_json(json, result)
     raise typer.Exit(0 if result.verdicts_ok else 1)
-
-
-def _run(run: Coroutine[object, object, loads.LoadRun]) -> Result:
-    """Run a load on uvloop."""
-    return uvloop.run(run).result
 
 
 def _fleet(devices: int, seed: int, tokens: Path | None) -> tuple[Device, ...]:
@@ -103,9 +152,7 @@ def _fleet(devices: int, seed: int, tokens: Path | None) -> tuple[Device, ...]:
     return known[:devices]
 
 
-# ── further commands: demo, all, micro, compare, each in a file of its own ───────────────────────────────
-# from bench import demo; app.command()(demo.demo)
-
-
 if __name__ == "__main__":
+    # a terminated bench ends as an interrupted one does: its daemon stops, its folder goes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()

@@ -168,9 +168,7 @@ def read_csv(file: TextIO, seed: int) -> tuple[Device, ...]:
     missing = {"device_id", "alias", "token"} - set(rows.fieldnames or ())
     if missing:
         raise ValueError(f"the file has no column {', '.join(sorted(missing))}")
-    return tuple(
-        _device(index, seed, (row["device_id"], row["alias"], row["token"])) for index, row in enumerate(rows)
-    )
+    return tuple(_device(index, seed, (row["device_id"], row["alias"], row["token"])) for index, row in enumerate(rows))
 
 
 # ── bodies ────────────────────────────────────────────────────────────────────────────────────────
@@ -232,14 +230,11 @@ def _template(traits: _Traits) -> bytes:
     parts.append(f',"manufacturer":{text(model.manufacturer)}}},"memory":{{"total_ram_mb":{model.ram_mb}.0')
     parts.append(',"avail_ram_mb":%d.0,"pressure_pct":%d.0},"network":')
     parts.append(f'{{"transport":{text(traits.transport)}')
-    parts.extend(
-        f',"{key}":{text(value)}' for key, value in _present(ssid=traits.ssid, carrier=traits.carrier)
-    )
+    parts.extend(f',"{key}":{text(value)}' for key, value in _present(ssid=traits.ssid, carrier=traits.carrier))
     parts.append(f',"ip":{text(traits.ip)}%b}}')
     hints = None if traits.hints is None else list(traits.hints)
     parts.extend(
-        f',"{key}":{text(value)}'
-        for key, value in _present(fcm_token=traits.fcm_token, self_heal_hints=hints)
+        f',"{key}":{text(value)}' for key, value in _present(fcm_token=traits.fcm_token, self_heal_hints=hints)
     )
     parts.append(',"is_device_owner":true,"power_ok":true,"doze_whitelisted":true,"net_validated":true')
     parts.append(',"queue_depth":%d%b}')
@@ -370,16 +365,8 @@ def schedule(
     Each heartbeat is sent `duplicate_factor` times on average, with timestamps spread over its own bucket.
     `replay_fraction` of the devices come back within the first second with `replay_queue` old heartbeats.
     """
-    if (
-        interval_s <= 0
-        or duration_s <= 0
-        or jitter_s < 0
-        or duplicate_factor < 1
-        or not 0 <= replay_fraction <= 1
-    ):
-        raise ValueError(
-            "interval and duration > 0, jitter >= 0, duplicate factor >= 1, replay fraction 0..1"
-        )
+    if interval_s <= 0 or duration_s <= 0 or jitter_s < 0 or duplicate_factor < 1 or not 0 <= replay_fraction <= 1:
+        raise ValueError("interval and duration > 0, jitter >= 0, duplicate factor >= 1, replay fraction 0..1")
     rng = random.Random(f"nexhb schedule:{seed}")
     interval_us, jitter_us = round(interval_s * MICROS), round(jitter_s * MICROS)
     end_us = round(duration_s * MICROS)
@@ -441,9 +428,7 @@ def replays(n: int, interval_s: float, queue: int, within_s: float, seed: int) -
     )
 
 
-def _replay(
-    rng: random.Random, *, device: int, phase_us: int, interval_us: int, queue: int, within_us: int
-) -> Replay:
+def _replay(rng: random.Random, *, device: int, phase_us: int, interval_us: int, queue: int, within_us: int) -> Replay:
     """One device's queue, oldest first; the last one is made just before the start."""
     made = tuple(phase_us - age * interval_us for age in range(queue, 0, -1))
     return Replay(device=device, start_us=rng.randrange(max(1, within_us)), made_us=made)

@@ -1,11 +1,9 @@
-"""What a run recorded, what it cost, what is said about it: arrays, a result, verdicts, table and JSON."""
+"""What a run recorded and what is said about it: arrays, a result, verdicts, table and JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import resource
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -98,88 +96,6 @@ def percentiles(latencies_s: Sequence[float]) -> Percentiles:
     return Percentiles(p50, p95, p99, round(max(latencies_s) * 1e3, 3))
 
 
-# ── cost ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def own_cpu_s() -> float:
-    """CPU seconds this process has used."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def process_cpu_s(pid: int) -> float | None:
-    """CPU seconds process `pid` has used, without its children; None when it is gone."""
-    stat = _stat(pid)
-    return None if stat is None else stat.cpu_s
-
-
-def tree_cpu_s(pid: int) -> float | None:
-    """CPU seconds of `pid` and every living descendant: a daemon with its embedded PostgreSQL."""
-    stats = {
-        int(p.name): stat
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit() and (stat := _stat(int(p.name)))
-    }
-    if pid not in stats:
-        return None
-    children: dict[int, list[int]] = {}
-    for child, stat in stats.items():
-        children.setdefault(stat.parent, []).append(child)
-    total, todo = 0.0, [pid]
-    while todo:
-        at = todo.pop()
-        total += stats[at].cpu_s
-        todo.extend(children.get(at, ()))
-    return total
-
-
-@dataclass(frozen=True, slots=True)
-class _Stat:
-    """What is wanted of /proc/PID/stat."""
-
-    parent: int
-    cpu_s: float
-
-
-def _stat(pid: int) -> _Stat | None:
-    """Read /proc/PID/stat; None when the process is gone."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    # the name in parentheses may itself hold spaces and parentheses
-    fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """CPU seconds used over a stretch of a run; the server's are None without its pid."""
-
-    generator_s: float
-    server_s: float | None = None
-    server_tree_s: float | None = None
-
-    def since(self, earlier: Cost) -> Cost:
-        """What was used between two readings."""
-        return Cost(
-            self.generator_s - earlier.generator_s,
-            _minus(self.server_s, earlier.server_s),
-            _minus(self.server_tree_s, earlier.server_tree_s),
-        )
-
-
-def _minus(now: float | None, before: float | None) -> float | None:
-    return None if now is None or before is None else round(now - before, 3)
-
-
-def cost_now(pid: int | None) -> Cost:
-    """Read the CPU clocks of this process and, with a pid, of the server."""
-    if pid is None:
-        return Cost(own_cpu_s())
-    return Cost(own_cpu_s(), process_cpu_s(pid), tree_cpu_s(pid))
-
-
 # ── result ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -201,6 +117,7 @@ class Verdict:
     limit: float
     value: float | None
     ok: bool
+    kind: Literal["at_most", "at_least"] = "at_most"
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +174,13 @@ def judge(result: Result, limits: Iterable[Limit]) -> Result:
 def _verdict(result: Result, limit: Limit) -> Verdict:
     """Hold one limit against the field (or extra) it names."""
     value = result.extra[limit.field] if limit.field in result.extra else getattr(result, limit.field)
+    return hold(limit, value)
+
+
+def hold(limit: Limit, value: float | None) -> Verdict:
+    """Hold one limit against a value."""
     kept = value is not None and (value <= limit.limit if limit.kind == "at_most" else value >= limit.limit)
-    return Verdict(limit.name, limit.limit, value, ok=kept)
+    return Verdict(limit.name, limit.limit, value, ok=kept, kind=limit.kind)
 
 
 def to_json(result: Result) -> dict[str, object]:
@@ -267,18 +189,21 @@ def to_json(result: Result) -> dict[str, object]:
 
 
 def write_json(path: Path, result: Result) -> None:
-    """Write the result beside its place and rename it there: a reader never sees half of it."""
+    """Write the result as JSON."""
+    write_text(path, json.dumps(to_json(result), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside its place and rename it there: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(to_json(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
 def table(result: Result) -> Table:
     """The result for a person."""
-    out = Table(
-        title=f"{result.mode}: {result.devices:,} devices, {result.duration_s:g} s", title_justify="left"
-    )
+    out = Table(title=f"{result.mode}: {result.devices:,} devices, {result.duration_s:g} s", title_justify="left")
     out.add_column("what")
     out.add_column("value", justify="right")
     out.add_column("limit", justify="right")

@@ -126,7 +126,7 @@ class Ingest(_Section):
     queue_items: int = Field(
         default=20_000,
         ge=1,
-        description="heartbeats admitted and unanswered at most: 3 s of work at 7,000/s, far inside the 30 s of the agent",
+        description="heartbeats admitted and unanswered at most: 3 s of work at 7,000/s, the agent waits 30 s",
     )
     queue_bytes: int = Field(
         default=33_554_432,

@@ -4,6 +4,7 @@ not ready → stop accepting → finish handlers → drain the writer → close 
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -29,6 +30,7 @@ from nexhb.writer import Writer
 _log = log.get("daemon")
 
 KEEPALIVE_S = 150.0  # a fleet at 60 s ± 15 s keeps its connections; one at 600 s opens a new one each time
+LINGER_S = 1.0  # how long an unwanted body is thrown away, so that its sender can read why, before the line is cut
 SWEEP_S = 0.5
 START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
 
@@ -205,6 +207,7 @@ async def _serving(parts: Parts) -> AsyncIterator[int]:
         access_log=None,
         keepalive_timeout=KEEPALIVE_S,
         auto_decompress=False,
+        lingering_time=LINGER_S,
         shutdown_timeout=settings.shutdown_timeout_seconds,
     )
     await runner.setup()
@@ -241,6 +244,8 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
         async with running(settings) as daemon:
             _log.info("daemon.started", version=__version__, url=daemon.url, host=socket.gethostname())
             ready(daemon)
+            gc.freeze()  # what stands now stands until the end
+            gc.set_threshold(20_000, 20, 50)  # at 700 objects the collector took 4 % of a full core, and found nothing
             waiting = asyncio.ensure_future(stop.wait())
             await asyncio.wait((waiting, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()

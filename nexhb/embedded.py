@@ -42,7 +42,8 @@ LOCK_S = 60.0  # stop() waits so long for somebody else's start
 POLL_S = 0.01
 PROGRESS_S = 5.0  # a wait says every so often what it waits for
 
-# wal_compression stays off: this build has neither lz4 nor zstd, and pglz takes a core that ingest needs
+# wal_compression stays off: this build has neither lz4 nor zstd, and pglz, measured on 2 cores with a checkpoint
+# every 100,000 upserts, writes a third less WAL for 45 % more CPU a row and 30 % fewer rows a second.
 SETTINGS = """\
 # Written by nexhb at every start. Settings of your own: in postgresql.conf, or by ALTER SYSTEM.
 listen_addresses = ''             # no TCP: a private folder and peer authentication are the only door
@@ -435,7 +436,7 @@ class _PidFile:
 
 def _pid_file(pgdata: Path) -> _PidFile | None:
     with contextlib.suppress(FileNotFoundError, IndexError, ValueError):
-        lines = (pgdata / "postmaster.pid").read_text().splitlines()
+        lines = os.fsdecode((pgdata / "postmaster.pid").read_bytes()).split("\n")
         pid, (folder, sockets, status) = int(lines[0]), [*lines, *[""] * 8][1:8:3]
         return _PidFile(pid, folder, sockets, status.strip())
     return None
@@ -463,7 +464,7 @@ def _adopt(at: _Place, lock: IO[bytes]) -> _PidFile | None:
     silent_since: float | None = None
     while found := _pid_file(at.pgdata):
         alive, who = _alive(found.pid, at.pgdata), f"Postmaster {found.pid}"
-        if _answers(found, alive, at):
+        if found.status == "ready" and _answers(found, alive, at):
             return found
         if not alive:
             if _alone(lock):

@@ -96,9 +96,7 @@ class Writer:
             _log.exception("batch.failed_unexpectedly", heartbeats=len(tickets))
             await self._disconnect()
         finally:
-            failed = Verdict(Outcome.FAILED, "internal error")
-            for index, ticket in enumerate(tickets):
-                self._intake.settle(ticket, verdicts[index] if index < len(verdicts) else failed)
+            self._intake.settle(tickets, verdicts or [Verdict(Outcome.FAILED, "internal error")] * len(tickets))
 
     async def _commit(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         """One verdict a heartbeat. Retries what is transient; splits a batch until a bad row stands alone."""
@@ -261,9 +259,13 @@ class Writer:
         if len(self._labels) + len(missing) > LABELS_HELD:
             self._labels.clear()
             missing = batch.unknown_labels(heartbeats, self._labels)
-        columns = tuple(zip(*missing, strict=True))
-        await conn.execute(_Q["add_labels"], *columns)
-        for number, *texts in await conn.fetch(_Q["find_labels"], *columns):
+        await self._find_labels(conn, missing)
+        if new := [label for label in missing if label not in self._labels]:
+            await conn.execute(_Q["add_labels"], *zip(*new, strict=True))
+            await self._find_labels(conn, new)
+
+    async def _find_labels(self, conn: Connection, labels: Sequence[Label]) -> None:
+        for number, *texts in await conn.fetch(_Q["find_labels"], *zip(*labels, strict=True)):
             self._labels[Label(*texts)] = number
 
     def _remember(self, plan: Plan, changed: Sequence[Heartbeat]) -> None:

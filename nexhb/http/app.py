@@ -7,7 +7,6 @@ import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from prometheus_client import Histogram
 
 from nexhb import log, metrics
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
@@ -46,15 +45,7 @@ def make_app(parts: Parts) -> web.Application:
 
 def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handler:
     """No middleware: aiohttp would build a chain of them for every request."""
-    series: dict[int, Histogram] = {}
-
-    def observe(status: int, started: float) -> None:
-        found = series.get(status)
-        if found is None:
-            found = series[status] = metrics.http_request_latency_ms.labels(
-                route=route, method=method, status=str(status)
-            )
-        found.observe((time.perf_counter() - started) * 1000)
+    observe = metrics.http_request_latency_ms.series(route, method)
 
     async def call(request: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
@@ -65,9 +56,9 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handl
         except Exception as error:
             response = _as_problem(error, request).response()
         except asyncio.CancelledError:
-            observe(499, started)
+            observe(499, time.perf_counter() - started)
             raise
-        observe(response.status, started)
+        observe(response.status, time.perf_counter() - started)
         return response
 
     return call

@@ -25,7 +25,7 @@ MOST_IN_ONE_REQUEST = 500  # what an agent keeps at most
 _mismatch_logged: set[int] = set()
 
 
-async def post_heartbeat(request: web.Request) -> web.Response:
+async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     """One heartbeat; answered once it is committed."""
     parts = request.app[PARTS]
     _check_open(parts)
@@ -33,7 +33,7 @@ async def post_heartbeat(request: web.Request) -> web.Response:
     limits = parts.settings.server
     body.check_headers(request, most=limits.body_max_bytes, types=_JSON)
     raw = await body.read(request, most=limits.body_max_bytes, timeout_s=limits.body_timeout_seconds)
-    metrics.heartbeats_ingested.inc()
+    parts.intake.received += 1
     try:
         ticket = parts.intake.admit(_parse(parts, raw, device, parts.now()), len(raw))
     except wire.Refused as refused:
@@ -44,9 +44,9 @@ async def post_heartbeat(request: web.Request) -> web.Response:
         raise _come_back(parts, str(error)) from None
     verdict = await ticket.future
     if verdict.outcome is Outcome.WRITTEN:
-        return web.Response(body=parts.answer_written, content_type="application/json")
+        return parts.written.to(request)
     if verdict.outcome is Outcome.DEDUPLICATED:
-        return web.Response(body=parts.answer_deduplicated, content_type="application/json")
+        return parts.deduplicated.to(request)
     if verdict.outcome is Outcome.REFUSED:
         raise Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
     raise _come_back(parts, f"Not committed: {verdict.reason}. Keep it and send it again.")
@@ -64,7 +64,7 @@ async def post_heartbeats(request: web.Request) -> web.Response:
         items = wire.split(raw, ndjson=request.content_type != "application/json", most=MOST_IN_ONE_REQUEST)
     except wire.Refused as refused:
         raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
-    metrics.heartbeats_ingested.inc(len(items))
+    parts.intake.received += len(items)
     tickets, refusals = _admit_all(parts, items, device)
     verdicts: list[Verdict] = await asyncio.gather(*(ticket.future for _, ticket in tickets))
     return _answer_all(parts, tickets, verdicts, refusals, len(items))

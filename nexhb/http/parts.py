@@ -13,6 +13,7 @@ from aiohttp import web
 from nexhb import wire
 from nexhb.errors import DatabaseUnavailable
 from nexhb.http.problem import Problem, dumps
+from nexhb.http.quick import QuickAnswer
 
 if TYPE_CHECKING:
     from nexhb.config import Settings
@@ -36,21 +37,21 @@ class Parts:
     now: Callable[[], datetime]  # UTC
     not_ready: Callable[[], list[str]]  # reasons; empty while heartbeats can be committed
     rules: wire.Rules = field(init=False)
-    answer_written: bytes = field(init=False)
-    answer_deduplicated: bytes = field(init=False)
+    written: QuickAnswer = field(init=False)
+    deduplicated: QuickAnswer = field(init=False)
 
     def __post_init__(self) -> None:
         """What every heartbeat needs and no heartbeat changes."""
         ingest, heartbeat = self.settings.ingest, self.settings.heartbeat
         rules = wire.Rules(heartbeat.unity_package, ingest.bucket_seconds, ingest.accept_past, ingest.accept_future)
         object.__setattr__(self, "rules", rules)
-        for name, deduplicated in (("answer_written", False), ("answer_deduplicated", True)):
+        for name, deduplicated in (("written", False), ("deduplicated", True)):
             value = {
                 "ok": True,
                 "next_heartbeat_seconds": heartbeat.interval_seconds,
                 "deduplicated": deduplicated,
             }
-            object.__setattr__(self, name, dumps(value))
+            object.__setattr__(self, name, QuickAnswer(dumps(value)))
 
 
 PARTS: web.AppKey[Parts] = web.AppKey("parts", Parts)

@@ -18,6 +18,7 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from bench.__main__ import app as cli
+from bench.cost import cost_now, process_cpu_s, tree_cpu_s
 from bench.fleet import BUCKET_US, Replay, Schedule, make_fleet, read_csv, replays, schedule
 from bench.load import (
     Alarm,
@@ -31,7 +32,7 @@ from bench.load import (
     parse_head,
     target,
 )
-from bench.report import Limit, Outcome, SendLog, cost_now, judge, percentiles, process_cpu_s, tree_cpu_s
+from bench.report import Limit, Outcome, SendLog, judge, percentiles
 
 FLEET = make_fleet(20, seed=5)
 NUMBER_OF_TOKEN = {device.token: device.index for device in FLEET}
@@ -131,13 +132,9 @@ def plan_of(*sends: tuple[int, int]) -> Schedule:
     )
 
 
-async def send(
-    to: Target, plan: Schedule, *, connections: int | None = None, timeout_s: float = 5.0
-) -> LoadRun:
+async def send(to: Target, plan: Schedule, *, connections: int | None = None, timeout_s: float = 5.0) -> LoadRun:
     """An open loop that starts at once."""
-    return await open_loop(
-        to, FLEET, plan, connections=connections, timeout_s=timeout_s, settle_s=0, preconnect=False
-    )
+    return await open_loop(to, FLEET, plan, connections=connections, timeout_s=timeout_s, settle_s=0, preconnect=False)
 
 
 def add_up(run: LoadRun) -> None:
@@ -205,9 +202,7 @@ async def test_a_send_that_waits_for_its_connection_counts_from_its_intended_tim
         (b"", True, "timeout"),
     ],
 )
-async def test_an_answer_that_cannot_be_read_is_a_failure_with_its_reason(
-    raw: bytes, stay: bool, reason: str
-) -> None:
+async def test_an_answer_that_cannot_be_read_is_a_failure_with_its_reason(raw: bytes, stay: bool, reason: str) -> None:
     async def script(_: int) -> tuple[bytes, bool]:
         return raw, stay
 
@@ -281,9 +276,7 @@ async def test_what_is_recorded_is_what_the_server_got() -> None:
     async with daemon_server(daemon) as to:
         run = await open_loop(to, FLEET, plan, settle_s=0)
     assert run.result.sent == run.result.ok == len(run.sends) == len(daemon.received) == len(plan) + 80
-    assert Counter(device for device, _ in run.sends.acked()) == Counter(
-        device for device, _ in daemon.received
-    )
+    assert Counter(device for device, _ in run.sends.acked()) == Counter(device for device, _ in daemon.received)
     assert run.result.deduplicated == run.sends.count(Outcome.DEDUPLICATED) == daemon.deduplicated > 0
     assert len(buckets(run.sends)) == len(daemon.rows)
     assert run.result.extra["replay_acked"] == 80
@@ -371,9 +364,7 @@ async def test_an_answer_that_never_comes_is_cut_and_asked_for_again() -> None:
         return (b"", True) if number == 0 else (answer(), True)
 
     async with raw_server(silent_once) as to:
-        run = await agents(
-            to, FLEET, queues=replays(1, 60, 2, 0.01, seed=1), bound_s=5, timeout_s=0.2, backoff=SOON
-        )
+        run = await agents(to, FLEET, queues=replays(1, 60, 2, 0.01, seed=1), bound_s=5, timeout_s=0.2, backoff=SOON)
     assert (run.result.failures, run.result.ok) == ({"timeout": 1}, 2)
     assert run.sends.latency_s[0] >= 0.2
 
@@ -493,7 +484,13 @@ async def test_the_load_command_writes_the_contracts_json_and_exits_by_its_verdi
     wanted = "sent ok refused failed deduplicated p50_ms p95_ms p99_ms max_ms rate_per_s verdicts"
     assert set(wanted.split()) <= found.keys()
     assert found["sent"] == found["ok"] == 20
-    assert found["verdicts"][0] == {"name": "nothing refused", "limit": 0, "value": 0, "ok": True}
+    assert found["verdicts"][0] == {
+        "name": "nothing refused",
+        "limit": 0,
+        "value": 0,
+        "ok": True,
+        "kind": "at_most",
+    }
     assert [path.name for path in out.parent.iterdir()] == ["load.json"]
 
 

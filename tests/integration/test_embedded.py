@@ -172,6 +172,7 @@ def test_the_postmaster_has_a_session_of_its_own_and_none_of_our_secrets(
         assert b"hidden" not in Path(f"/proc/{pid}/environ").read_bytes()
         held = {path.readlink() for path in Path(f"/proc/{pid}/fd").iterdir()}
         assert held.isdisjoint(path.readlink() for path in map(Path, ("/proc/self/fd/1", "/proc/self/fd/2")))
+        assert Path(f"/proc/{pid}/limits").read_text() == Path("/proc/self/limits").read_text()
         assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
         assert not any("embedded" in path.name for path in held), "it holds no lock of ours"
         assert sql(pg.dsn, "SHOW port") == "5432"
@@ -300,6 +301,21 @@ def test_a_start_that_takes_too_long_goes_on_and_is_adopted_later(place: Path) -
         assert pg.adopted
 
 
+def test_ctrl_c_while_it_starts_leaves_no_postmaster_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedded.start(place / "data").stop()
+
+    def ctrl_c(event: str, **_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "PROGRESS_S", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.start(place / "data", log=ctrl_c)
+    assert any(pgdata == place / "data" / "pg" for _, pgdata in embedded._children), "it was on its way"
+    wait_until(lambda: embedded._running(place / "data" / "pg") is None)
+    with embedded.start(place / "data") as pg:
+        assert not pg.adopted
+
+
 def test_a_postmaster_that_is_stopping_is_waited_for_and_started_anew(place: Path) -> None:
     pg = embedded.start(place / "data")
     pid = pid_of(pg.pgdata)
@@ -347,12 +363,12 @@ def test_a_stale_pid_file_that_names_a_strangers_process_does_not_stop_the_start
         owner = pg.pgdata.stat().st_uid
         words = (pg.pgdata / "postmaster.pid").read_text().splitlines(keepends=True)
     rights: dict[str, Any] = {"user": owner} if ROOT else {}
-    with subprocess.Popen(["sleep", "60"], **rights) as stranger:
+    with subprocess.Popen(["sleep", "60"], **rights) as stranger, contextlib.ExitStack() as after:
+        after.callback(stranger.terminate)
         (pg.pgdata / "postmaster.pid").write_text("".join([f"{stranger.pid}\n", *words[1:]]))
         with embedded.start(place / "data") as again:
             assert not again.adopted
             assert stranger.poll() is None
-        stranger.terminate()
 
 
 def socket_folder(pg: embedded.EmbeddedPostgres) -> Path:

@@ -1,0 +1,101 @@
+"""What a run costs: CPU seconds of the generator and of the server, resident memory of a process."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def own_cpu_s() -> float:
+    """CPU seconds this process has used."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def process_cpu_s(pid: int) -> float | None:
+    """CPU seconds process `pid` has used, without its children; None when it is gone."""
+    stat = _stat(pid)
+    return None if stat is None else stat.cpu_s
+
+
+def tree_cpu_s(pid: int) -> float | None:
+    """CPU seconds of `pid` and every living descendant: a daemon with its embedded PostgreSQL."""
+    stats = {int(p.name): stat for p in Path("/proc").iterdir() if p.name.isdigit() and (stat := _stat(int(p.name)))}
+    if pid not in stats:
+        return None
+    children: dict[int, list[int]] = {}
+    for child, stat in stats.items():
+        children.setdefault(stat.parent, []).append(child)
+    total, todo = 0.0, [pid]
+    while todo:
+        at = todo.pop()
+        total += stats[at].cpu_s
+        todo.extend(children.get(at, ()))
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What is wanted of /proc/PID/stat."""
+
+    parent: int
+    cpu_s: float
+
+
+def _stat(pid: int) -> _Stat | None:
+    """Read /proc/PID/stat; None when the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    # the name in parentheses may itself hold spaces and parentheses
+    fields = text[text.rindex(")") + 2 :].split()
+    return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """CPU seconds used over a stretch of a run; the server's are None without its pid."""
+
+    generator_s: float
+    server_s: float | None = None
+    server_tree_s: float | None = None
+
+    def since(self, earlier: Cost) -> Cost:
+        """What was used between two readings."""
+        return Cost(
+            self.generator_s - earlier.generator_s,
+            _minus(self.server_s, earlier.server_s),
+            _minus(self.server_tree_s, earlier.server_tree_s),
+        )
+
+
+def _minus(now: float | None, before: float | None) -> float | None:
+    return None if now is None or before is None else round(now - before, 3)
+
+
+def cost_now(pid: int | None) -> Cost:
+    """Read the CPU clocks of this process and, with a pid, of the server."""
+    if pid is None:
+        return Cost(own_cpu_s())
+    return Cost(own_cpu_s(), process_cpu_s(pid), tree_cpu_s(pid))
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A process' resident memory in MB (10^6 bytes), now and at its highest."""
+
+    rss_mb: float
+    peak_mb: float
+
+
+def memory_of(pid: int) -> Memory:
+    """Read VmRSS and VmHWM. Raises OSError when the process is gone."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines) if key[:2] == "Vm"}
+    return Memory(round(kib["VmRSS"] * 1024 / 1e6, 1), round(kib["VmHWM"] * 1024 / 1e6, 1))

@@ -1,0 +1,47 @@
+"""What a scenario came to: its verdicts, and its figures for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from bench.report import Verdict
+from bench.trial import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One scenario. `figures` are the lines for a person: name → text; `details` is everything, for a file."""
+
+    name: str
+    title: str
+    verdicts: tuple[Verdict, ...]
+    figures: Mapping[str, str]
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every limit was kept."""
+        return all(verdict.ok for verdict in self.verdicts)
+
+    def to_json(self) -> dict[str, object]:
+        """All of it."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
+    """The finding of a load that was compared with the database."""
+    result = trial.result
+    figures = {
+        "acknowledged": f"{result.ok:,} of {result.sent:,} sent, {result.rate_per_s:,.0f}/s",
+        "latency": f"p50 {_ms(result.p50_ms)}, p95 {_ms(result.p95_ms)}, p99 {_ms(result.p99_ms)}, "
+        f"max {_ms(result.max_ms)}",
+        "rows": f"{trial.check.lines[0].found:,} found, {trial.check.lines[0].expected:,} expected",
+        "daemon": f"{trial.memory.rss_mb:g} MB, {result.server_cpu_s or 0:g} s of CPU",
+        **more,
+    }
+    return Finding(name, title, result.verdicts, figures, trial.to_json())
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} ms"

@@ -1,0 +1,31 @@
+"""The load: a fleet's heartbeats over raw HTTP/1.1, cheap enough to share two cores with the server.
+
+Three ways to send, one connection class: `open_loop` (a schedule, at its times), `agents` (each heartbeat until it is
+acknowledged), `closed_loop` (as fast as it goes).
+"""
+
+from bench.load.agents import Backoff, agents
+from bench.load.alarm import Alarm
+from bench.load.closed_loop import closed_loop
+from bench.load.connection import parse_head
+from bench.load.open_loop import open_loop
+from bench.load.pool import RATE_BOUND, Span, recent_span
+from bench.load.sender import LoadRun, Progress
+from bench.load.target import NotLoopbackError, Target, target
+
+__all__ = (
+    "RATE_BOUND",
+    "Alarm",
+    "Backoff",
+    "LoadRun",
+    "NotLoopbackError",
+    "Progress",
+    "Span",
+    "Target",
+    "agents",
+    "closed_loop",
+    "open_loop",
+    "parse_head",
+    "recent_span",
+    "target",
+)

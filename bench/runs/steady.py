@@ -1,0 +1,43 @@
+"""Scenarios 1 and 2, and the one with duplicates: a fleet on its schedule, in open loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import uvloop
+
+from bench import progress, stack
+from bench.fleet import make_fleet, schedule
+from bench.finding import Finding, of_trial
+from bench.load import open_loop, target
+from bench.scenarios import OpenLoopScenario
+from bench.trial import Trial, examine
+
+_SEED = 1
+
+
+def run(scenario: OpenLoopScenario) -> Finding:
+    """Send the schedule, compare every row."""
+    fleet = make_fleet(scenario.devices, _SEED)
+    with stack.running(fleet) as own:
+        trial = uvloop.run(_trial(scenario, own))
+    share = trial.result.extra["deduplicated_share"]
+    more = {"deduplicated": f"{share:.1%}"} if scenario.duplicate_factor > 1 else {}
+    return of_trial(scenario.name, scenario.title, trial, **more)
+
+
+async def _trial(scenario: OpenLoopScenario, own: stack.Stack) -> Trial:
+    fleet = make_fleet(scenario.devices, _SEED)
+    plan = schedule(
+        scenario.devices,
+        scenario.interval_s,
+        scenario.jitter_s,
+        scenario.duration_s,
+        _SEED,
+        duplicate_factor=scenario.duplicate_factor,
+    )
+    with progress.line(len(plan), "heartbeats acknowledged") as show:
+        sent = await open_loop(target(own.url), fleet, plan, pid=own.pid, seed=_SEED, progress=show)
+    share = sent.result.deduplicated / max(1, sent.result.ok)
+    result = replace(sent.result, extra={**sent.result.extra, "deduplicated_share": round(share, 4)})
+    return await examine(own, fleet, replace(sent, result=result), scenario.limits)
