@@ -11,14 +11,16 @@ from typing import Annotated
 import typer
 import uvloop
 
-from bench import demo, progress, stack
+from bench import demo, progress, stack, suite
 from bench import load as loads
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
+from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
+from bench.runs import soak
 from bench.scenarios import FLOORS
 from bench.trial import Trial, examine
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 _OPEN_LIMITS = (*ALL_ACKNOWLEDGED, *FLOORS)
 _CLOSED_LIMITS = (*ALL_ACKNOWLEDGED, Limit("nothing deduplicated", "deduplicated", 0))
@@ -80,6 +82,9 @@ def fleet(
 
 
 app.command()(demo.demo)
+app.command("all")(suite.run_all)
+app.command()(soak.soak)
+app.command()(micro)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,8 @@ def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
         "latency": f"p50 {_ms(result.p50_ms)}, p95 {_ms(result.p95_ms)}, p99 {_ms(result.p99_ms)}, "
         f"max {_ms(result.max_ms)}",
         "rows": f"{trial.check.lines[0].found:,} found, {trial.check.lines[0].expected:,} expected",
-        "daemon": f"{trial.memory.rss_mb:g} MB, {result.server_cpu_s or 0:g} s of CPU",
+        "daemon": f"{trial.memory.rss_mb:g} MB"
+        + ("" if result.server_cpu_s is None else f", {result.server_cpu_s:g} s of CPU"),
         **more,
     }
     return Finding(name, title, result.verdicts, figures, trial.to_json())

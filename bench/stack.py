@@ -209,7 +209,7 @@ def running(
     fleet: Sequence[Device] = (), *, data_dir: Path | None = None, settings: Mapping[str, str] | None = None
 ) -> Iterator[Stack]:
     """A daemon that serves and knows the fleet. Its folder goes with it, unless it is a named one."""
-    with _folder(data_dir) as folder:
+    with run_folder(data_dir) as folder:
         stack = Stack(folder, settings or {})
         try:
             stack.start()
@@ -221,7 +221,7 @@ def running(
 
 
 @contextlib.contextmanager
-def _folder(named: Path | None) -> Iterator[Path]:
+def run_folder(named: Path | None = None) -> Iterator[Path]:
     """An empty folder: the named one, which stays, or one that goes."""
     if named is not None:
         named.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class DatabaseUnavailable(NexhbError):
 
 
 class Overloaded(NexhbError):
-    """nexhb holds as many unanswered heartbeats as it may."""
+    """No heartbeat is taken right now."""
 
 
 class UnknownDevice(NexhbError):

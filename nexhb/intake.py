@@ -10,6 +10,7 @@ import enum
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from nexhb import metrics
@@ -100,13 +101,22 @@ class Intake:
         self._arrived.set()
         return ticket
 
-    async def take(self, most: int) -> list[Ticket]:
-        """Every ticket that waits, `most` at the most; waits for the first."""
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
+    async def wait(self, timeout_s: float) -> None:
+        """Wait for a ticket, for `wake`, or for `timeout_s`."""
+        if self._waiting:
+            return
+        self._arrived.clear()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._arrived.wait(), timeout_s)
+
+    def wake(self) -> None:
+        """End a `wait` although nothing arrived."""
+        self._arrived.set()
+
+    def take(self, most: int) -> list[Ticket]:
+        """Every ticket that waits, `most` at the most; none that was settled meanwhile."""
         taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        return [t for t in taken if not t.future.done()]
+        return [ticket for ticket in taken if ticket in self._unanswered]
 
     async def idle(self) -> None:
         """Wait until everything admitted is answered."""

@@ -28,6 +28,8 @@ def classify(error: BaseException) -> Kind:
     """The kind of `error`. An error without an SQLSTATE on a closed connection surfaces as
     InterfaceError (asyncpg), so the class counts where there is no code."""
     state = str(getattr(error, "sqlstate", None) or "")
+    if state == "23514" and not getattr(error, "constraint_name", None):
+        return Kind.NO_PARTITION  # a row's time fits no partition, or not this one; a CHECK would have a name
     if state:
         return _by_state(state)
     if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
@@ -46,7 +48,7 @@ def _by_state(state: str) -> Kind:
         return Kind.TRANSIENT
     if state == "23505":
         return Kind.DUPLICATE
-    if state in ("42P01", "23514"):
+    if state == "42P01":
         return Kind.NO_PARTITION
     if state.startswith(("22", "23")):
         return Kind.DATA

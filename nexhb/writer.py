@@ -32,6 +32,7 @@ _log = log.get("writer")
 
 STATEMENT_TIMEOUT_S = 5.0
 RETRY_FOR_S = 6.0  # with the last attempt's statement timeout still far inside the agent's 30 s
+PROBE_S = 5.0  # with nothing to write, how often the connection is tried
 RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
 LABELS_HELD = 100_000
 
@@ -74,9 +75,11 @@ class Writer:
     async def run(self) -> None:
         """Commit batches until cancelled. Never raises for what the database does."""
         while True:
-            tickets = await self._intake.take(self._batch_max)
-            if tickets:
+            await self._intake.wait(PROBE_S)
+            if tickets := self._intake.take(self._batch_max):
                 await self._write(tickets)
+            else:
+                await self._probe()
             if self._intake.closed_because:
                 await self._recover()
 
@@ -228,6 +231,7 @@ class Writer:
                 # A daemon that is stopped in mid-transaction must not hold its locks for ever.
                 idle_in_transaction_session_timeout="10000",
             )
+            self._conn.add_termination_listener(lambda _: self._intake.wake())
             await db.use_packed_inet(self._conn)
         return self._conn
 
@@ -307,6 +311,14 @@ class Writer:
             _log.error("writer.not_ready", error=f"{type(error).__name__}: {error}")
         self._intake.closed_because = "The database cannot commit."
         metrics.ready.set(0)
+
+    async def _probe(self) -> None:
+        """With nothing to write: is the database there? A fleet's first heartbeat should not have to find out."""
+        try:
+            await (await self._connection()).execute(_PING)
+        except Exception as error:
+            await self._disconnect()
+            self._close_intake(error)
 
     async def _recover(self) -> None:
         """Until the database answers again; the intake stays closed meanwhile."""

@@ -19,6 +19,7 @@ import asyncpg
 import orjson
 import pytest
 import uvloop
+from pydantic import SecretStr
 
 from nexhb import daemon as daemon_module
 from nexhb import db, devices, embedded, log, migrate
@@ -244,7 +245,7 @@ async def start_daemon(database: db.Database, tmp_path: Path) -> AsyncIterator[S
                 data_dir=tmp_path,
                 **{
                     "server": Server(port=0, shutdown_timeout_seconds=2),
-                    "database": DatabaseSettings(url=url),
+                    "database": DatabaseSettings(url=SecretStr(url)),
                     "auth": Auth(admin_key=ADMIN_KEY),
                     "ingest": Ingest(),
                 }

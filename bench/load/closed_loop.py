@@ -155,6 +155,7 @@ async def closed_loop(
     extra: dict[str, float | int | None] = {
         "connections": connections,
         "window_s": round(window_s, 3),
+        "window_sends": sends,
         "window_generator_cpu_share": round(cost.generator_s / window_s, 3),
         "window_server_cpu_share": None if cost.server_s is None else round(cost.server_s / window_s, 3),
     }

@@ -21,7 +21,7 @@ def run(scenario: KillScenario) -> Finding:
     with stack.running(make_fleet(scenario.devices, _SEED)) as own:
         trial, again_s = uvloop.run(_trial(scenario, own))
     more = {
-        "killed": f"at {scenario.duration_s / 3:g} s, ready again {again_s:.2f} s later",
+        "killed": f"at {scenario.duration_s / 3:.0f} s, ready again {again_s:.2f} s later",
         "failed": f"{trial.result.failed} sends without an answer, each sent again",
         "unanswered": f"{trial.check.unanswered} never acknowledged, {trial.check.unanswered_found} of them in",
     }

@@ -7,8 +7,8 @@ from dataclasses import replace
 import uvloop
 
 from bench import progress, stack
-from bench.fleet import make_fleet, schedule
 from bench.finding import Finding, of_trial
+from bench.fleet import make_fleet, schedule
 from bench.load import open_loop, target
 from bench.scenarios import OpenLoopScenario
 from bench.trial import Trial, examine

@@ -1,0 +1,104 @@
+"""`python -m bench soak`: scenario 2 for as long as asked, the daemon's memory watched all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import linear_regression, mean
+from typing import Annotated, Final, NamedTuple
+
+import typer
+import uvloop
+
+from bench import progress, stack, suite
+from bench.cost import memory_of
+from bench.finding import Finding, of_trial
+from bench.fleet import make_fleet, schedule
+from bench.load import open_loop, target
+from bench.report import Limit, Verdict, hold
+from bench.scenarios import STEADY_2000
+from bench.trial import Trial, examine
+
+_SEED: Final = 1
+_EVERY_S: Final = 5.0
+# what a start fills (tokens, labels, devices' facts, allocator) is full by then
+_SETTLED_S: Final = 180.0
+_AVERAGED: Final = 6
+_GROWTH: Final = Limit("growth from the 3rd minute to the end, MB", "growth_mb", 5)
+_TREND: Final = Limit("the same by least squares, MB", "trend_mb", 5)
+
+
+class Sample(NamedTuple):
+    """Resident memory at an instant of the run."""
+
+    at_s: float
+    rss_mb: float
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 10.0,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = suite.RESULTS,
+) -> None:
+    """Run scenario 2 for long and see whether the daemon grows. Exit 0: it does not."""
+    finding = run(minutes * 60)
+    progress.console().print(suite.as_table(finding))
+    suite.write(finding, out)
+    suite.write_summary(out)
+    raise typer.Exit(0 if finding.ok else 1)
+
+
+def run(duration_s: float) -> Finding:
+    """Send, watch, compare every row."""
+    samples: list[Sample] = []
+    with stack.running(make_fleet(STEADY_2000.devices, _SEED)) as own:
+        trial = uvloop.run(_trial(own, duration_s, samples))
+    title = f"{STEADY_2000.title}, for {duration_s / 60:g} minutes"
+    finding = of_trial("soak", title, trial)
+    settled = [each for each in samples if each.at_s >= min(_SETTLED_S, duration_s / 2)]
+    growth_mb, trend_mb = growth_of(settled), trend_of(settled)
+    figures = {
+        "memory": f"{samples[0].rss_mb:g} MB at the start, {settled[0].rss_mb:g} MB after {settled[0].at_s:.0f} s, "
+        f"{samples[-1].rss_mb:g} MB at the end",
+        "growth": f"{growth_mb:+.2f} MB, by least squares {trend_mb:+.2f} MB",
+    }
+    verdicts: tuple[Verdict, ...] = (*finding.verdicts, hold(_GROWTH, growth_mb), hold(_TREND, trend_mb))
+    details = {**finding.details, "samples": [each._asdict() for each in samples]}
+    return Finding(finding.name, finding.title, verdicts, {**finding.figures, **figures}, details)
+
+
+def growth_of(samples: Sequence[Sample]) -> float:
+    """MB between the first half minute and the last, each averaged."""
+    first, last = samples[:_AVERAGED], samples[-_AVERAGED:]
+    return round(mean(each.rss_mb for each in last) - mean(each.rss_mb for each in first), 2)
+
+
+def trend_of(samples: Sequence[Sample]) -> float:
+    """MB that a straight line through all samples rises by."""
+    slope, _ = linear_regression([each.at_s for each in samples], [each.rss_mb for each in samples])
+    return round(slope * (samples[-1].at_s - samples[0].at_s), 2)
+
+
+async def _trial(own: stack.Stack, duration_s: float, samples: list[Sample]) -> Trial:
+    fleet = make_fleet(STEADY_2000.devices, _SEED)
+    scenario = replace(STEADY_2000, duration_s=duration_s)
+    plan = schedule(scenario.devices, scenario.interval_s, scenario.jitter_s, duration_s, _SEED)
+    watching = asyncio.create_task(_watch(own.pid, samples))
+    try:
+        with progress.line(len(plan), "heartbeats acknowledged") as show:
+            sent = await open_loop(target(own.url), fleet, plan, pid=own.pid, seed=_SEED, progress=show)
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+    return await examine(own, fleet, sent, scenario.limits)
+
+
+async def _watch(pid: int, samples: list[Sample]) -> None:
+    began = time.monotonic()
+    while True:
+        samples.append(Sample(round(time.monotonic() - began, 1), memory_of(pid).rss_mb))
+        await asyncio.sleep(_EVERY_S)

@@ -1,0 +1,159 @@
+"""`make bench`: every scenario, each on a daemon of its own; results as JSON and one table of limits and verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench import progress, stack
+from bench.finding import Finding
+from bench.report import Limit, Verdict, hold, write_text
+from bench.runs import ceiling, kill, offline, reconnect, steady
+from bench.scenarios import (
+    SCENARIOS,
+    CeilingScenario,
+    KillScenario,
+    OfflineQueryScenario,
+    OpenLoopScenario,
+    ReconnectScenario,
+    Scenario,
+)
+
+RESULTS: Final = Path(__file__).resolve().parent / "results"
+_SIGNS: Final = {"at_most": "≤", "at_least": "≥"}
+
+
+def run_one(scenario: Scenario) -> Finding:
+    """Run a scenario by its kind."""
+    match scenario:
+        case OpenLoopScenario():
+            return steady.run(scenario)
+        case OfflineQueryScenario():
+            return offline.run(scenario)
+        case ReconnectScenario():
+            return reconnect.run(scenario)
+        case CeilingScenario():
+            return ceiling.run(scenario)
+        case KillScenario():
+            return kill.run(scenario)
+
+
+def run_all(
+    quick: Annotated[bool, typer.Option("--quick", help="Shorter; results go to bench/results/quick/.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="These alone: a name, or how it begins.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
+) -> None:
+    """Run every scenario and write bench/results/. Exit 0: every limit of every scenario was kept."""
+    out = out or (RESULTS / "quick" if quick else RESULTS)
+    console = progress.console()
+    findings = [_run(scenario, out, console, quick=quick) for scenario in _chosen(only)]
+    summary = write_summary(out)
+    console.print(f"Results in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def _chosen(only: Sequence[str] | None) -> list[Scenario]:
+    found = [each for each in SCENARIOS if not only or any(each.name.startswith(name) for name in only)]
+    if only and not all(any(each.name.startswith(name) for each in SCENARIOS) for name in only):
+        raise typer.BadParameter(f"there are {', '.join(each.name for each in SCENARIOS)}", param_hint="--only")
+    return found
+
+
+def _run(scenario: Scenario, out: Path, console: Console, *, quick: bool) -> Finding:
+    """Run one, say what came of it, and keep it. A daemon that fails is a broken scenario, not the end of all."""
+    console.print(f"\n[bold]{scenario.name}[/]  {scenario.title}", highlight=False)
+    try:
+        finding = run_one(scenario.quicker() if quick else scenario)
+    except stack.StackError as error:
+        finding = broken(scenario.name, scenario.title, str(error))
+    console.print(as_table(finding))
+    write(finding, out)
+    return finding
+
+
+def broken(name: str, title: str, why: str) -> Finding:
+    """The finding of a run that could not be brought to its end."""
+    return Finding(name, title, (hold(Limit("the run came to its end", "", 1, "at_least"), 0),), {"failed": why})
+
+
+def write(finding: Finding, out: Path) -> None:
+    """Keep a finding as NAME.json, with when and where it was measured."""
+    at = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
+    text = json.dumps({**finding.to_json(), **at}, indent=2, ensure_ascii=False)
+    write_text(out / f"{finding.name}.json", text + "\n")
+
+
+def as_table(finding: Finding) -> Table:
+    """A finding for a person."""
+    out = Table(show_header=False, box=None, padding=(0, 1))
+    for name, text in finding.figures.items():
+        out.add_row(name, text)
+    for verdict in finding.verdicts:
+        out.add_row(verdict.name, said(verdict))
+    return out
+
+
+def said(verdict: Verdict) -> str:
+    """A verdict for a person."""
+    mark = "[green]kept[/]" if verdict.ok else "[red]broken[/]"
+    return f"{number(verdict.value)}  ({_limit(verdict)})  {mark}"
+
+
+def number(value: float | None) -> str:
+    """A number for a person, without digits that say nothing."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if float(value).is_integer() else f"{value:,.3g}"
+
+
+def _limit(verdict: Verdict) -> str:
+    return f"{_SIGNS[verdict.kind]} {number(verdict.limit)}"
+
+
+# ── the table of all ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_summary(out: Path) -> Path:
+    """summary.md from every NAME.json that lies there; its path."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    lines = ["# Results", "", "Written by `python -m bench`; README.md beside this folder says what is measured.", ""]
+    lines += ["| scenario | what | value | limit | |", "| --- | --- | ---: | ---: | --- |"]
+    for each in found:
+        lines += [_verdict_row(each["name"], Verdict(**verdict)) for verdict in each["verdicts"]]
+    for each in found:
+        lines += _section(each)
+    path = out / "summary.md"
+    write_text(path, "\n".join(lines) + "\n")
+    return path
+
+
+def _verdict_row(name: str, verdict: Verdict) -> str:
+    mark = "kept" if verdict.ok else "**broken**"
+    return f"| {name} | {verdict.name} | {number(verdict.value)} | {_limit(verdict)} | {mark} |"
+
+
+def _section(found: dict[str, Any]) -> list[str]:
+    lines = ["", f"## {found['name']}: {found['title']}", "", f"{found['measured_at']}, {found['machine']}", ""]
+    for name, text in found["figures"].items():
+        # a table of its own keeps its columns
+        lines += ["```", text, "```"] if "\n" in text else [f"- {name}: {text}"]
+    return lines
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), "unknown CPU")
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return (
+        f"{os.cpu_count()} cores, {model}, {ram:.0f} GB, Linux {platform.release()}, Python {platform.python_version()}"
+    )

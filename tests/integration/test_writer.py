@@ -1,0 +1,270 @@
+"""The writer under what databases do: answers only what is committed, loses nothing, doubles nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from pydantic import SecretStr
+
+from nexhb import devices, partitions
+from nexhb import writer as writer_module
+from nexhb.config import Database as DatabaseSettings
+from nexhb.config import Ingest
+from nexhb.db import Connection, Database
+from tests.conftest import Agent, Answer, Nexhb, StartDaemon, shown
+from tests.proxy import Proxy, Trick
+
+
+@pytest.fixture
+async def proxy(database: Database) -> AsyncIterator[Proxy]:
+    """A proxy before the test's database."""
+    async with Proxy(database.dsn).serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorter waits, so that a test of a lasting failure need not last."""
+    monkeypatch.setattr(writer_module, "RETRY_FOR_S", 0.5)
+    monkeypatch.setattr(writer_module, "STATEMENT_TIMEOUT_S", 1.0)
+
+
+async def sent_at_last(agent: Agent, made_at: datetime) -> None:
+    """Send one heartbeat again until it is taken, as the agent does."""
+    async with asyncio.timeout(15):
+        while (await agent.send(made_at)).status != 200:
+            await asyncio.sleep(0.05)
+
+
+async def test_a_batch_may_span_midnight_and_days(nexhb: Nexhb) -> None:
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    moments = [midnight + timedelta(days=days, seconds=seconds) for days in (-3, -1, 0) for seconds in (-1, 0)]
+    agents = [await nexhb.agent() for _ in moments]
+    answers = await asyncio.gather(*(agent.send(at) for agent, at in zip(agents, moments, strict=True)))
+    assert [answer.status for answer in answers] == [200] * len(moments)
+    rows = await nexhb.rows("SELECT tableoid::regclass::text AS day, ts FROM device_heartbeats ORDER BY ts")
+    assert [(row["day"], row["ts"]) for row in rows] == [
+        (partitions.name_of(moment.date()), moment) for moment in sorted(moments)
+    ]
+
+
+async def test_what_another_daemon_wrote_is_a_duplicate(start_daemon: StartDaemon, now: datetime) -> None:
+    one, two = await start_daemon(), await start_daemon()
+    agent = await one.agent()
+    assert (await agent.send(now)).body["deduplicated"] is False
+    before = await one.metric("nexhb_staging_batches_total")
+    agent.nexhb = two
+    fresh = await two.agent("another")
+    answers = await asyncio.gather(agent.send(now), fresh.send(now))
+    assert [answer.body["deduplicated"] for answer in answers] == [True, False]
+    assert await one.metric("nexhb_staging_batches_total") > before
+    assert len(await one.rows("SELECT FROM device_heartbeats")) == 2
+
+
+async def test_two_daemons_at_once_write_each_bucket_once(start_daemon: StartDaemon, now: datetime) -> None:
+    daemons = [await start_daemon(), await start_daemon()]
+    agents = [await daemons[0].agent() for _ in range(12)]
+
+    async def replay(nexhb: Nexhb, number: int) -> list[bool]:
+        agent = type(agents[0])(nexhb, agents[number].device_id, agents[number].token)
+        found = []
+        for minute in range(20):
+            answer = await agent.send(now - timedelta(minutes=minute))
+            assert answer.status == 200
+            found.append(answer.body["deduplicated"])
+        return found
+
+    both = await asyncio.gather(*(replay(nexhb, number) for number in range(12) for nexhb in daemons))
+    assert sum(not deduplicated for found in both for deduplicated in found) == 240
+    assert len(await daemons[0].rows("SELECT FROM device_heartbeats")) == 240
+
+
+async def test_a_row_that_the_database_refuses_is_refused_alone(nexhb: Nexhb, now: datetime) -> None:
+    await nexhb.rows("ALTER TABLE device_heartbeats ADD CONSTRAINT odd CHECK (battery_pct <> 66)")
+    agents = [await nexhb.agent() for _ in range(30)]
+    answers = await asyncio.gather(
+        *(
+            agent.send(now, battery={"pct": 66.0 if number in (7, 8, 20) else 50.0})
+            for number, agent in enumerate(agents)
+        )
+    )
+    assert [number for number, answer in enumerate(answers) if answer.status != 200] == [7, 8, 20]
+    assert answers[7].status == 422
+    assert "odd" in answers[7].body["errors"][0]["message"]
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 27
+    assert len(await nexhb.rows("SELECT FROM device_last_status")) == 27
+
+
+async def test_a_missing_partition_is_made_by_need(start_daemon: StartDaemon, now: datetime) -> None:
+    nexhb = await start_daemon()
+    day = (now - timedelta(days=2)).date()
+    agent = await nexhb.agent()
+    await agent.send(now - timedelta(days=2, minutes=1))
+    await nexhb.rows(f"DROP TABLE {partitions.name_of(day)}")
+    assert (await agent.send(now - timedelta(days=2))).status == 200
+    [row] = await nexhb.rows("SELECT tableoid::regclass::text AS day FROM device_heartbeats")
+    assert row["day"] == partitions.name_of(day)
+
+
+async def test_a_day_that_cannot_be_made_holds_up_no_other(nexhb: Nexhb, now: datetime) -> None:
+    day = (now - timedelta(days=2)).date()
+    await nexhb.rows(f"ALTER TABLE device_heartbeats DETACH PARTITION {partitions.name_of(day)}")
+    late, live = await nexhb.agent(), await nexhb.agent()
+    answers = await asyncio.gather(late.send(now - timedelta(days=2)), live.send(now))
+    assert [answer.status for answer in answers] == [503, 200]
+    assert "partition" in answers[0].body["detail"]
+
+
+async def test_a_backend_that_is_terminated_costs_no_heartbeat(nexhb: Nexhb, now: datetime) -> None:
+    agents = [await nexhb.agent() for _ in range(20)]
+    terminated, stop = 0, asyncio.Event()
+
+    async def nemesis() -> None:
+        nonlocal terminated
+        while not stop.is_set():
+            await asyncio.sleep(0.03)  # faster than this, no connection would ever stand
+            found = await nexhb.rows(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'nexhb writer'"
+            )
+            terminated += len(found)
+
+    trouble = asyncio.create_task(nemesis())
+    for minute in range(8):
+        answers = await asyncio.gather(*(agent.send(now - timedelta(minutes=minute)) for agent in agents))
+        assert {answer.status for answer in answers} <= {200, 503}
+        for agent, answer in zip(agents, answers, strict=True):
+            if answer.status != 200:
+                await sent_at_last(agent, now - timedelta(minutes=minute))
+    stop.set()
+    await trouble
+    assert terminated > 2
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 160
+
+
+@pytest.mark.parametrize(("trick", "outcome"), [(Trick.SWALLOW_ANSWER, "committed"), (Trick.CUT_BEFORE, "aborted")])
+async def test_a_commit_in_doubt_is_asked_after(
+    start_daemon: StartDaemon, proxy: Proxy, now: datetime, trick: Trick, outcome: str
+) -> None:
+    nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
+    agent = await nexhb.agent()
+    name = f'nexhb_commits_in_doubt_total{{outcome="{outcome}"}}'
+    before = await nexhb.metric(name)
+    proxy.trick = trick
+    answer = await agent.send(now)
+    assert proxy.played.is_set()
+    # Written once, and known to be: not "deduplicated" against its own first attempt.
+    assert (answer.status, answer.body["deduplicated"]) == (200, False)
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 1
+    assert await nexhb.metric(name) == before + 1
+
+
+async def test_a_commit_that_hangs_is_given_up_and_made_again(
+    start_daemon: StartDaemon, proxy: Proxy, now: datetime, patient: None
+) -> None:
+    nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
+    agent = await nexhb.agent()
+    await agent.send(now - timedelta(minutes=1))
+    proxy.trick = Trick.HANG
+    await sent_at_last(agent, now)
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 2
+
+
+async def test_while_the_database_is_away_devices_hear_503_and_afterwards_200(
+    start_daemon: StartDaemon, proxy: Proxy, now: datetime, patient: None
+) -> None:
+    nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
+    agent = await nexhb.agent()
+    assert (await agent.send(now - timedelta(minutes=1))).status == 200
+    proxy.take_away()
+    answer = await agent.send(now)
+    assert answer.status == 503
+    assert 2 <= int(answer.headers["Retry-After"]) <= 12
+    async with nexhb.http.get(f"{nexhb.url}/readyz") as response:
+        assert response.status == 503
+        assert "commit" in (await response.json())["reasons"][0]
+    # A token that memory does not know: nobody may be told 401 by a daemon that could not look.
+    agent.token = devices.new_token()
+    assert (await agent.send(now)).status == 503
+    proxy.give_back()
+    async with asyncio.timeout(10):
+        while True:
+            async with nexhb.http.get(f"{nexhb.url}/readyz") as response:
+                if response.status == 200:
+                    break
+    assert (await (await nexhb.agent()).send(now)).status == 200
+
+
+async def test_an_unknown_token_is_503_while_the_store_cannot_be_read(
+    start_daemon: StartDaemon, proxy: Proxy, now: datetime
+) -> None:
+    nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
+    agent = await nexhb.agent()
+    agent.token = devices.new_token()
+    assert (await agent.send(now)).status == 401
+    agent.token = devices.new_token()
+    proxy.take_away()
+    assert (await agent.send(now)).status == 503
+
+
+async def test_over_the_bound_is_503_before_the_body_is_read(
+    start_daemon: StartDaemon, now: datetime, conn: Connection
+) -> None:
+    nexhb = await start_daemon(ingest=Ingest(queue_items=3))
+    agents = [await nexhb.agent() for _ in range(6)]
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status")
+        sends = [asyncio.create_task(agent.send(now)) for agent in agents]
+        refused: set[asyncio.Task[Answer]] = set()
+        while len(refused) < 3:
+            refused, _ = await asyncio.wait(sends, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result().status for task in refused] == [503] * 3
+        assert all("Retry-After" in task.result().headers for task in refused)
+    answers = await asyncio.gather(*sends)
+    assert sorted(answer.status for answer in answers) == [200] * 3 + [503] * 3
+
+
+async def test_a_heartbeat_that_cannot_be_committed_in_time_is_503(
+    start_daemon: StartDaemon, now: datetime, conn: Connection, patient: None
+) -> None:
+    nexhb = await start_daemon(ingest=Ingest(answer_within_seconds=1))
+    agent = await nexhb.agent()
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status")
+        answer = await agent.send(now)
+    assert answer.status == 503
+    await sent_at_last(agent, now)
+
+
+async def test_what_was_admitted_is_committed_when_the_daemon_stops(
+    start_daemon: StartDaemon, now: datetime, conn: Connection
+) -> None:
+    from nexhb import daemon as daemon_module  # noqa: PLC0415
+
+    nexhb = await start_daemon()
+    agents = [await nexhb.agent() for _ in range(10)]
+    async with daemon_module.running(nexhb.settings) as second:
+        for agent in agents:
+            agent.nexhb.url = second.url
+        locked = conn.transaction()
+        await locked.start()
+        await conn.execute("LOCK TABLE device_last_status")
+        sends = [asyncio.create_task(agent.send(now)) for agent in agents]
+        while await nexhb.metric("nexhb_intake_items") < 10:
+            pass
+        asyncio.get_running_loop().call_later(0.3, lambda: asyncio.ensure_future(locked.commit()))
+    answers = await asyncio.gather(*sends)
+    assert [answer.status for answer in answers] == [200] * 10
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 10
+
+
+async def test_the_status_says_what_the_newest_heartbeat_said_whatever_their_order(nexhb: Nexhb, now: datetime) -> None:
+    agent = await nexhb.agent()
+    minutes = [5, 1, 9, 3, 0, 7, 2]
+    await asyncio.gather(
+        *(agent.send(now - timedelta(minutes=minute), battery={"pct": float(minute)}) for minute in minutes)
+    )
+    status = await nexhb.get(f"/v1/devices/{agent.device_id}")
+    assert (status["last_ts"], status["battery_pct"]) == (shown(now), 0)
