@@ -24,7 +24,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml $(LOCK)
 	@touch $@ $(VENV)/.run
 
 run: $(VENV)/.run ## run the daemon in the foreground on the embedded PostgreSQL
-	@$(BIN)/nexhb serve
+	@$(BIN)/nexhb serve --welcome
 
 demo: $(VENV)/.test ## run the daemon with a simulated fleet of 2,000 devices for a minute, and check every row
 	@$(BIN)/python -m bench demo

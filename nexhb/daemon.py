@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, keys, log, metrics, migrate, partitions
+from nexhb import __version__, db, embedded, keys, log, metrics, migrate, partitions
 from nexhb.config import Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
@@ -71,10 +72,12 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
     state = State()
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
     async with AsyncExitStack() as stack:
-        database = await stack.enter_async_context(open_database(settings))
+        cluster = await stack.enter_async_context(open_cluster(settings))
+        database = cluster.database
         admin_key = keys.read_or_make(settings)
         await _prepare(database, settings, state, now())
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
+        await stack.enter_async_context(_side_task("cluster", cluster.watch(intake, settings.data_dir), failed))
         devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds)
         await devices.load()
         stack.push_async_callback(devices.close)
@@ -104,19 +107,52 @@ def _stopping(state: State) -> None:
     metrics.ready.set(0)
 
 
+@dataclass
+class Cluster:
+    """Where the heartbeats go, and the embedded PostgreSQL behind it if it is that."""
+
+    database: Database
+    server: embedded.EmbeddedPostgres | None = None
+
+    async def watch(self, intake: Intake, data_dir: Path) -> None:
+        """Start the embedded PostgreSQL again should its postmaster be killed: nobody else would. Never returns."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            if self.server is None or not intake.closed_because or self.server.alive:
+                continue
+            _log.error("embedded.died", pgdata=str(self.server.pgdata))
+            try:
+                await asyncio.to_thread(self.server.stop)
+                self.server = await _start_embedded(data_dir)
+            except NexhbError as error:
+                _log.error("embedded.not_started", error=str(error))
+                await asyncio.sleep(5)
+
+
+async def _start_embedded(data_dir: Path) -> embedded.EmbeddedPostgres:
+    return await asyncio.to_thread(embedded.start, data_dir, log=log.get("embedded").info)
+
+
+@asynccontextmanager
+async def open_cluster(settings: Settings) -> AsyncIterator[Cluster]:
+    """database.url, else the embedded PostgreSQL, started now unless it runs."""
+    if settings.database.url is not None:
+        yield Cluster(Database(settings.database.url.get_secret_value()))
+        return
+    server = await _start_embedded(settings.data_dir)
+    cluster = Cluster(Database(server.dsn), server)
+    try:
+        yield cluster
+    finally:
+        if cluster.server is not None:
+            await asyncio.to_thread(cluster.server.stop)
+
+
 @asynccontextmanager
 async def open_database(settings: Settings) -> AsyncIterator[Database]:
-    """Where the heartbeats go: database.url, else the embedded PostgreSQL, started now unless it runs."""
-    if settings.database.url is not None:
-        yield Database(settings.database.url.get_secret_value())
-        return
-    from nexhb import embedded  # noqa: PLC0415 - its wheel is optional
-
-    server = await asyncio.to_thread(embedded.start, settings.data_dir, log=log.get("embedded").info)
-    try:
-        yield Database(server.dsn)
-    finally:
-        await asyncio.to_thread(server.stop)
+    """The same for a command, beside a running daemon or without one."""
+    async with open_cluster(settings) as cluster:
+        yield cluster.database
 
 
 async def _prepare(database: Database, settings: Settings, state: State, now: datetime) -> None:

@@ -51,7 +51,7 @@ class Database:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""
         return await asyncpg.create_pool(
             self.dsn,
-            min_size=1,
+            min_size=0,  # a floor would be kept up by a task that fills the log while the database is away
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,

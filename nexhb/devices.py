@@ -95,13 +95,16 @@ class DeviceStore:
 
     async def run(self) -> None:
         """Follow the store until cancelled: notifications at once, everything again every refresh_s."""
+        pause_s = 1.0
         while True:
             try:
                 await self._follow()
+                pause_s = 1.0
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DatabaseUnavailable) as error:
                 metrics.device_refreshes.labels(why="listen", status="failed").inc()
                 _log.warning("devices.listen_lost", error=f"{type(error).__name__}: {error}")
-                await asyncio.sleep(1)
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, 5.0)
 
     async def close(self) -> None:
         """Close the connection for look-ups."""

@@ -95,6 +95,11 @@ class EmbeddedPostgres:
     _lock: IO[bytes] = field(repr=False)
     _log: Log = field(repr=False)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its postmaster lives."""
+        return _running(self.pgdata) is not None
+
     def stop(self) -> bool:
         """Give up our claim, and stop the cluster unless others use it. True when it has been stopped."""
         if self._lock.closed:

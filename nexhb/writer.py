@@ -74,6 +74,7 @@ class Writer:
 
     async def run(self) -> None:
         """Commit batches until cancelled. Never raises for what the database does."""
+        await self._probe()  # connected before the first heartbeat needs it
         while True:
             await self._intake.wait(PROBE_S)
             if tickets := self._intake.take(self._batch_max):

@@ -246,7 +246,7 @@ async def start_daemon(database: db.Database, tmp_path: Path) -> AsyncIterator[S
                 **{
                     "server": Server(port=0, shutdown_timeout_seconds=2),
                     "database": DatabaseSettings(url=SecretStr(url)),
-                    "auth": Auth(admin_key=ADMIN_KEY),
+                    "auth": Auth(admin_key=SecretStr(ADMIN_KEY)),
                     "ingest": Ingest(),
                 }
                 | sections,

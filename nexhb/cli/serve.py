@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -10,9 +11,7 @@ from nexhb import cli, daemon, keys
 
 
 def _say(running: daemon.Running) -> None:
-    """What a person at a terminal wants to know first. A log collector gets the same from daemon.started."""
-    if not sys.stdout.isatty() and not sys.stderr.isatty():
-        return
+    """What a person wants to know first. A log collector gets the same from the event daemon.started."""
     where = running.settings.data_dir
     lines = [
         "",
@@ -33,7 +32,18 @@ def _say(running: daemon.Running) -> None:
     typer.echo("\n".join(lines), err=True)
 
 
+def _say_nothing(_running: daemon.Running) -> None:
+    """Nobody watches."""
+
+
 @cli.app.command()
-def serve() -> None:
+def serve(
+    welcome: Annotated[
+        bool | None,
+        typer.Option(help="Say where it serves and how to send a first heartbeat; else only at a terminal."),
+    ] = None,
+) -> None:
     """Run the daemon in the foreground."""
-    raise typer.Exit(cli.run(daemon.serve(cli.settings(for_daemon=True), _say)))
+    watched = sys.stderr.isatty() if welcome is None else welcome
+    ready = _say if watched else _say_nothing
+    raise typer.Exit(cli.run(daemon.serve(cli.settings(for_daemon=True), ready)))

@@ -1,0 +1,191 @@
+"""The daemon as its user runs it: a process of its own, on the embedded PostgreSQL, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import example
+
+
+@dataclass
+class Site:
+    """A machine with nexhb on it."""
+
+    folder: Path
+    port: int
+    daemons: list[subprocess.Popen[str]]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What an operator would have set."""
+        return os.environ | {"NEXHB_DATA_DIR": str(self.folder / "data"), "NEXHB_SERVER__PORT": str(self.port)}
+
+    @property
+    def url(self) -> str:
+        """Where it serves."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> subprocess.Popen[str]:
+        """Start the daemon and wait until it is ready."""
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "nexhb", "serve"], env=self.environment, stderr=subprocess.PIPE, text=True
+        )
+        self.daemons.append(daemon)
+        assert daemon.stderr is not None
+        for line in daemon.stderr:
+            if '"daemon.started"' in line:
+                threading.Thread(target=daemon.stderr.read, daemon=True).start()  # a full pipe would stop it
+                return daemon
+        raise AssertionError(f"it ended with {daemon.wait()}")
+
+    def nexhb(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command beside it."""
+        return subprocess.run(
+            [sys.executable, "-m", "nexhb", *arguments],
+            env=self.environment, check=check, capture_output=True, text=True, timeout=50,
+        )  # fmt: skip
+
+    def call(self, path: str, token: str = "", body: object = None) -> tuple[int, Any]:
+        """One request; with `token` a device's, else the admin's."""
+        key = f"Bearer {token}" if token else f"Bearer {(self.folder / 'data' / 'admin_key').read_text().strip()}"
+        request = urllib.request.Request(  # noqa: S310 - a loopback address
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": key, "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """An empty machine."""
+    folder = Path(tempfile.mkdtemp(prefix="nexhb-site-"))
+    folder.chmod(0o711)
+    site = Site(folder, _free_port(), [])
+    yield site
+    for daemon in site.daemons:
+        if daemon.poll() is None:
+            daemon.send_signal(signal.SIGTERM)
+        daemon.wait(20)
+        assert daemon.stderr is not None
+        daemon.stderr.close()
+    # Whoever killed a daemon left its PostgreSQL: a command that uses it is the last to leave, and stops it.
+    site.nexhb("migrate")
+    shutil.rmtree(folder)
+
+
+def test_a_first_heartbeat_comes_back_and_the_next_start_has_the_data(site: Site) -> None:
+    daemon = site.start()
+    token = site.nexhb("devices", "add", "kiosk-1").stdout.strip()
+    made = datetime.now(UTC)
+    status, body = site.call("/v1/heartbeat", token, example(made))
+    assert (status, body["ok"]) == (200, True)
+    assert site.call("/v1/devices/kiosk-1")[1]["battery_pct"] == 87
+    assert site.nexhb("status").stdout.startswith(f"{site.url}: ready")
+
+    started = time.monotonic()
+    daemon.send_signal(signal.SIGINT)
+    assert daemon.wait(10) == 0
+    assert time.monotonic() - started < 5  # the promise of Ctrl-C
+
+    site.start()
+    assert site.call("/v1/devices/kiosk-1")[1]["battery_pct"] == 87
+    assert site.call("/v1/heartbeat", token, example(made))[1]["deduplicated"] is True
+
+
+def test_what_was_acknowledged_before_a_kill_is_there_after_it(site: Site) -> None:
+    daemon = site.start()
+    token = site.nexhb("devices", "add", "kiosk-1").stdout.strip()
+    start = datetime.now(UTC) - timedelta(hours=20)
+    acknowledged: list[datetime] = []
+
+    def send() -> None:
+        for number in range(5000):
+            made = start + timedelta(seconds=10 * number)
+            try:
+                if site.call("/v1/heartbeat", token, example(made))[0] == 200:
+                    acknowledged.append(made)
+            except OSError:
+                return
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    while len(acknowledged) < 200:
+        time.sleep(0.01)
+    daemon.send_signal(signal.SIGKILL)
+    sender.join(30)
+    site.start()
+    path = "/v1/devices/kiosk-1/heartbeats?limit=10000"
+    stored = {beat["ts"] for beat in site.call(path)[1]["heartbeats"]}
+    missing = [made for made in acknowledged if f"{made:%Y-%m-%dT%H:%M:%S.%fZ}" not in stored]
+    assert missing == []
+    assert len(stored) - len(acknowledged) in (0, 1)  # the one under way may be in
+
+
+def test_a_second_daemon_on_the_same_port_says_so(site: Site) -> None:
+    site.start()
+    second = site.nexhb("serve", check=False)
+    assert second.returncode == 1
+    assert f"server.port {site.port}" in second.stderr
+    assert site.call("/v1/fleet")[0] == 200
+
+
+def test_a_postmaster_that_is_killed_is_started_again(site: Site) -> None:
+    site.start()
+    token = site.nexhb("devices", "add", "kiosk-1").stdout.strip()
+    assert site.call("/v1/heartbeat", token, example(datetime.now(UTC)))[0] == 200
+    pid = int((site.folder / "data" / "pg" / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(pid, signal.SIGKILL)
+    made = datetime.now(UTC) - timedelta(minutes=5)
+    deadline = time.monotonic() + 30
+    while site.call("/v1/heartbeat", token, example(made))[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(site.call("/v1/devices/kiosk-1/heartbeats")[1]["heartbeats"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("NEXHB_SERVER__PORT", "99999", "server.port"),
+        ("NEXHB_SERVER__COLOUR", "red", "server.colour"),
+        ("NEXHB_DATABASE__URL", "postgresql://127.0.0.1:1/none", "database"),
+    ],
+)
+def test_what_cannot_start_says_why(site: Site, name: str, value: str, said: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "nexhb", "migrate"],
+        env=site.environment | {name: value}, capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert found.returncode in (1, 2)
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr

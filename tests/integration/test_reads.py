@@ -1,0 +1,165 @@
+"""What operators ask: right at the edges, paged by key, closed to everybody without the key."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from pydantic import SecretStr
+
+from nexhb import devices
+from nexhb.config import Database as DatabaseSettings
+from nexhb.db import Connection, Database
+from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, shown
+
+ADMIN_ROUTES = [
+    ("GET", "/v1/fleet"), ("GET", "/v1/devices"), ("GET", "/v1/devices/offline"), ("GET", "/v1/devices/unity-down"),
+    ("GET", "/v1/devices/x"), ("GET", "/v1/devices/x/heartbeats"), ("GET", "/metrics"), ("POST", "/ops/enrolment-keys"),
+]  # fmt: skip
+
+
+async def test_the_fleet_is_counted_and_listed(nexhb: Nexhb, now: datetime) -> None:
+    online, offline, down, never, revoked = [await nexhb.agent(name) for name in ("on", "off", "down", "never", "rev")]
+    await online.send(now)
+    await offline.send(now - timedelta(minutes=11))
+    await down.send(now, unity_process_running=False)
+    await revoked.send(now - timedelta(hours=2), unity_process_running=False)
+    conn = await nexhb.database.connect(application="test")
+    await devices.revoke(conn, "rev", now)
+    await conn.close()
+    fleet = await nexhb.get("/v1/fleet")
+    assert {key: fleet[key] for key in ("devices", "online", "offline", "unity_down", "never_seen")} == {
+        "devices": 4, "online": 2, "offline": 1, "unity_down": 1, "never_seen": 1,
+    }  # fmt: skip
+    found = await nexhb.get("/v1/devices/offline")
+    assert (found["count"], found["source"]) == (1, "last_status")
+    [row] = found["devices"]
+    assert (row["device_id"], row["alias"], row["last_ts"]) == (
+        offline.device_id, "Store 42 - kiosk 3", shown(now - timedelta(minutes=11)),
+    )  # fmt: skip
+    assert 660 <= row["offline_seconds"] <= 660 + 60
+    assert [row["device_id"] for row in (await nexhb.get("/v1/devices/unity-down"))["devices"]] == [down.device_id]
+    statuses = {row["device_id"]: row["status"] for row in (await nexhb.get("/v1/devices"))["devices"]}
+    assert statuses == {"on": "ok", "off": "ok", "down": "ok", "never": "never_seen", "rev": "revoked"}
+    assert never.device_id in statuses
+
+
+async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None:
+    noon = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(minutes=1)
+    nexhb = await start_daemon(now=noon)
+    made = {f"s{seconds}": noon - timedelta(seconds=seconds) for seconds in (0, 299, 300, 301, 599, 600, 601, 3600)}
+    for name, moment in made.items():
+        await (await nexhb.agent(name)).send(moment)
+    found = await nexhb.get("/v1/devices/offline?minutes=10")
+    assert [row["device_id"] for row in found["devices"]] == ["s3600", "s601"]
+    assert [row["offline_seconds"] for row in found["devices"]] == [3600, 601]
+    assert (await nexhb.get("/v1/devices/offline?minutes=5"))["count"] == 5
+    assert (await nexhb.get("/v1/devices/offline?minutes=5&limit=1"))["count"] == 5
+    fleet = await nexhb.get("/v1/fleet")
+    assert (fleet["online"], fleet["offline"]) == (6, 2)
+
+
+async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, now: datetime) -> None:
+    old, fresh, unknown = [await nexhb.agent() for _ in range(3)]
+    await old.send(now - timedelta(hours=25), unity_process_running=False)
+    await fresh.send(now - timedelta(hours=23), unity_process_running=False)
+    await unknown.send(now, unity_process_running=None, monitored_foreground_recent_s=-1)
+    found = await nexhb.get("/v1/devices/unity-down")
+    assert [row["device_id"] for row in found["devices"]] == [fresh.device_id]
+
+
+async def test_pages_by_key_show_each_device_once_also_while_some_arrive(nexhb: Nexhb, conn: Connection) -> None:
+    for number in range(25):
+        await devices.add(conn, f"d{number:02}", None)
+    seen: list[str] = []
+    page = await nexhb.get("/v1/devices?limit=10")
+    while True:
+        seen += [row["device_id"] for row in page["devices"]]
+        await devices.add(conn, f"a{len(seen)}", None)  # behind the reader
+        if page["next"] is None:
+            break
+        page = await nexhb.get(f"/v1/devices?limit=10&after={page['next']}")
+    assert seen == [f"d{number:02}" for number in range(25)]
+
+
+async def test_history_is_from_included_to_excluded_newest_first(nexhb: Nexhb, now: datetime) -> None:
+    agent = await nexhb.agent()
+    made = [now.replace(second=0, microsecond=0) - timedelta(minutes=minute) for minute in range(5)]
+    for moment in made:
+        await agent.send(moment)
+    await agent.send(now - timedelta(days=3))
+    path = f"/v1/devices/{agent.device_id}/heartbeats"
+    start, end = (f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in (made[3], made[1]))
+    found = await nexhb.get(f"{path}?from={start}&to={end}")
+    assert [beat["ts"] for beat in found["heartbeats"]] == [shown(made[2]), shown(made[3])]
+    assert len((await nexhb.get(f"{path}?limit=2"))["heartbeats"]) == 2
+    assert len((await nexhb.get(path))["heartbeats"]) == 5
+    days = f"{now - timedelta(days=7):%Y-%m-%dT%H:%M:%S}+00:00"
+    assert len((await nexhb.get(f"{path}?from={days}"))["heartbeats"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/devices?limit=0", "limit"), ("/v1/devices?limit=1001", "limit"), ("/v1/devices?limit=x", "limit"),
+        ("/v1/devices?limit=%D9%A3", "limit"), ("/v1/devices?after=%00", "after"),
+        ("/v1/devices/offline?minutes=-1", "minutes"), ("/v1/devices/offline?minutes=1e3", "minutes"),
+        ("/v1/devices/x/heartbeats?from=yesterday", "from"), ("/v1/devices/x/heartbeats?to=2026-11-24T00:00:00", "to"),
+        ("/v1/devices/x/heartbeats?from=0001-01-01T00:00:00%2B14:00", "from"),
+    ],
+)  # fmt: skip
+async def test_a_bad_parameter_is_named(nexhb: Nexhb, path: str, name: str) -> None:
+    problem = await nexhb.get(path, 400)
+    assert problem["errors"][0]["path"] == name
+
+
+async def test_an_unknown_device_is_404(nexhb: Nexhb) -> None:
+    for path in ("/v1/devices/none", "/v1/devices/none/heartbeats", "/v1/devices/a%00b", f"/v1/devices/{'x' * 300}"):
+        assert (await nexhb.get(path, 404))["title"] == "Not Found"
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
+async def test_without_the_key_it_is_401(nexhb: Nexhb, method: str, path: str) -> None:
+    device = await nexhb.agent()
+    for headers in ({}, {"x-admin": "wrong"}, {"Authorization": f"Bearer {device.token}"}, {"x-admin": ADMIN_KEY[:-1]}):
+        async with nexhb.http.request(method, nexhb.url + path, headers=headers) as response:
+            assert response.status == 401
+            assert response.content_type == "application/problem+json"
+
+
+async def test_both_forms_of_the_admin_key_are_taken(nexhb: Nexhb) -> None:
+    for headers in ({"x-admin": ADMIN_KEY}, {"Authorization": f"Bearer {ADMIN_KEY}"}):
+        async with nexhb.http.get(f"{nexhb.url}/v1/fleet", headers=headers) as response:
+            assert response.status == 200
+
+
+async def test_health_and_readiness_need_no_key(nexhb: Nexhb) -> None:
+    for path, key in (("/healthz", "ok"), ("/readyz", "ready")):
+        async with nexhb.http.get(nexhb.url + path) as response:
+            assert (response.status, (await response.json())[key]) == (200, True)
+
+
+async def test_what_is_not_there_is_404_and_a_wrong_method_405(nexhb: Nexhb) -> None:
+    assert (await nexhb.get("/v2/heartbeat", 404))["status"] == 404
+    problem = await nexhb.get("/v1/heartbeat", 405)
+    assert "POST" in problem["detail"]
+    async with nexhb.http.post(f"{nexhb.url}/v1/fleet") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET")
+
+
+async def test_a_heavy_read_does_not_hold_up_ingest(
+    start_daemon: StartDaemon, now: datetime, conn: Connection, database: Database
+) -> None:
+    url = SecretStr(database.dsn)
+    nexhb = await start_daemon(database=DatabaseSettings(url=url, read_pool_size=1, read_timeout_seconds=1))
+    agent = await nexhb.agent()
+    await agent.send(now - timedelta(minutes=2))  # its facts are known: the next one touches device_last_status only
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")  # the reads hang behind it
+        reads = [asyncio.create_task(nexhb.get("/v1/fleet", 503)) for _ in range(5)]
+        assert (await agent.send(now - timedelta(minutes=1))).status == 200
+        assert not any(read.done() for read in reads)
+        for read in reads:
+            assert "detail" in await read
+    assert (await nexhb.get("/v1/fleet"))["devices"] == 1

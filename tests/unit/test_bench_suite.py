@@ -1,0 +1,68 @@
+"""What is said about results: limits kept or broken, the table of all, growth of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench import suite
+from bench.__main__ import app
+from bench.finding import Finding
+from bench.micro.scratch import text_table
+from bench.report import Limit, hold
+from bench.runs.soak import Sample, growth_of, trend_of
+from bench.scenarios import SCENARIOS
+from bench.stack import StackError
+
+FAST = Limit("fast", "p99_ms", 20)
+
+
+def test_the_summary_has_every_result_that_lies_there(tmp_path: Path) -> None:
+    suite.write(Finding("one", "first", (hold(FAST, 3.21),), {"rate": "9/s"}), tmp_path)
+    suite.write(Finding("two", "second", (hold(FAST, 25),), {"table": "a  b\n1  2"}), tmp_path)
+    text = suite.write_summary(tmp_path).read_text(encoding="utf-8")
+    assert "| one | fast | 3.21 | ≤ 20 | kept |" in text
+    assert "| two | fast | 25 | ≤ 20 | **broken** |" in text
+    assert "- rate: 9/s" in text
+    assert "```\na  b\n1  2\n```" in text
+    found = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
+    assert found["ok"] is False
+    assert {"measured_at", "machine", "verdicts", "details"} <= found.keys()
+
+
+def test_a_daemon_that_does_not_start_is_a_broken_scenario(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(_: object) -> Finding:
+        raise StackError("it did not start")
+
+    monkeypatch.setattr(suite, "run_one", fails)
+    outcome = CliRunner().invoke(app, ["all", "--only", "1", "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert "it did not start" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_an_unknown_scenario_is_wrong_usage() -> None:
+    outcome = CliRunner().invoke(app, ["all", "--only", "nine"])
+    assert outcome.exit_code == 2
+    assert "1-steady-500" in outcome.output
+
+
+def test_every_scenario_has_a_name_of_its_own_and_a_shorter_form() -> None:
+    assert len({each.name for each in SCENARIOS}) == len(SCENARIOS)
+    assert all(each.quicker().name == each.name for each in SCENARIOS)
+
+
+def test_growth_is_seen_by_both_measures() -> None:
+    level = [Sample(5.0 * n, 90 + n % 2) for n in range(60)]
+    rising = [Sample(5.0 * n, 90 + 0.2 * n) for n in range(60)]
+    assert abs(growth_of(level)) < 0.1
+    assert abs(trend_of(level)) < 0.1
+    assert growth_of(rising) == pytest.approx(0.2 * 54)
+    assert trend_of(rising) == pytest.approx(0.2 * 59)
+
+
+def test_a_text_table_is_aligned() -> None:
+    table = text_table(("what", "bytes"), [("a", "1"), ("longer", "1,234")])
+    assert table.splitlines() == ["what    bytes", "------  -----", "a           1", "longer  1,234"]
