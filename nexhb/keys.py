@@ -34,7 +34,9 @@ def _make(data_dir: Path) -> str:
     path, key = data_dir / FILE, secrets.token_urlsafe(32)
     beside = data_dir / f".{FILE}.{os.getpid()}"
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
+        if not data_dir.exists():
+            data_dir.mkdir(parents=True)
+            data_dir.chmod(0o711 if os.geteuid() == 0 else 0o700)  # as root, PostgreSQL's own user may need to pass
         beside.unlink(missing_ok=True)
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(key + "\n")

@@ -191,4 +191,4 @@ async def post_register(request: web.Request) -> web.Response:
         except BadInput as error:
             raise Problem(422, str(error)) from None
     _log.info("device.enrolled", device_id=device_id)
-    return answer({"device_id": device_id, "device_token": token}, 201)
+    return answer({"device_id": device_id, "device_token": token})

@@ -51,4 +51,4 @@ async def post_enrolment_key(request: web.Request) -> web.Response:
     expires_at = parts.now() + timedelta(seconds=wanted.expires_in_seconds)
     async with writable_connection(parts) as conn:
         key = await devices.issue_enrolment_key(conn, note=wanted.note, uses=wanted.uses, expires_at=expires_at)
-    return answer({"enrolment_key": key, "uses": wanted.uses, "expires_at": expires_at}, 201)
+    return answer({"enrolment_key": key, "uses": wanted.uses, "expires_at": expires_at})

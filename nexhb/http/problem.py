@@ -17,9 +17,12 @@ def dumps(value: object) -> bytes:
     return orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z)
 
 
+SERVER = {"Server": "nexhb"}  # and not which Python and aiohttp answer
+
+
 def answer(value: object, status: int = 200) -> web.Response:
     """A JSON answer."""
-    return web.Response(body=dumps(value), status=status, content_type="application/json")
+    return web.Response(body=dumps(value), status=status, content_type="application/json", headers=SERVER)
 
 
 class Problem(Exception):
