@@ -130,7 +130,14 @@ class Cluster:
 
 
 async def _start_embedded(data_dir: Path) -> embedded.EmbeddedPostgres:
-    return await asyncio.to_thread(embedded.start, data_dir, log=log.get("embedded").info)
+    starting = asyncio.ensure_future(asyncio.to_thread(embedded.start, data_dir, log=log.get("embedded").info))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # A thread cannot be cancelled: what it starts is stopped once it stands.
+        server = await starting
+        await asyncio.to_thread(server.stop)
+        raise
 
 
 @asynccontextmanager
@@ -271,24 +278,33 @@ def _url(host: str, port: int) -> str:
 
 
 async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
-    """Run until SIGTERM or SIGINT; the exit code. `ready` is called once heartbeats are taken."""
+    """Run until SIGTERM or SIGINT, also while it still starts; the exit code. `ready` is called once heartbeats are
+    taken."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    stopped = asyncio.ensure_future(stop.wait())
     try:
-        async with running(settings) as daemon:
+        async with AsyncExitStack() as stack:
+            starting = asyncio.ensure_future(stack.enter_async_context(running(settings)))
+            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait((starting,))
+                return 0
+            daemon = starting.result()
             _log.info("daemon.started", version=__version__, url=daemon.url, host=socket.gethostname())
             ready(daemon)
             gc.freeze()  # what stands now stands until the end
             gc.set_threshold(20_000, 20, 50)  # at 700 objects the collector took 4 % of a full core, and found nothing
-            waiting = asyncio.ensure_future(stop.wait())
-            await asyncio.wait((waiting, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            await asyncio.wait((stopped, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
             _log.info("daemon.stopping")
     except NexhbError as error:
         _log.error("daemon.not_started", error=str(error))
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        stopped.cancel()
     if daemon.failed.done():
         _log.error("daemon.part_died", exc_info=daemon.failed.result())
         return 1

@@ -154,9 +154,22 @@ def test_what_was_acknowledged_before_a_kill_is_there_after_it(site: Site) -> No
 def test_a_second_daemon_on_the_same_port_says_so(site: Site) -> None:
     site.start()
     second = site.nexhb("serve", check=False)
-    assert second.returncode == 1
+    assert second.returncode == 2  # a setting is to be changed
     assert f"server.port {site.port}" in second.stderr
     assert site.call("/v1/fleet")[0] == 200
+
+
+def test_a_start_that_waits_for_its_database_can_be_stopped(site: Site) -> None:
+    daemon = subprocess.Popen(
+        [sys.executable, "-m", "nexhb", "serve"],
+        env=site.environment | {"NEXHB_DATABASE__URL": "postgresql://127.0.0.1:1/none"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    site.daemons.append(daemon)
+    assert daemon.stderr is not None
+    assert any('"database.waiting"' in line for line in daemon.stderr)
+    daemon.send_signal(signal.SIGINT)
+    assert daemon.wait(5) == 0
 
 
 def test_a_postmaster_that_is_killed_is_started_again(site: Site) -> None:

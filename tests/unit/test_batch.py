@@ -1,0 +1,156 @@
+"""Heartbeats → the plan of one transaction, against a model that is too simple to be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, timedelta
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexhb import batch
+from nexhb.batch import HISTORY_COLUMNS, Key, RecentKeys, key_of
+from nexhb.wire import Heartbeat, Label
+from tests.unit.beats import FACTS, LABEL, NOON, beat
+
+MIDNIGHT = NOON.replace(hour=0)
+
+# Few devices and half a minute on each side of a midnight: buckets, days and devices meet often.
+heartbeats = st.lists(
+    st.builds(
+        beat,
+        st.integers(1, 4),
+        st.integers(-30_000, 30_000).map(lambda ms: MIDNIGHT + timedelta(milliseconds=ms)),
+        battery_pct=st.integers(0, 100),
+    ),
+    max_size=30,
+)
+
+
+def recent_of(keys: Sequence[Key], capacity: int = 1_000) -> RecentKeys:
+    """A memory that holds these keys."""
+    recent = RecentKeys(capacity)
+    recent.add(keys)
+    return recent
+
+
+def key(heartbeat: Heartbeat) -> tuple[int, int]:
+    """What may be stored once."""
+    return heartbeat.device_no, heartbeat.bucket
+
+
+@settings(max_examples=500, deadline=None)
+@given(heartbeats, st.data())
+def test_a_plan_is_what_the_model_says(arrived: list[Heartbeat], data: st.DataObject) -> None:
+    stored = data.draw(st.sets(st.sampled_from(sorted({key(h) for h in arrived})))) if arrived else set()
+    plan = batch.make(arrived, recent_of([key_of(*one) for one in stored]))
+
+    first: dict[tuple[int, int], int] = {}
+    for index, heartbeat in enumerate(arrived):
+        first.setdefault(key(heartbeat), index)
+    expected = {index for one, index in first.items() if one not in stored}
+
+    rows = [index for day in plan.rows.values() for _, index in day]
+    assert sorted(rows) == sorted(expected)
+    assert plan.duplicates == set(range(len(arrived))) - expected
+    for day, entries in plan.rows.items():
+        assert entries
+        assert all(arrived[index].ts.date() == day for _, index in entries)
+        assert [one for one, _ in entries] == [key_of(*key(arrived[index])) for _, index in entries]
+        assert [key(arrived[index]) for _, index in entries] == sorted(key(arrived[index]) for _, index in entries)
+
+    assert [h.device_no for h in plan.newest] == sorted({h.device_no for h in arrived})
+    for newest in plan.newest:
+        theirs = [h for h in arrived if h.device_no == newest.device_no]
+        assert newest is max(theirs, key=lambda h: h.ts)  # of two at one moment, the one that came first
+
+
+def test_the_first_of_a_bucket_is_the_row_and_the_newest_is_the_status_though_it_is_a_duplicate() -> None:
+    arrived = [beat(ts=NOON + timedelta(seconds=second), battery_pct=50 + second) for second in (3, 8, 1)]
+    plan = batch.make(arrived, RecentKeys(10))
+    assert plan.rows == {date(2026, 11, 24): [(key_of(1, arrived[0].bucket), 0)]}
+    assert (plan.duplicates, plan.newest) == ({1, 2}, [arrived[1]])
+
+
+def test_a_bucket_that_is_stored_already_gets_no_row_and_still_moves_the_status() -> None:
+    stored = beat()
+    plan = batch.make([beat(ts=NOON + timedelta(seconds=5))], recent_of([key_of(1, stored.bucket)]))
+    assert (plan.rows, plan.duplicates) == ({}, {0})
+    assert [h.ts for h in plan.newest] == [NOON + timedelta(seconds=5)]
+
+
+def test_nothing_comes_of_nothing() -> None:
+    assert batch.make([], RecentKeys(10)) == batch.Plan({}, set(), [])
+
+
+@given(
+    st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)),
+    st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)),
+)
+def test_keys_are_ordered_as_their_pairs_and_no_two_pairs_share_one(
+    one: tuple[int, int], other: tuple[int, int]
+) -> None:
+    assert (key_of(*one) < key_of(*other)) == (one < other)
+    assert (key_of(*one) == key_of(*other)) == (one == other)
+
+
+# ---- what was written a short while ago -------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 20), st.lists(st.lists(st.integers(0, 200), max_size=8), max_size=60))
+def test_recent_keys_hold_the_last_generation_and_never_more_than_two(capacity: int, adds: list[list[int]]) -> None:
+    recent = RecentKeys(capacity)
+    added: list[Key] = []
+    for keys in adds:
+        recent.add(keys)
+        added += keys
+        assert sum(one in recent for one in range(201)) < 2 * (capacity + 8)
+        last = list(dict.fromkeys(reversed(added)))[:capacity]
+        assert all(one in recent for one in last)
+        assert not any(one in recent for one in set(range(201)) - set(added))
+
+
+def test_a_key_is_forgotten_after_two_generations() -> None:
+    recent = RecentKeys(3)
+    recent.add([1, 2, 3])
+    recent.add([4, 5])
+    assert all(one in recent for one in (1, 2, 3, 4, 5))
+    recent.add([6])
+    assert [one in recent for one in range(1, 7)] == [False, False, False, True, True, True]
+
+
+# ---- the arguments of its statements ----------------------------------------------------------------------------
+
+
+def test_a_history_row_has_a_value_for_each_column_and_under_its_name() -> None:
+    heartbeat = beat()
+    row = dict(zip(HISTORY_COLUMNS, batch.history_row(heartbeat, 17), strict=True))
+    assert row.pop("label_no") == 17
+    assert row == {name: getattr(heartbeat, name) for name in row}
+
+
+def test_the_status_columns_are_one_sequence_a_column_and_unknown_texts_are_null() -> None:
+    one, two = beat(1), beat(2, label=Label("", "", "", ""))
+    columns = batch.status_columns([one, two])
+    assert columns[0] == (1, 2)
+    assert columns[1] == ("kiosk-1", "kiosk-2")
+    assert [columns[n] for n in (7, 8, 13, 15)] == [
+        ("wifi", None), ("Store-42", None), ("2.1.0", None), ("1.0.9", None),
+    ]  # fmt: skip
+    assert [column[0] for column in columns] == [
+        1, "kiosk-1", one.ts, one.received_at, 87, True, 31.5, "wifi", "Store-42", one.ip, -67, 12_345_678, 1837,
+        "2.1.0", True, "1.0.9", False,
+    ]  # fmt: skip
+
+
+def test_facts_are_written_only_where_they_changed() -> None:
+    same, renamed, new = beat(1), beat(2, facts=FACTS._replace(alias="Store 43")), beat(3)
+    known = {1: hash(FACTS), 2: hash(FACTS)}
+    assert batch.changed_facts([same, renamed, new], known) == [renamed, new]
+
+
+def test_unknown_labels_are_named_once_and_sorted() -> None:
+    labels = [Label("2", "", "", ""), LABEL, Label("1", "", "", "b"), Label("1", "", "", "a")]
+    found = batch.unknown_labels([beat(label=label) for label in [*labels, *labels]], {LABEL: 1})
+    assert found == [Label("1", "", "", "a"), Label("1", "", "", "b"), Label("2", "", "", "")]

@@ -1,0 +1,168 @@
+"""Each thing that can go wrong between nexhb and PostgreSQL, and what it means for the work at hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+import pytest
+
+from nexhb.db import Database
+from nexhb.pgerrors import Kind, classify, is_retryable
+
+
+def from_server(sqlstate: str, **fields: str) -> asyncpg.PostgresError:
+    """The error that asyncpg makes of the server's message."""
+    return asyncpg.PostgresError.new({"S": "ERROR", "C": sqlstate, "M": "what the server says"} | fields)
+
+
+SQLSTATES = [
+    # connection lost
+    ("08000", Kind.LOST), ("08001", Kind.LOST), ("08003", Kind.LOST), ("08006", Kind.LOST), ("08P01", Kind.LOST),
+    ("57P01", Kind.LOST), ("57P02", Kind.LOST), ("57P03", Kind.LOST), ("57P04", Kind.LOST), ("57P05", Kind.LOST),
+    ("25P03", Kind.LOST),
+    # transient: serialization, deadlock, lock_timeout, statement_timeout, out of connections, memory or disk
+    ("40001", Kind.TRANSIENT), ("40P01", Kind.TRANSIENT), ("55P03", Kind.TRANSIENT), ("57014", Kind.TRANSIENT),
+    ("53000", Kind.TRANSIENT), ("53100", Kind.TRANSIENT), ("53200", Kind.TRANSIENT), ("53300", Kind.TRANSIENT),
+    # a row with this key is there
+    ("23505", Kind.DUPLICATE),
+    # a day's table that is not there
+    ("42P01", Kind.NO_PARTITION),
+    # data: never tried again
+    ("22000", Kind.DATA), ("22001", Kind.DATA), ("22003", Kind.DATA), ("22007", Kind.DATA), ("22021", Kind.DATA),
+    ("22P02", Kind.DATA), ("22P03", Kind.DATA), ("22P05", Kind.DATA), ("23000", Kind.DATA), ("23502", Kind.DATA),
+    ("23503", Kind.DATA), ("23P01", Kind.DATA),
+    # anything else is a bug
+    ("42601", Kind.BUG), ("42703", Kind.BUG), ("42501", Kind.BUG), ("21000", Kind.BUG), ("25006", Kind.BUG),
+    ("25P02", Kind.BUG), ("28P01", Kind.BUG), ("0A000", Kind.BUG), ("P0001", Kind.BUG), ("XX000", Kind.BUG),
+    ("XX001", Kind.BUG), ("40003", Kind.BUG), ("57000", Kind.BUG), ("55000", Kind.BUG), ("ZZ999", Kind.BUG),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sqlstate", "kind"), SQLSTATES)
+def test_an_error_of_the_server_is_what_its_sqlstate_says(sqlstate: str, kind: Kind) -> None:
+    error = from_server(sqlstate)
+    assert error.sqlstate == sqlstate
+    assert classify(error) is kind
+
+
+def test_a_check_with_a_name_is_data_and_one_without_is_a_day_without_its_table() -> None:
+    assert classify(from_server("23514", n="device_heartbeats_battery_check")) is Kind.DATA
+    assert classify(from_server("23514")) is Kind.NO_PARTITION
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        # pg_terminate_backend inside `async with conn.transaction()` surfaces so, without an SQLSTATE
+        (asyncpg.InterfaceError("connection is closed"), Kind.LOST),
+        (asyncpg.InternalClientError("unexpected message"), Kind.LOST),
+        (asyncpg.exceptions.OutdatedSchemaCacheError("a type's schema changed"), Kind.LOST),
+        (ConnectionResetError("Connection reset by peer"), Kind.LOST),
+        (ConnectionRefusedError("Connection refused"), Kind.LOST),
+        (FileNotFoundError("no such socket"), Kind.LOST),
+        (OSError(113, "No route to host"), Kind.LOST),
+        (TimeoutError(), Kind.LOST),
+        (asyncio.IncompleteReadError(b"", 5), Kind.LOST),
+        (EOFError(), Kind.LOST),
+        (OverflowError("int too big to convert"), Kind.DATA),
+        (TypeError("expected str, got int"), Kind.DATA),
+        (ValueError("not a value"), Kind.DATA),
+        (UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"), Kind.DATA),
+        (AssertionError(), Kind.BUG),
+        (KeyError("battery"), Kind.BUG),
+        (RuntimeError("cannot perform operation"), Kind.BUG),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_an_error_without_an_sqlstate_is_what_its_class_says(error: BaseException, kind: Kind) -> None:
+    assert classify(error) is kind
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_only_what_is_lost_or_transient_is_tried_again(kind: Kind) -> None:
+    errors = [from_server(sqlstate) for sqlstate, its in SQLSTATES if its is kind]
+    assert errors
+    assert {is_retryable(error) for error in errors} == {kind in (Kind.LOST, Kind.TRANSIENT)}
+
+
+# ---- the same, as they come from asyncpg and from PostgreSQL ------------------------------------------------------
+
+
+async def _value_that_cannot_be_encoded(conn: asyncpg.Connection) -> None:
+    await conn.fetchval("SELECT $1::smallint", 70_000)
+
+
+async def _value_of_another_type(conn: asyncpg.Connection) -> None:
+    await conn.fetchval("SELECT $1::int[]", ["many"])
+
+
+async def _row_that_cannot_be_encoded(conn: asyncpg.Connection) -> None:
+    await conn.execute("CREATE TEMP TABLE t (n smallint)")
+    await conn.copy_records_to_table("t", records=[(70_000,)])
+
+
+async def _nul(conn: asyncpg.Connection) -> None:
+    await conn.fetchval("SELECT $1::text", "a\0b")
+
+
+async def _lone_surrogate(conn: asyncpg.Connection) -> None:
+    await conn.fetchval("SELECT $1::text", "\ud83d")
+
+
+async def _key_that_is_there(conn: asyncpg.Connection) -> None:
+    await conn.execute("CREATE TEMP TABLE t (n int PRIMARY KEY); INSERT INTO t VALUES (1), (1)")
+
+
+async def _day_without_table(conn: asyncpg.Connection) -> None:
+    await conn.execute("CREATE TEMP TABLE t (n int) PARTITION BY RANGE (n); INSERT INTO t VALUES (1)")
+
+
+async def _named_check(conn: asyncpg.Connection) -> None:
+    await conn.execute("CREATE TEMP TABLE t (n int CONSTRAINT odd CHECK (n > 1)); INSERT INTO t VALUES (1)")
+
+
+async def _statement_timeout(conn: asyncpg.Connection) -> None:
+    await conn.execute("SET statement_timeout = 1; SELECT pg_sleep(30)")
+
+
+async def _terminated(conn: asyncpg.Connection) -> None:
+    async with conn.transaction():
+        await conn.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+async def _terminated_before(conn: asyncpg.Connection) -> None:
+    conn.terminate()
+    await conn.execute("SELECT 1")
+
+
+async def _syntax_error(conn: asyncpg.Connection) -> None:
+    await conn.execute("SELEC 1")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [
+        (_value_that_cannot_be_encoded, Kind.DATA),
+        (_value_of_another_type, Kind.DATA),
+        (_row_that_cannot_be_encoded, Kind.DATA),
+        (_nul, Kind.DATA),
+        (_lone_surrogate, Kind.DATA),
+        (_key_that_is_there, Kind.DUPLICATE),
+        (_day_without_table, Kind.NO_PARTITION),
+        (_named_check, Kind.DATA),
+        (_statement_timeout, Kind.TRANSIENT),
+        (_terminated, Kind.LOST),
+        (_terminated_before, Kind.LOST),
+        (_syntax_error, Kind.BUG),
+    ],
+)
+async def test_real_trouble_is_what_it_is(
+    empty_database: Database, trouble: Callable[[asyncpg.Connection], Awaitable[None]], kind: Kind
+) -> None:
+    conn = await empty_database.connect(application="test")
+    found = (await asyncio.gather(trouble(conn), return_exceptions=True))[0]
+    conn.terminate()
+    assert found is not None
+    assert classify(found) is kind, repr(found)
