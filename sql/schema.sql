@@ -1,0 +1,249 @@
+-- The whole schema as it is now, with the reasons and the figures that decided it. To be read.
+--
+-- nexhb runs the files of migrations/, never this one; tests/promises/test_schema_is_the_migrations.py holds the two
+-- together, to the last default. The partitions of device_heartbeats are in neither: nexhb/partitions.py makes one a
+-- day. All times are timestamptz; nexhb's sessions run in UTC.
+
+-- ---- devices: who may send ----------------------------------------------------------------------------------------
+
+-- One row a device, for ever: a heartbeat carries device_no, which must keep its meaning. The facts (alias …
+-- manufacturer) are what the newest heartbeat said of the device itself; they change rarely, so they stand here once
+-- and not in every heartbeat. facts_ts is that heartbeat's ts: a late one does not turn them back.
+CREATE TABLE devices (
+    device_no       integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    device_id       text NOT NULL UNIQUE CHECK (length(device_id) BETWEEN 1 AND 100),
+    alias           text,
+    android_version text,
+    sdk_int         integer,
+    patch_level     text,
+    build_id        text,
+    model           text,
+    manufacturer    text,
+    facts_ts        timestamptz,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    revoked_at      timestamptz                            -- from then on its heartbeats are answered 410
+);
+
+-- A table of their own, because a device may hold several tokens (an imported one beside its own, an old one while it
+-- is rotated), and because the triggers below must fire for a change of a token, not for every change of an alias.
+-- Only the SHA-256 is stored: the token is 256 random bits, so a slow hash would protect nothing and cost much
+-- (bcrypt on every heartbeat held the public server to 3.7 heartbeats/s). A revoked token stays known: the device is
+-- to hear 410, and not the 401 at which it erases its credentials.
+CREATE TABLE device_tokens (
+    token_sha256 bytea PRIMARY KEY CHECK (length(token_sha256) = 32),
+    device_no    integer NOT NULL REFERENCES devices,
+    created_at   timestamptz NOT NULL DEFAULT now(),
+    revoked_at   timestamptz
+);
+CREATE INDEX device_tokens_device ON device_tokens (device_no);
+
+-- Each daemon holds all tokens in memory and hears of every change at once. The payload says which tokens changed, as
+-- hex: 100 of them are 6,500 bytes, and a notification takes 8,000. More (an import) is the empty text: read all again.
+CREATE FUNCTION notify_token_change() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    tokens text;
+BEGIN
+    SELECT CASE WHEN count(*) <= 100 THEN string_agg(encode(token_sha256, 'hex'), ',') ELSE '' END
+    INTO tokens FROM changed;
+    IF tokens IS NOT NULL THEN
+        PERFORM pg_notify('nexhb_devices', tokens);
+    END IF;
+    RETURN NULL;
+END $$;
+-- For each statement, not for each row: 20,000 imported tokens are one notification.
+CREATE TRIGGER device_tokens_added AFTER INSERT ON device_tokens
+    REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION notify_token_change();
+CREATE TRIGGER device_tokens_changed AFTER UPDATE ON device_tokens
+    REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION notify_token_change();
+CREATE TRIGGER device_tokens_removed AFTER DELETE ON device_tokens
+    REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION notify_token_change();
+
+-- With auth.enrolment = "open" a device registers itself against one of these. A use is taken by one conditional
+-- UPDATE, so that two devices cannot both take the last one.
+CREATE TABLE enrolment_keys (
+    key_sha256 bytea PRIMARY KEY CHECK (length(key_sha256) = 32),
+    note       text,
+    uses_left  integer NOT NULL CHECK (uses_left >= 0),
+    expires_at timestamptz NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+
+-- ---- the history --------------------------------------------------------------------------------------------------
+
+-- The four texts that most heartbeats share, once each: a fleet has a few versions and a network name a site. Empty
+-- where unknown, not null, so that the unique key holds.
+CREATE TABLE heartbeat_labels (
+    label_no          integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    agent_version     text NOT NULL,
+    unity_pkg_version text NOT NULL,
+    network_type      text NOT NULL,
+    ssid              text NOT NULL,
+    UNIQUE (agent_version, unity_pkg_version, network_type, ssid)
+);
+
+-- +------------------------------------------------------------------------------------------------------------------+
+-- | BYTES PER HEARTBEAT, heap and indexes, the same data           TO BE REPLACED by `python -m bench micro` figures |
+-- |                                                                                                                  |
+-- | layout                                                                            heap   index   total           |
+-- | NexMDM's: text id, timestamps, texts; its primary key and one index              157.7   118.0   275.7           |
+-- | text id, key (device, bucket)                                                                    260             |
+-- | uuid id, tight columns, 4-byte bucket                                                            174             |
+-- | integer device number, tight column order                                                        150             |
+-- | the same, network texts inline                                                                   136.6           |
+-- | the same, the four texts in heartbeat_labels: this one                                      about 120            |
+-- +------------------------------------------------------------------------------------------------------------------+
+-- Columns stand from wide to narrow, so that no byte goes to alignment, and what varies in length comes last: 32 bytes
+-- of header (with the bitmap of nulls: today's agent sends no signal_dbm), 2 × 8, 6 × 4, 1 or 2 × 2, 3 × 1, 7 of an
+-- IPv4 address make 88, and 4 of line pointer 92.
+--
+-- bucket is the start of the ten seconds (ingest.bucket_seconds) of ts that admit one row a device, in seconds since
+-- 2020-01-01: four bytes, which last to 2088, where a timestamp would take eight in the row and eight in the key.
+--
+-- One row a device and bucket: UNIQUE (device_no, bucket) is an index of each partition, made with it by
+-- nexhb/partitions.py (device_heartbeats_YYYYMMDD_key). Here it cannot stand, because a unique key of the parent must
+-- contain the partition key: ts. That loses nothing: a bucket lies within one day. The same index serves the history
+-- of a device, newest first.
+--
+-- No foreign keys: each would cost a look-up a row, devices and labels are never deleted, and the table can be
+-- distributed by device_no as it stands (tried on Citus: every unique key contains the distribution key). No DEFAULT
+-- partition either: it forbids DETACH CONCURRENTLY and holds up each new day once a row has strayed into it. The
+-- accept window and the days made ahead keep strays out.
+CREATE TABLE device_heartbeats (
+    ts            timestamptz NOT NULL,                    -- made: the device's clock, or received_at where that is wrong
+    received_at   timestamptz NOT NULL,
+    device_no     integer NOT NULL,
+    bucket        integer NOT NULL,
+    label_no      integer NOT NULL,
+    uptime_s      integer,
+    ram_used_mb   integer,                                 -- MiB
+    temp_c        real,
+    battery_pct   smallint,
+    signal_dbm    smallint,
+    plugged       boolean,
+    unity_running boolean,
+    clock_wrong   boolean NOT NULL,                        -- its own time lay outside the accept window
+    ip            inet
+) PARTITION BY RANGE (ts);
+
+-- The history as people ask for it: by device_id, with every column, the texts in their place.
+CREATE VIEW heartbeat_history AS
+SELECT d.device_id,
+       h.ts,
+       h.received_at,
+       h.clock_wrong,
+       h.battery_pct,
+       h.plugged,
+       h.temp_c,
+       nullif(l.network_type, '') AS network_type,
+       nullif(l.ssid, '') AS ssid,
+       h.ip,
+       h.signal_dbm,
+       h.uptime_s,
+       h.ram_used_mb,
+       nullif(l.unity_pkg_version, '') AS unity_pkg_version,
+       h.unity_running,
+       nullif(l.agent_version, '') AS agent_version,
+       h.device_no,
+       h.bucket
+FROM device_heartbeats h
+JOIN devices d USING (device_no)
+JOIN heartbeat_labels l USING (label_no);
+
+-- ---- the last status ----------------------------------------------------------------------------------------------
+
+-- One row a device, written with every heartbeat that is newer than it: a million rows a minute at a million devices.
+-- What decides its layout is therefore how many of those updates are HOT, touching no index and leaving their dead row
+-- to the next visitor of the page: fillfactor 85 keeps room for it on the page, and no index may hold last_ts.
+--
+-- +------------------------------------------------------------------------------------------------------------------+
+-- | 1,000,000 DEVICES, 1,000 of them silent, upserts of 2,000      TO BE REPLACED by `python -m bench micro` figures |
+-- |                                                                                                                  |
+-- | index                                                  upserts/s     HOT            offline query                |
+-- | primary key only                                          72,000     100 %              40 ms                    |
+-- | btree (last_ts)                                           66,000       0 %             1.6 ms                    |
+-- | BRIN (last_ts)                                            64,000     yes                 6 ms, more if scattered |
+-- | btree (last_slot): this one                               66,000     within a slot     1.5 ms                    |
+-- +------------------------------------------------------------------------------------------------------------------+
+-- last_slot is the number of the five minutes that last_ts lies in. It changes with every fifth heartbeat (at 60 s),
+-- and the four between stay HOT. `last_slot <= slot of the cutoff` comes from the index and is at most one slot too
+-- much; `last_ts < cutoff` takes that away. Right for every cutoff; quick as long as the threshold is longer than the
+-- interval and a slot together (600 s against 60 + 300): then the index yields the silent ones and hardly another.
+--
+-- device_id stands here too, though devices has it: both of the seed's queries (SELECT * … WHERE last_ts < …) must say
+-- which device they mean. status leaves revoked devices out of what is asked of the fleet.
+CREATE TABLE device_last_status (
+    device_no         integer PRIMARY KEY,
+    device_id         text NOT NULL,
+    last_ts           timestamptz NOT NULL,
+    received_at       timestamptz NOT NULL,
+    last_slot         integer
+                      GENERATED ALWAYS AS (floor(extract(epoch FROM last_ts AT TIME ZONE 'UTC') / 300)::integer) STORED,
+    battery_pct       smallint,
+    plugged           boolean,
+    temp_c            real,
+    network_type      text,
+    ssid              text,
+    ip                inet,
+    signal_dbm        smallint,
+    uptime_s          integer,
+    ram_used_mb       integer,
+    unity_pkg_version text,
+    unity_running     boolean,
+    agent_version     text,
+    clock_wrong       boolean NOT NULL DEFAULT false,
+    status            text NOT NULL DEFAULT 'ok' CHECK (status IN ('ok', 'inactive', 'revoked'))
+) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
+CREATE INDEX device_last_status_slot ON device_last_status (last_slot) WHERE status = 'ok';
+-- Partial: it holds the few devices whose Unity does not run, and an update of one whose Unity goes on running (or
+-- goes on not running) does not touch it.
+CREATE INDEX device_last_status_unity_down ON device_last_status (device_no)
+    WHERE unity_running = false AND status = 'ok';
+
+-- ---- the life of a day --------------------------------------------------------------------------------------------
+
+-- What became of each partition, also when its table is long gone. What is attached is read from the catalog: a name
+-- here proves nothing.
+CREATE TABLE hb_partitions (
+    partition_name  text PRIMARY KEY,
+    range_start     timestamptz NOT NULL,
+    range_end       timestamptz NOT NULL,
+    state           text NOT NULL DEFAULT 'active'
+                    CHECK (state IN ('active', 'archived', 'archive_failed', 'dropped')),
+    row_count       bigint,
+    bytes_size      bigint,
+    checksum_sha256 text,
+    archive_url     text,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    archived_at     timestamptz,
+    dropped_at      timestamptz
+);
+
+-- Every run of a job. A run that was missed is found here, not in some scheduler's memory.
+CREATE TABLE job_runs (
+    run_no     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    job        text NOT NULL,
+    started_at timestamptz NOT NULL,
+    ended_at   timestamptz,
+    status     text NOT NULL CHECK (status IN ('running', 'completed', 'skipped', 'failed')),
+    reason     text,
+    counts     jsonb NOT NULL DEFAULT '{}',
+    host       text NOT NULL
+);
+CREATE INDEX job_runs_job ON job_runs (job, started_at DESC);
+
+-- What operators switch while daemons run: one row a flag, the same for every daemon of the database.
+CREATE TABLE feature_flags (
+    flag       text PRIMARY KEY,
+    value      jsonb NOT NULL,
+    changed_at timestamptz NOT NULL,
+    changed_by text NOT NULL
+);
+
+-- Which migrations are in. Made by nexhb/migrate.py before the first of them; the checksum finds a file that was
+-- changed after it had been applied.
+CREATE TABLE schema_migrations (
+    version         integer PRIMARY KEY,
+    name            text NOT NULL,
+    checksum_sha256 text NOT NULL,
+    applied_at      timestamptz NOT NULL
+);
