@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,16 @@ def own_cpu_s() -> float:
     """CPU seconds this process has used."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
+
+
+def machine_cpu_s() -> float:
+    """CPU seconds that all processes of this machine have used; 0 where it cannot be told."""
+    try:
+        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _waiting, irq, softirq = (int(field) for field in line.split()[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def process_cpu_s(pid: int) -> float | None:
@@ -62,6 +73,9 @@ class Cost:
     generator_s: float
     server_s: float | None = None
     server_tree_s: float | None = None
+    # of all processes of the machine, and the clock
+    machine_s: float = 0.0
+    at_s: float = 0.0
 
     def since(self, earlier: Cost) -> Cost:
         """What was used between two readings."""
@@ -69,7 +83,16 @@ class Cost:
             self.generator_s - earlier.generator_s,
             _minus(self.server_s, earlier.server_s),
             _minus(self.server_tree_s, earlier.server_tree_s),
+            self.machine_s - earlier.machine_s,
+            self.at_s - earlier.at_s,
         )
+
+    @property
+    def others_cores(self) -> float | None:
+        """How many cores were busy with something else: figures of a machine that was not quiet say little."""
+        if self.server_tree_s is None or self.at_s <= 0:
+            return None
+        return round(max(0.0, self.machine_s - self.generator_s - self.server_tree_s) / self.at_s, 2)
 
 
 def _minus(now: float | None, before: float | None) -> float | None:
@@ -78,9 +101,8 @@ def _minus(now: float | None, before: float | None) -> float | None:
 
 def cost_now(pid: int | None) -> Cost:
     """Read the CPU clocks of this process and, with a pid, of the server."""
-    if pid is None:
-        return Cost(own_cpu_s())
-    return Cost(own_cpu_s(), process_cpu_s(pid), tree_cpu_s(pid))
+    server_s, tree_s = (None, None) if pid is None else (process_cpu_s(pid), tree_cpu_s(pid))
+    return Cost(own_cpu_s(), server_s, tree_s, machine_cpu_s(), time.monotonic())
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from bench.report import Verdict
+from bench.report import Result, Verdict
 from bench.trial import Trial
 
 
@@ -40,8 +40,18 @@ def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
         "daemon": f"{trial.memory.rss_mb:g} MB"
         + ("" if result.server_cpu_s is None else f", {result.server_cpu_s:g} s of CPU"),
         **more,
+        **others(result),
     }
     return Finding(name, title, result.verdicts, figures, trial.to_json())
+
+
+def others(*results: Result) -> dict[str, str]:
+    """A line for a machine that did something else meanwhile; none for a quiet one, or where it is not known."""
+    cores = [found for result in results if (found := result.extra.get("others_cores")) is not None]
+    # a few percent are the kernel's own
+    if max(cores, default=0) <= 0.1:
+        return {}
+    return {"not quiet": f"up to {max(cores):.2f} cores were busy with something else"}
 
 
 def _ms(value: float | None) -> str:

@@ -24,6 +24,7 @@ import orjson
 from bench.cost import Memory, memory_of
 from bench.fleet import Device, write_csv
 from nexhb import embedded, keys
+from nexhb.pgaccount import USER
 
 _HOST: Final = "127.0.0.1"
 # initdb and the first migration take 2 s, crash recovery after a kill some more
@@ -184,7 +185,7 @@ class Stack:
     def dsn(self) -> str:
         """How to reach the embedded PostgreSQL: by the socket that it says it listens on."""
         socket_dir = self._postmaster_file()[4]
-        return f"postgresql://{embedded.USER}@/{embedded.USER}?host={quote(socket_dir)}&port=5432"
+        return f"postgresql://{USER}@/{USER}?host={quote(socket_dir)}&port=5432"
 
     async def connect(self) -> asyncpg.Connection:
         """A connection of one's own to the daemon's database."""

@@ -10,7 +10,6 @@ import enum
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from nexhb import metrics
@@ -63,7 +62,7 @@ class Intake:
         self._waiting: deque[Ticket] = deque()
         self._unanswered: set[Ticket] = set()
         self._bytes = 0
-        self._arrived = asyncio.Event()
+        self._arrived: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._random_fraction = random_fraction
@@ -98,20 +97,27 @@ class Intake:
         self._idle.clear()
         self._bytes += size
         self._waiting.append(ticket)
-        self._arrived.set()
+        self.wake()
         return ticket
 
     async def wait(self, timeout_s: float) -> None:
-        """Wait for a ticket, for `wake`, or for `timeout_s`."""
+        """Wait for a ticket, for `wake`, or for `timeout_s`. One waiter: the writer."""
         if self._waiting:
             return
-        self._arrived.clear()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._arrived.wait(), timeout_s)
+        loop = asyncio.get_running_loop()
+        self._arrived = loop.create_future()
+        # Not wait_for, which makes a task for each wait: under light load that is one a heartbeat.
+        timer = loop.call_later(timeout_s, self.wake)
+        try:
+            await self._arrived
+        finally:
+            timer.cancel()
+            self._arrived = None
 
     def wake(self) -> None:
-        """End a `wait` although nothing arrived."""
-        self._arrived.set()
+        """End a `wait`."""
+        if self._arrived is not None and not self._arrived.done():
+            self._arrived.set_result(None)
 
     def take(self, most: int) -> list[Ticket]:
         """Every ticket that waits, `most` at the most; none that was settled meanwhile."""

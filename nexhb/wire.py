@@ -259,7 +259,7 @@ def _unity(raw: _Body, package: str, errors: list[FieldError]) -> tuple[str | No
         try:
             app = _decode_app(found)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            errors.extend(FieldError(_join(path, e.path), e.message) for e in _refused_json(error, found).errors)
+            errors.extend(FieldError(_join(path, e.path), e.message) for e in _refused_json(error, bytes(found)).errors)
             return None, None
         if app is not None:
             if app.installed is False:

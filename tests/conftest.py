@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -46,7 +47,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    """The DSN of an embedded PostgreSQL that lives as long as the session."""
+    """The DSN of an embedded PostgreSQL that lives as long as the session, or of the server in $TEST_DATABASE_URL."""
+    if dsn := os.environ.get("TEST_DATABASE_URL"):
+        asyncio.run(_make_template(dsn))
+        yield dsn
+        return
     folder = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
     folder.chmod(0o711)  # as root, PostgreSQL's own user must pass
     server = embedded.start(folder / "data")
@@ -60,6 +65,7 @@ def cluster() -> Iterator[str]:
 
 async def _make_template(dsn: str) -> None:
     conn = await asyncpg.connect(dsn)
+    await conn.execute(f"DROP DATABASE IF EXISTS {TEMPLATE}")
     await conn.execute(f"CREATE DATABASE {TEMPLATE}")
     await conn.close()
     conn = await asyncpg.connect(dsn, database=TEMPLATE, server_settings={"timezone": "UTC"})

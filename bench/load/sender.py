@@ -195,5 +195,5 @@ def make_result(
         ),
         server_cpu_s=cost.server_s,
         server_tree_cpu_s=cost.server_tree_s,
-        extra=extra or {},
+        extra={**(extra or {}), "others_cores": cost.others_cores},
     )

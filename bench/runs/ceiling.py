@@ -17,7 +17,7 @@ import asyncpg
 import uvloop
 
 from bench import stack
-from bench.finding import Finding
+from bench.finding import Finding, others
 from bench.fleet import Device, make_fleet
 from bench.load import RATE_BOUND, LoadRun, Span, closed_loop, recent_span, target
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, SendLog, hold, to_json
@@ -141,6 +141,7 @@ def _finding(
         f"SELECT 1 {orientation.select_1_ms:g} ms",
         "rows": f"{trial.check.lines[0].found:,} found, {trial.check.lines[0].expected:,} expected",
         "daemon": f"{trial.memory.rss_mb:g} MB",
+        **others(*(run.result for each in rounds for run in each)),
     }
     details = {
         "bare_rate_per_s": bare,

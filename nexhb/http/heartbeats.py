@@ -28,11 +28,7 @@ _mismatch_logged: set[int] = set()
 async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     """One heartbeat; answered once it is committed."""
     parts = request.app[PARTS]
-    _check_open(parts)
-    device = await auth.device_of(request, parts.devices)
-    limits = parts.settings.server
-    body.check_headers(request, most=limits.body_max_bytes, types=_JSON)
-    raw = await body.read(request, most=limits.body_max_bytes, timeout_s=limits.body_timeout_seconds)
+    device, raw = await _receive(request, parts, parts.settings.server.body_max_bytes, _JSON)
     parts.intake.received += 1
     try:
         ticket = parts.intake.admit(_parse(parts, raw, device, parts.now()), len(raw))
@@ -55,11 +51,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
 async def post_heartbeats(request: web.Request) -> web.Response:
     """A replayed queue of one device: a JSON array or NDJSON. Good ones are kept, bad ones named by their place."""
     parts = request.app[PARTS]
-    _check_open(parts)
-    device = await auth.device_of(request, parts.devices)
-    limits = parts.settings.server
-    body.check_headers(request, most=limits.batch_body_max_bytes, types=_JSON_OR_NDJSON)
-    raw = await body.read(request, most=limits.batch_body_max_bytes, timeout_s=limits.body_timeout_seconds)
+    device, raw = await _receive(request, parts, parts.settings.server.batch_body_max_bytes, _JSON_OR_NDJSON)
     try:
         items = wire.split(raw, ndjson=request.content_type != "application/json", most=MOST_IN_ONE_REQUEST)
     except wire.Refused as refused:
@@ -120,12 +112,15 @@ def _refusal(index: int, errors: tuple[wire.FieldError, ...]) -> dict[str, Any]:
     return {"index": index, "errors": [{"path": e.path, "message": e.message} for e in errors]}
 
 
-def _check_open(parts: Parts) -> None:
-    """Over the bound, nothing more is read."""
+async def _receive(request: web.Request, parts: Parts, most: int, types: tuple[str, ...]) -> tuple[Device, bytes]:
+    """Who sends, and what. Over the intake's bound nothing is read; nor is it of somebody unknown."""
     try:
         parts.intake.check()
     except Overloaded as error:
         raise _come_back(parts, str(error)) from None
+    device = await auth.device_of(request, parts.devices)
+    body.check_headers(request, most=most, types=types)
+    return device, await body.read(request, most=most, timeout_s=parts.settings.server.body_timeout_seconds)
 
 
 def _come_back(parts: Parts, detail: str) -> Problem:

@@ -14,7 +14,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from bench import stack
+from bench import history, stack
 from bench.check import Check, check, key_of
 from bench.fleet import MICROS, make_fleet, schedule
 from bench.load import LoadRun, agents, closed_loop, open_loop, recent_span, target
@@ -149,6 +149,21 @@ async def test_a_send_that_was_never_answered_may_be_in_and_is_counted(own: stac
     assert found.ok
     assert found.unanswered == found.unanswered_found > 150
     assert found.lines[0].expected == 0
+
+
+async def test_a_history_made_without_the_daemon_is_read_like_one(own: stack.Stack) -> None:
+    async with transaction(own) as conn:
+        await conn.execute("DELETE FROM device_heartbeats")
+        await conn.execute("DELETE FROM device_last_status")
+        writer = await history.Writer.of(conn, FLEET)
+        now_us = time.time_ns() // 1000
+        for minute in history.minutes_of(len(FLEET), beats=3, interval_s=60, end_us=now_us):
+            assert await writer.write(writer.heartbeats(minute)) == len(FLEET)
+        await history.fill_last_status(conn)
+        rows = await conn.fetch("SELECT device_id, max(ts) AS ts FROM heartbeat_history GROUP BY device_id")
+        status = await conn.fetch("SELECT device_id, last_ts AS ts FROM device_last_status")
+        assert {device.device_id for device in FLEET} == {row["device_id"] for row in rows}
+        assert sorted(map(tuple, rows)) == sorted(map(tuple, status))
 
 
 @asynccontextmanager

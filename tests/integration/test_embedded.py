@@ -32,7 +32,7 @@ only_root = pytest.mark.skipif(not ROOT, reason="only root can start it as someb
 USER_OF_IT = """
 import sys
 from pathlib import Path
-from nexhb import embedded, pgaccount
+from nexhb import embedded
 try:
     pg = embedded.start(Path(sys.argv[1]))
 except embedded.EmbeddedPostgresError as error:

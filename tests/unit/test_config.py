@@ -16,7 +16,7 @@ from nexhb import config
 from nexhb.config import Settings
 from nexhb.errors import ConfigError
 
-SECRET = "Xk7-very-secret-0123456789"
+SECRET = "xk7-very-secret-0123456789"  # in small letters, as messages are
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,10 @@ from nexhb.db import Database
 from nexhb.pgerrors import Kind, classify, is_retryable
 
 
+class ClientSideDataError(asyncpg.InterfaceError, ValueError):
+    """As asyncpg makes the errors of values that it cannot encode, and of a DSN that it cannot read."""
+
+
 def from_server(sqlstate: str, **fields: str) -> asyncpg.PostgresError:
     """The error that asyncpg makes of the server's message."""
     return asyncpg.PostgresError.new({"S": "ERROR", "C": sqlstate, "M": "what the server says"} | fields)
@@ -66,6 +70,7 @@ def test_a_check_with_a_name_is_data_and_one_without_is_a_day_without_its_table(
         (TimeoutError(), Kind.LOST),
         (asyncio.IncompleteReadError(b"", 5), Kind.LOST),
         (EOFError(), Kind.LOST),
+        (ClientSideDataError("invalid input for query argument $1"), Kind.DATA),
         (OverflowError("int too big to convert"), Kind.DATA),
         (TypeError("expected str, got int"), Kind.DATA),
         (ValueError("not a value"), Kind.DATA),

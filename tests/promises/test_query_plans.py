@@ -1,0 +1,271 @@
+"""The plans that reads rest on: a day of history touches that day, a status read comes from its index.
+
+Each plan is asked of PostgreSQL twice: for the arguments at hand, and as a connection settles for it once it has asked
+often enough (a prepared statement's generic plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+
+from nexhb import partitions, sql, wire
+from nexhb.db import Connection
+
+QUERIES = sql.queries("reads")
+NOW = datetime.now(UTC)
+TODAY = NOW.date()
+DAYS = [TODAY + timedelta(days=offset) for offset in range(-7, 7)]
+FULL = DAYS[5:8]  # the day before yesterday, yesterday, today
+HISTORY_DEVICES = 50
+ONLINE, OFFLINE, DOWN = 5_000, 50, 25  # every 101st silent, every 202nd without Unity: none beside another
+
+
+@pytest.fixture
+async def fleet(conn: Connection) -> Connection:
+    """Fourteen days, three of them with a heartbeat a minute of 50 devices; a status of 5,050; all of it analysed."""
+    days = await partitions.ensure(conn, DAYS)
+    await conn.execute(
+        "INSERT INTO devices (device_id, alias) SELECT 'kiosk-' || n, 'Store ' || n FROM generate_series(1, $1::int) n",
+        ONLINE + OFFLINE,
+    )
+    await conn.execute(
+        """INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
+        VALUES ('1.0.9', '2.1.0', 'wifi', 'Store-42')"""
+    )
+    for day in FULL:
+        start = partitions.midnight(day)
+        await conn.execute(
+            f"""INSERT INTO {days[day]} (ts, received_at, device_no, bucket, label_no, battery_pct, clock_wrong)
+            SELECT $1::timestamptz + minute * interval '1 minute', now(), device, $2 + 60 * minute, 1, 50, false
+            FROM generate_series(0, 1439) minute, generate_series(1, {HISTORY_DEVICES}) device
+            ORDER BY minute, device""",
+            start, wire.bucket_of(start, 10),
+        )  # fmt: skip
+    await conn.execute(
+        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, unity_running)
+        SELECT n, 'kiosk-' || n, ts, ts, n % 202 <> 1
+        FROM (SELECT n, $2::timestamptz - CASE WHEN n % 101 = 0 THEN interval '1 hour' + n * interval '1 minute'
+                                               ELSE (n % 60) * interval '1 second' END AS ts
+              FROM generate_series(1, $1::int) n) one""",
+        ONLINE + OFFLINE, NOW,
+    )  # fmt: skip
+    await conn.execute("VACUUM ANALYZE")
+    return conn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What EXPLAIN (ANALYZE, BUFFERS) says."""
+
+    nodes: list[dict[str, Any]]
+
+    @property
+    def touched(self) -> set[str]:
+        """Tables that were really read."""
+        return {node["Relation Name"] for node in self.nodes if "Relation Name" in node and node["Actual Loops"]}
+
+    @property
+    def indexes(self) -> set[str]:
+        """Indexes that were really used."""
+        return {node["Index Name"] for node in self.nodes if "Index Name" in node and node["Actual Loops"]}
+
+    def scans(self, table: str) -> set[str]:
+        """How a table was read."""
+        return {
+            node["Node Type"]
+            for node in self.nodes
+            if node.get("Relation Name", "").startswith(table) and node["Actual Loops"]
+        }
+
+    @property
+    def rows(self) -> int:
+        """How many came of it."""
+        return int(self.nodes[0]["Actual Rows"])
+
+    @property
+    def buffers(self) -> int:
+        """Pages read, from memory or from disk."""
+        return int(self.nodes[0]["Shared Hit Blocks"] + self.nodes[0]["Shared Read Blocks"])
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for inner in node.get("Plans", []):
+        yield from _nodes(inner)
+
+
+async def plan_of(conn: Connection, statement: str, *arguments: object) -> Plan:
+    """Its plan for these arguments."""
+    text = await conn.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", *arguments)
+    return Plan(list(_nodes(orjson.loads(text)[0]["Plan"])))
+
+
+async def settled_plan_of(conn: Connection, statement: str, types: str, arguments: Sequence[str]) -> Plan:
+    """The plan that a prepared statement settles for: PostgreSQL weighs its generic plan from the sixth time on."""
+    call = f"EXECUTE asked ({', '.join(arguments)})"
+    await conn.execute(f"PREPARE asked ({types}) AS {statement}")
+    for _ in range(8):
+        await conn.execute(call)
+    return await plan_of(conn, call)
+
+
+def quoted(moment: datetime) -> str:
+    """A moment as an SQL literal."""
+    return f"'{moment.isoformat()}'"
+
+
+# ---- history ----------------------------------------------------------------------------------------------------
+
+
+def check_touches_only(plan: Plan, *days: date) -> None:
+    """Only these days' partitions, each by its key."""
+    tables = {partitions.name_of(day) for day in days}
+    assert {name for name in plan.touched if name.startswith("device_heartbeats")} == tables
+    assert {f"{name}_key" for name in tables} <= plan.indexes
+    assert "Seq Scan" not in plan.scans("device_heartbeats")
+
+
+async def test_a_day_of_history_touches_that_days_partition_and_its_key(fleet: Connection) -> None:
+    day = FULL[1]
+    start, end = partitions.midnight(day), partitions.midnight(day + timedelta(days=1))
+    plan = await plan_of(fleet, QUERIES["history"], 7, start, end, 2_000)
+    check_touches_only(plan, day)
+    assert plan.rows == 1_440
+    settled = await settled_plan_of(
+        fleet, QUERIES["history"], "int, timestamptz, timestamptz, bigint", ["7", quoted(start), quoted(end), "2000"]
+    )
+    check_touches_only(settled, day)
+    assert settled.rows == 1_440
+
+
+async def test_a_day_that_begins_at_noon_touches_two_partitions(fleet: Connection) -> None:
+    end = partitions.midnight(FULL[1]) + timedelta(hours=12)
+    plan = await plan_of(fleet, QUERIES["history"], 7, end - timedelta(days=1), end, 2_000)
+    check_touches_only(plan, FULL[0], FULL[1])
+    assert plan.rows == 1_440
+
+
+async def test_the_newest_few_of_a_day_read_only_those(fleet: Connection) -> None:
+    start, end = partitions.midnight(FULL[1]), partitions.midnight(FULL[1] + timedelta(days=1))
+    few, all_of_it = [await plan_of(fleet, QUERIES["history"], 7, start, end, limit) for limit in (10, 2_000)]
+    assert (few.rows, all_of_it.rows) == (10, 1_440)
+    assert few.buffers < 60
+    assert few.buffers < all_of_it.buffers / 5
+
+
+# ---- the last status --------------------------------------------------------------------------------------------
+
+
+async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connection) -> None:
+    cutoff = NOW - timedelta(minutes=10)
+    plan = await plan_of(fleet, QUERIES["offline"], cutoff, 10_000)
+    settled = await settled_plan_of(
+        fleet, QUERIES["offline"], "timestamptz, bigint", [quoted(cutoff), "10000"]
+    )  # fmt: skip
+    pages = await fleet.fetchval("SELECT pg_relation_size('device_last_status') / 8192")
+    assert pages > 60
+    for one in (plan, settled):
+        assert one.rows == OFFLINE
+        assert "device_last_status_slot" in one.indexes
+        assert "Seq Scan" not in one.scans("device_last_status")
+        # Each of the fifty costs two or three pages of the index of devices and one of its table, in the worst case.
+        assert one.buffers < 5 * OFFLINE
+
+
+async def test_counting_the_offline_comes_from_the_slots_too(fleet: Connection) -> None:
+    plan = await plan_of(fleet, QUERIES["offline_count"], NOW - timedelta(minutes=10))
+    assert plan.indexes == {"device_last_status_slot"}
+    assert plan.buffers < OFFLINE + 5
+
+
+async def test_unity_down_comes_from_its_own_index_and_reads_few_pages(fleet: Connection) -> None:
+    since = NOW - timedelta(hours=24)
+    plan = await plan_of(fleet, QUERIES["unity_down"], since, 10_000)
+    settled = await settled_plan_of(
+        fleet, QUERIES["unity_down"], "timestamptz, bigint", [quoted(since), "10000"]
+    )  # fmt: skip
+    for one in (plan, settled):
+        assert one.rows == DOWN
+        assert "device_last_status_unity_down" in one.indexes
+        assert "Seq Scan" not in one.scans("device_last_status")
+        assert one.buffers < 5 * DOWN
+
+
+async def test_one_device_is_found_by_its_key(fleet: Connection) -> None:
+    plan = await plan_of(fleet, QUERIES["device"], "kiosk-77")
+    assert plan.rows == 1
+    assert plan.indexes == {"devices_device_id_key", "device_last_status_pkey"}
+    assert plan.buffers < 12
+
+
+async def test_a_page_of_devices_reads_that_page(fleet: Connection) -> None:
+    plan = await plan_of(fleet, QUERIES["devices"], "kiosk-2", 101)
+    assert plan.rows == 101
+    assert "devices_device_id_key" in plan.indexes
+    assert "Seq Scan" not in plan.scans("devices")
+
+
+# ---- by hand ----------------------------------------------------------------------------------------------------
+
+
+async def test_the_seeds_two_queries_run_as_they_are_written(fleet: Connection) -> None:
+    async with fleet.transaction():  # one NOW() for both
+        silent = await fleet.fetch("SELECT * FROM device_last_status WHERE last_ts < NOW() - INTERVAL '10 minutes'")
+        now = await fleet.fetchval("SELECT now()")
+    every = await fleet.fetch("SELECT device_no, last_ts FROM device_last_status")
+    expected = {row["device_no"] for row in every if now - row["last_ts"] > timedelta(minutes=10)}
+    assert {row["device_no"] for row in silent} == expected
+    assert len(expected) >= OFFLINE
+    down = await fleet.fetch("SELECT * FROM device_last_status WHERE unity_running = false")
+    assert sorted(row["device_no"] for row in down) == list(range(1, ONLINE + OFFLINE, 202))
+    columns = {
+        "device_id", "last_ts", "battery_pct", "network_type", "ssid", "unity_running", "signal_dbm", "agent_version",
+        "ip", "status",
+    }  # fmt: skip
+    assert columns <= set(down[0].keys())
+
+
+async def test_history_is_readable_by_device_id_with_every_column(fleet: Connection) -> None:
+    rows = await fleet.fetch(
+        "SELECT * FROM heartbeat_history WHERE device_id = 'kiosk-7' AND ts >= $1 ORDER BY ts LIMIT 1",
+        partitions.midnight(FULL[0]),
+    )
+    assert rows[0]["agent_version"] == "1.0.9"
+    columns = await fleet.fetch(
+        "SELECT attname FROM pg_attribute WHERE attrelid = 'device_heartbeats'::regclass AND attnum > 0"
+    )
+    assert {row["attname"] for row in columns} - {"label_no"} <= set(rows[0].keys())
+
+
+async def test_postgresql_takes_every_query_there_is(conn: Connection) -> None:
+    await conn.execute(sql.queries("migrate")["journal"])
+    await conn.execute(sql.queries("writer")["stage_table"])
+    await conn.execute(sql.queries("devices")["import_table"].replace("ON COMMIT DROP", ""))
+    for path in (sql.root() / "queries").glob("*.sql"):
+        for name, statement in sql.queries(path.stem).items():
+            if not statement.startswith("CREATE"):
+                assert await conn.prepare(statement), f"{path.stem}.{name}"
+    for statement in sql.legacy().values():
+        assert await conn.prepare(statement)
+
+
+async def test_the_seeds_own_way_finds_the_same_devices(fleet: Connection) -> None:
+    """The old window function over the history and the new index agree on who is offline."""
+    await fleet.execute(
+        """UPDATE device_last_status SET last_ts = newest FROM
+        (SELECT device_no AS n, max(ts) AS newest FROM device_heartbeats GROUP BY device_no) h WHERE device_no = n"""
+    )
+    cutoff = partitions.midnight(FULL[2]) + timedelta(hours=23, minutes=58, seconds=30)
+    await fleet.execute("DELETE FROM device_last_status WHERE device_no > $1", HISTORY_DEVICES)
+    await fleet.execute(f"DELETE FROM {partitions.name_of(FULL[2])} WHERE device_no <= 3 AND ts > $1", cutoff)
+    await fleet.execute("UPDATE device_last_status SET last_ts = last_ts - interval '1 minute' WHERE device_no <= 3")
+    old = await fleet.fetch(sql.legacy()["offline"], cutoff)
+    new = await fleet.fetch(QUERIES["offline"], cutoff, 10_000)
+    assert {(row["device_id"], row["last_ts"]) for row in old} == {(row["device_id"], row["last_ts"]) for row in new}
+    assert len(old) == 3
