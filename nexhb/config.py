@@ -16,12 +16,14 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
-    model_validator,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -39,13 +41,16 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 
 def parse_duration(value: object) -> object:
     """`7 days`, `5 minutes`, `90s` or a number of seconds → timedelta; anything else is left to be refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if not isinstance(value, int | float | str):
         return value
     match = _DURATION.fullmatch(str(value).lower())
     unit = match and (match[2] or "s")
     if not match or unit not in _UNITS:
         raise ValueError('takes a duration like "7 days", "5 minutes" or a number of seconds')
-    return timedelta(seconds=float(match[1]) * _UNITS[str(unit)])
+    try:
+        return timedelta(seconds=float(match[1]) * _UNITS[str(unit)])
+    except OverflowError:
+        raise ValueError("is longer than can be counted") from None
 
 
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
@@ -53,6 +58,13 @@ Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("takes no true or false")
+        return value
 
 
 class Server(_Section):
@@ -99,6 +111,11 @@ class Database(_Section):
         default=False,
         description="serve although fsync or full_page_writes is off: a crash may then lose acknowledged heartbeats",
     )
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
 
 
 class Auth(_Section):
@@ -152,17 +169,31 @@ class Ingest(_Section):
         default=timedelta(days=7),
         description="how old a heartbeat's own time may be; older ones are stored at the time of receipt",
     )
-    accept_future: Duration = Field(default=timedelta(minutes=5), description="how far ahead a device's clock may be")
+    accept_future: Duration = Field(
+        default=timedelta(minutes=5),
+        description="how far ahead a device's clock may be",
+    )
 
-    @model_validator(mode="after")
-    def _bounds(self) -> Ingest:
-        if 86400 % self.bucket_seconds:
-            raise ValueError("bucket_seconds must divide a day (86,400 s)")
-        if not timedelta(0) <= self.accept_past <= timedelta(days=60):
-            raise ValueError("accept_past takes 0 to 60 days")
-        if not timedelta(0) <= self.accept_future <= timedelta(days=1):
-            raise ValueError("accept_future takes 0 to 1 day")
-        return self
+    @field_validator("bucket_seconds")
+    @classmethod
+    def _divides_a_day(cls, value: int) -> int:
+        if 86400 % value:
+            raise ValueError("must divide a day (86,400 s)")
+        return value
+
+    @field_validator("accept_past")
+    @classmethod
+    def _at_most_60_days(cls, value: timedelta) -> timedelta:
+        if value > timedelta(days=60):
+            raise ValueError("takes 0 to 60 days")
+        return value
+
+    @field_validator("accept_future")
+    @classmethod
+    def _at_most_a_day(cls, value: timedelta) -> timedelta:
+        if value > timedelta(days=1):
+            raise ValueError("takes 0 to 1 day")
+        return value
 
 
 class HeartbeatRules(_Section):
@@ -172,7 +203,7 @@ class HeartbeatRules(_Section):
         default=60, ge=1, le=86400, description="seconds; sent back as next_heartbeat_seconds"
     )
     offline_after_seconds: int = Field(
-        default=600, ge=1, description="seconds of silence after which a device counts as offline"
+        default=600, ge=1, le=366 * 86400, description="seconds of silence after which a device counts as offline"
     )
     unity_package: str = Field(
         default="io.unitynodes.unityapp", min_length=1, max_length=200, description="Android package of the Unity app"
@@ -279,8 +310,13 @@ def load(file: Path | None = None) -> Settings:
 
     try:
         return FromFile()
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
+    except SettingsError as error:
+        # Its message names the section; the value, which may hold a secret, is not repeated.
+        section = re.search(r'field "(\w+)"', str(error))
+        name = f"NEXHB_{section[1].upper()}" if section else "A section in the environment"
+        raise ConfigError(f"{name} takes JSON.", hint=f"Set its keys one by one: {name}__KEY.") from None
     except ValidationError as error:
         lines = [f"{_key(e['loc'])}: {_reason(dict(e))}" for e in error.errors(include_url=False)]
         raise ConfigError("; ".join(lines) + ".", hint="See config.example.toml.") from None

@@ -44,7 +44,8 @@ def new_token() -> str:
 
 def hash_token(token: str) -> bytes:
     """What is stored and looked up (NexMDM calls its hex form token_id)."""
-    return hashlib.sha256(token.encode()).digest()
+    # What a header held that is no UTF-8 arrives as surrogates: it is nobody's token, and no error.
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 class DeviceStore:
@@ -247,8 +248,11 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
 
     Raises BadInput naming the first bad lines.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        records = list(_rows(csv.DictReader(file, strict=True)))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            records = list(_rows(csv.DictReader(file, strict=True)))
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8: {error}.") from None
     async with conn.transaction():
         await conn.execute(_Q["import_table"])
         await conn.copy_records_to_table("device_import", records=records)
@@ -260,10 +264,10 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
 
 
 def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, bytes]]:
-    columns = set(reader.fieldnames or ())
-    if "device_id" not in columns or not columns & {"token", "token_sha256"}:
-        raise BadInput("the first line must name device_id, alias and token (or token_sha256).")
     try:
+        columns = set(reader.fieldnames or ())
+        if "device_id" not in columns or not columns & {"token", "token_sha256"}:
+            raise BadInput("the first line must name device_id, alias and token (or token_sha256).")
         for row in reader:
             try:
                 device_id, alias = (row["device_id"] or "").strip(), (row.get("alias") or "").strip() or None
@@ -274,7 +278,7 @@ def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, b
             except BadInput as error:
                 raise BadInput(f"line {reader.line_num}: {error.detail}") from None
     except csv.Error as error:
-        raise BadInput(f"line {reader.line_num}: {error}.") from None
+        raise BadInput(f"line {reader.reader.line_num}: {error}.") from None
 
 
 def _hash_in(row: dict[str, str]) -> bytes:
@@ -296,7 +300,10 @@ def _hash_in(row: dict[str, str]) -> bytes:
 
 
 async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, expires_at: datetime) -> str:
-    """A key with which devices may register themselves `uses` times until `expires_at`; shown this once."""
+    """A key with which devices may register themselves `uses` times until `expires_at`; shown this once. Raises
+    BadInput."""
+    if note is not None:
+        _check_text(note, "note", 200)
     key = new_token()
     await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
     return key

@@ -35,8 +35,8 @@ class RequestLatency(Collector):
             counts = found.get(status)
             if counts is None:
                 # A count for each bound, one for what is beyond them, and the sum.
-                counts = found[status] = [0.0] * (len(_MS) + 2)
-                self._series[route, method, status] = counts
+                counts = self._series.setdefault((route, method, status), [0.0] * (len(_MS) + 2))
+                found[status] = counts
             ms = seconds * 1000
             counts[bisect_left(_MS, ms)] += 1
             counts[-1] += ms

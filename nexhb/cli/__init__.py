@@ -12,7 +12,8 @@ import orjson
 import typer
 import uvloop
 
-from nexhb import __version__, config, log
+from nexhb import __version__, log
+from nexhb import config as configuration
 from nexhb.config import Settings
 from nexhb.errors import BadInput, ConfigError, LockHeld, NexhbError
 
@@ -55,7 +56,7 @@ def chosen_config() -> Path | None:
 
 def settings(*, for_daemon: bool = False) -> Settings:
     """The settings of this call, the log set up as they say (commands show warnings only). Raises ConfigError."""
-    found = config.load(_chosen["config"])
+    found = configuration.load(_chosen["config"])
     log.setup(found.log_level if for_daemon else "warning")
     return found
 

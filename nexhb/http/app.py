@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from nexhb import log, metrics
-from nexhb.errors import DatabaseUnavailable, UnknownDevice
+from nexhb.errors import BadInput, DatabaseUnavailable, UnknownDevice
 from nexhb.http import fleet, heartbeats, ops
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
+from nexhb.pgerrors import Kind, classify
 
 _log = log.get("http")
 
@@ -66,17 +67,12 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handl
 
 def _as_problem(error: Exception, request: web.Request) -> Problem:
     """The one rim at which exceptions become answers."""
-    match error:
-        case Problem():
-            return error
-        case UnknownDevice():
-            return Problem(404, str(error))
-        case DatabaseUnavailable():
-            return Problem(503, str(error), headers={"Retry-After": "5"})
-        case web.HTTPRequestEntityTooLarge():
-            return Problem(413, "The body is too large.", close=True)
-        case web.RequestPayloadError() | ConnectionError():
-            return Problem(400, "The request broke off.", close=True)
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, UnknownDevice | BadInput):
+        return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
+    if isinstance(error, DatabaseUnavailable) or classify(error) in (Kind.LOST, Kind.TRANSIENT):
+        return Problem(503, str(error), headers={"Retry-After": "5"})
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
 

@@ -44,7 +44,7 @@ async def device_of(request: web.Request, store: DeviceStore) -> Device:
     if not token:
         metrics.unauthorized.labels(kind="device").inc()
         raise Problem(401, "A device token is required: Authorization: Bearer …", headers=_CHALLENGE)
-    token_hash = hash_token(token) if token.isascii() else b""
+    token_hash = hash_token(token)
     device = store.known(token_hash)
     if device is None:
         try:

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from nexhb import devices, log, metrics, wire
 from nexhb.devices import Device
-from nexhb.errors import BadInput, DeviceExists, EnrolmentRefused, Overloaded
+from nexhb.errors import DeviceExists, EnrolmentRefused, Overloaded
 from nexhb.http import auth, body
 from nexhb.http.parts import PARTS, Parts, writable_connection
 from nexhb.http.problem import Problem, answer
@@ -183,7 +183,5 @@ async def post_register(request: web.Request) -> web.Response:
             raise Problem(401, str(error)) from None
         except DeviceExists as error:
             raise Problem(409, str(error)) from None
-        except BadInput as error:
-            raise Problem(422, str(error)) from None
     _log.info("device.enrolled", device_id=device_id)
     return answer({"device_id": device_id, "device_token": token})

@@ -74,9 +74,9 @@ ON CONFLICT (device_id) DO UPDATE SET alias = coalesce(excluded.alias, d.alias)
 RETURNING (xmax = 0) AS made;
 
 -- name: import_tokens
--- A device may hold several tokens: an imported one is added beside what it has.
-INSERT INTO device_tokens (token_sha256, device_no)
-SELECT i.token_sha256, d.device_no FROM device_import i JOIN devices d USING (device_id)
+-- A device may hold several tokens: an imported one is added beside what it has. One of a revoked device is revoked.
+INSERT INTO device_tokens (token_sha256, device_no, revoked_at)
+SELECT i.token_sha256, d.device_no, d.revoked_at FROM device_import i JOIN devices d USING (device_id)
 ON CONFLICT (token_sha256) DO NOTHING;
 
 -- name: add_enrolment_key

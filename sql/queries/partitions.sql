@@ -10,10 +10,6 @@ JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'device_heartbeats'::regclass
 ORDER BY c.relname;
 
--- name: relation_exists
--- $1: a relation's name.
-SELECT to_regclass($1) IS NOT NULL;
-
 -- name: record
 -- $1 name, $2 range_start, $3 range_end. A row left by a run that was cut short is made true again.
 INSERT INTO hb_partitions (partition_name, range_start, range_end) VALUES ($1, $2, $3)

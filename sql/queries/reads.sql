@@ -1,14 +1,15 @@
--- What operators ask. Times are arguments, so that a read can be repeated; `status = 'ok'` leaves out revoked devices.
+-- What operators ask. Times are arguments, so that a read can be repeated. `status = 'ok'` leaves out revoked devices by
+-- index; devices.revoked_at those that were revoked while their first heartbeat waited to be written.
 
 -- name: fleet
 -- $1 offline cutoff, $2 unity cutoff (now - 24 h).
 SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
        (SELECT count(*) FROM device_last_status WHERE status = 'ok' AND last_ts >= $1) AS online,
-       (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-          AND last_ts < $1) AS offline,
-       (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND unity_running = false AND last_ts >= $2) AS unity_down,
+       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+        WHERE s.status = 'ok' AND d.revoked_at IS NULL
+          AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND s.last_ts < $1) AS offline,
+       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+        WHERE s.status = 'ok' AND d.revoked_at IS NULL AND s.unity_running = false AND s.last_ts >= $2) AS unity_down,
        (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
           AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
 
@@ -37,7 +38,7 @@ WHERE d.device_id = $1;
 SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
        s.agent_version
 FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.status = 'ok'
+WHERE s.status = 'ok' AND d.revoked_at IS NULL
   AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND s.last_ts < $1
 ORDER BY s.last_ts, s.device_no
@@ -45,8 +46,8 @@ LIMIT $2;
 
 -- name: offline_count
 -- $1 cutoff.
-SELECT count(*) FROM device_last_status s
-WHERE s.status = 'ok'
+SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+WHERE s.status = 'ok' AND d.revoked_at IS NULL
   AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND s.last_ts < $1;
 
@@ -55,14 +56,14 @@ WHERE s.status = 'ok'
 SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
        s.unity_pkg_version, s.agent_version
 FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.unity_running = false AND s.status = 'ok' AND s.last_ts >= $1
+WHERE s.unity_running = false AND s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1
 ORDER BY s.last_ts DESC, s.device_no
 LIMIT $2;
 
 -- name: unity_down_count
 -- $1 seen since.
-SELECT count(*) FROM device_last_status s
-WHERE s.unity_running = false AND s.status = 'ok' AND s.last_ts >= $1;
+SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+WHERE s.unity_running = false AND s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1;
 
 -- name: device_no
 -- $1 device_id.

@@ -37,7 +37,7 @@ BAD = [
     ("past int16", b'{"timestamp_utc":"@","signal_dbm":-99999}', 422, "signal_dbm"),
     ("past float32", b'{"timestamp_utc":"@","battery":{"temperature_c":1e300}}', 422, "battery.temperature_c"),
     ("U+0000", b'{"timestamp_utc":"@","network":{"ssid":"a\\u0000b"}}', 422, "network.ssid"),
-    ("lone surrogate", b'{"timestamp_utc":"@","alias":"a\\ud83d"}', 400, "alias"),
+    ("lone surrogate", b'{"timestamp_utc":"@","alias":"a\\ud83d"}', 422, "alias"),
     ("not UTF-8", b'{"timestamp_utc":"@","alias":"\xff\xfe"}', 400, ""),
     ("overlong text", b'{"timestamp_utc":"@","alias":"' + b"x" * 201 + b'"}', 422, "alias"),
     ("100,000 deep", b'{"timestamp_utc":"@","x":' + b"[" * 30_000 + b"]" * 30_000 + b"}", 400, ""),

@@ -471,10 +471,9 @@ async def test_an_enrolment_key_is_issued_within_bounds(nexhb: Nexhb) -> None:
     assert await nexhb.rows("SELECT FROM enrolment_keys") == []
 
 
-# ---- what does not hold yet -------------------------------------------------------------------------------------
+# ---- found by looking for it ---------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="import_tokens looks at no revoked_at: the new token is admitted beside it")
 async def test_an_import_does_not_admit_a_revoked_device(
     nexhb: Nexhb, conn: Connection, now: datetime, csv: Callable[[str], Path]
 ) -> None:
@@ -487,9 +486,6 @@ async def test_an_import_does_not_admit_a_revoked_device(
     assert (await sending(nexhb, "kiosk-0", TOKENS[0], now)()).status == 410
 
 
-@pytest.mark.xfail(
-    strict=True, reason="upsert_last_status inserts 'ok' for a device revoked while its heartbeat waited"
-)
 async def test_a_device_revoked_while_its_first_heartbeat_waits_is_not_counted(
     nexhb: Nexhb, conn: Connection, database: Database, now: datetime
 ) -> None:
@@ -509,7 +505,6 @@ async def test_a_device_revoked_while_its_first_heartbeat_waits_is_not_counted(
     assert (fleet["devices"], fleet["offline"]) == (0, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeDecodeError is no BadInput: the command ends in a traceback")
 async def test_an_import_that_is_not_utf8_is_bad_input(conn: Connection, tmp_path: Path) -> None:
     file = tmp_path / "latin1.csv"
     file.write_bytes(f"device_id,alias,token\nkiosk-0,Straße,{TOKENS[0]}\n".encode("latin-1"))
@@ -517,19 +512,16 @@ async def test_an_import_that_is_not_utf8_is_bad_input(conn: Connection, tmp_pat
         await devices.import_csv(conn, file)
 
 
-@pytest.mark.xfail(strict=True, reason="the reader's csv.Error on the first line is raised outside of the try")
 async def test_an_import_whose_first_line_is_no_csv_is_bad_input(conn: Connection, csv: Callable[[str], Path]) -> None:
     with pytest.raises(BadInput):
         await devices.import_csv(conn, csv(f'"device_id"x,token\nkiosk-0,{TOKENS[0]}\n'))
 
 
-@pytest.mark.xfail(strict=True, reason="DictReader counts a line when it has read it: the one before is named")
 async def test_a_line_that_is_no_csv_is_named(conn: Connection, csv: Callable[[str], Path]) -> None:
     with pytest.raises(BadInput, match="line 3"):
         await devices.import_csv(conn, csv(f'device_id,token\na,{TOKENS[0]}\nb,"{TOKENS[1]}"x\nc,{TOKENS[2]}\n'))
 
 
-@pytest.mark.xfail(strict=True, reason="hash_token cannot encode what the header's bytes were decoded to: 500")
 async def test_an_enrolment_key_that_is_no_text_is_401(open_house: Nexhb) -> None:
     port = int(open_house.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -542,13 +534,11 @@ async def test_an_enrolment_key_that_is_no_text_is_401(open_house: Nexhb) -> Non
     assert answer.split()[1] == b"401"
 
 
-@pytest.mark.xfail(strict=True, reason="the note goes to PostgreSQL as it came: 500")
 async def test_a_note_that_cannot_be_stored_is_refused(nexhb: Nexhb) -> None:
     answer = await Agent(nexhb, "", ADMIN_KEY).post(b'{"note":"a\\u0000b"}', "/ops/enrolment-keys")
     assert answer.status in (400, 422)
 
 
-@pytest.mark.xfail(strict=True, reason="a lock that is not had in time is an unexpected error: 500, not 503")
 async def test_a_registration_that_the_database_keeps_waiting_is_503(open_house: Nexhb, conn: Connection) -> None:
     key = await issue(open_house, uses=1)
     async with conn.transaction():

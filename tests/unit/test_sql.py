@@ -89,7 +89,6 @@ def test_every_query_that_is_used_is_there() -> None:
     assert [(where, room, name) for where, room, name in uses if name not in sql.queries(room)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="partitions.relation_exists is used by nobody")
 def test_every_query_that_is_there_is_used() -> None:
     uses = {(room, name) for _, room, name in used()}
     assert [(room, name) for room in ROOMS for name in sql.queries(room) if (room, name) not in uses] == []
