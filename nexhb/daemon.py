@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -33,6 +34,7 @@ _log = log.get("daemon")
 KEEPALIVE_S = 150.0  # a fleet at 60 s ± 15 s keeps its connections; one at 600 s opens a new one each time
 LINGER_S = 1.0  # how long an unwanted body is thrown away, so that its sender can read why, before the line is cut
 SWEEP_S = 0.5
+OPEN_FILES_MOST = 1_048_576
 START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
 
 
@@ -277,9 +279,22 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
+def raise_open_files_limit() -> None:
+    """As many open files as the hard limit allows: each device keeps a connection, and the usual soft limit of 1,024
+    would cut off half of a fleet of 2,000."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES_MOST if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MOST)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < 4096:
+        _log.warning("daemon.few_open_files", limit=wanted, hint="Raise it: ulimit -n, or LimitNOFILE in the unit.")
+
+
 async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
     """Run until SIGTERM or SIGINT, also while it still starts; the exit code. `ready` is called once heartbeats are
     taken."""
+    raise_open_files_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

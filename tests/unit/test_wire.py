@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -440,6 +441,12 @@ def test_a_whole_character_beside_half_of_one_is_kept(text: str, held: str) -> N
     assert parse(body.encode()).facts.alias == held
 
 
+@pytest.mark.xfail(strict=True, reason="split decodes the list's every text: 400 for all of them, the good ones too")
+@pytest.mark.parametrize("bad", [rb'{"alias":"\ud83d"}', b'{"x":' + b"[" * 5_000 + b"]" * 5_000 + b"}"])
+def test_a_bad_one_in_a_list_is_split_off_like_any_other(bad: bytes) -> None:
+    assert wire.split(b"[1," + bad + b",2]", ndjson=False, most=3) == [b"1", bad, b"2"]
+
+
 # ---- anything at all --------------------------------------------------------------------------------------------
 
 
@@ -603,17 +610,17 @@ def test_the_agents_body_with_any_bytes_changed_fits_or_is_refused(
 def java_double(value: float) -> str:
     """`Double.toString`: at least one digit after the point; from ten million up, and below a thousandth, with E."""
     if value == 0 or 1e-3 <= abs(value) < 1e7:
-        return f"{value:f}".rstrip("0") + ("0" if f"{value:f}".rstrip("0").endswith(".") else "")
-    mantissa, _, exponent = f"{value:e}".partition("e")
-    digits = repr(value) if "e" in repr(value) else f"{value:.0f}"
-    digits = digits.partition("e")[0].replace(".", "").replace("-", "").rstrip("0").ljust(2, "0")
-    return f"{'-' if mantissa.startswith('-') else ''}{digits[0]}.{digits[1:]}E{int(exponent)}"
+        return repr(value)
+    sign, digits, exponent = Decimal(repr(value)).as_tuple()
+    text = "".join(map(str, digits))
+    return f"{'-' * sign}{text[0]}.{text[1:].rstrip('0') or '0'}E{len(text) - 1 + int(exponent)}"
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [(87.0, "87.0"), (31.5, "31.5"), (9_999_999.0, "9999999.0"), (1e7, "1.0E7"), (12_345_678.0, "1.2345678E7"),
-     (-1e7, "-1.0E7"), (2_147_483_647.0, "2.147483647E9")],
+     (-1e7, "-1.0E7"), (99_999_995.0, "9.9999995E7"), (2_147_483_647.0, "2.147483647E9"),
+     (1e21, "1.0E21"), (0.0001, "1.0E-4")],
 )  # fmt: skip
 def test_the_gson_of_these_tests_writes_doubles_as_java_does(value: float, text: str) -> None:
     assert java_double(value) == text
