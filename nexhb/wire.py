@@ -10,13 +10,16 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 
 BUCKET_EPOCH = 1_577_836_800  # 2020-01-01T00:00:00Z: buckets count from here, so that int4 lasts until 2088
+
+T = TypeVar("T")
 
 INT32_MAX = 2**31 - 1
 INT16_MAX = 2**15 - 1
@@ -164,10 +167,7 @@ def split(body: bytes, *, ndjson: bool, most: int) -> list[bytes]:
 
     Raises Refused where it is neither, or too long.
     """
-    try:
-        items = body.split(b"\n") if ndjson else _decode_items(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise _refused_json(error, body) from None
+    items = body.split(b"\n") if ndjson else _decode(_decode_items, body)
     found = [bytes(item) for item in items if not ndjson or item.strip()]
     if len(found) > most:
         raise Refused([FieldError("", f"at most {most} heartbeats in one request, these are {len(found)}")], 413)
@@ -179,7 +179,7 @@ def split(body: bytes, *, ndjson: bool, most: int) -> list[bytes]:
 
 def parse(body: bytes, *, device_no: int, device_id: str, received_at: datetime, rules: Rules) -> Heartbeat:
     """One heartbeat of the device that the token names. Raises Refused, naming each bad field."""
-    raw = _decode(body)
+    raw = _decode(_decode_body, body)
     errors: list[FieldError] = []
     system = raw.system or _NO_SYSTEM
     battery = raw.battery or _NO_BATTERY
@@ -230,16 +230,16 @@ def parse(body: bytes, *, device_no: int, device_id: str, received_at: datetime,
     return heartbeat
 
 
-def _decode(body: bytes) -> _Body:
+def _decode(decoder: Callable[[bytes], T], body: bytes) -> T:
     try:
-        return _decode_body(body)
+        return decoder(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         # Half a character (`\ud83d` alone) is refused by the decoder wherever it stands, also in a field that nobody
         # needs. As U+0000 it is refused only where it would be stored, and by that field's name.
         whole = _ESCAPE.sub(_no_half, body) if b"\\u" in body else body
         if whole == body:
             raise _refused_json(error, body) from None
-    return _decode(whole)
+    return _decode(decoder, whole)
 
 
 _ESCAPE = re.compile(

@@ -4,7 +4,8 @@
 -- name: fleet
 -- $1 offline cutoff, $2 unity cutoff (now - 24 h).
 SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
-       (SELECT count(*) FROM device_last_status WHERE status = 'ok' AND last_ts >= $1) AS online,
+       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+        WHERE s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1) AS online,
        (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
         WHERE s.status = 'ok' AND d.revoked_at IS NULL
           AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND s.last_ts < $1) AS offline,
@@ -17,7 +18,7 @@ SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
 -- $1: the last device_id of the page before ('' to start), $2: how many. Revoked ones are listed and say so.
 SELECT d.device_id, d.alias, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type, s.ssid,
        s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
-       s.clock_wrong, coalesce(s.status, CASE WHEN d.revoked_at IS NULL THEN 'never_seen' ELSE 'revoked' END) AS status
+       s.clock_wrong, CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id > $1
 ORDER BY d.device_id
@@ -28,7 +29,7 @@ LIMIT $2;
 SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
        d.created_at, d.revoked_at, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type,
        s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
-       s.clock_wrong, coalesce(s.status, CASE WHEN d.revoked_at IS NULL THEN 'never_seen' ELSE 'revoked' END) AS status
+       s.clock_wrong, CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id = $1;
 

@@ -514,7 +514,6 @@ async def test_a_device_revoked_while_its_first_heartbeat_waits_is_neither_offli
         assert (await nexhb.get(f"/v1/devices/{which}"))["devices"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="its row was inserted as 'ok'; `online` and the lists look at nothing else")
 async def test_a_device_revoked_while_its_first_heartbeat_waits_is_not_online_and_is_shown_as_revoked(
     nexhb: Nexhb, conn: Connection, database: Database, now: datetime
 ) -> None:
