@@ -76,8 +76,10 @@ class CeilingScenario:
     name: str
     title: str
     devices: int
-    # each tried once against the bare handler; the one at which that is fastest serves both
+    # each tried once, for both servers, and shown
     connections: tuple[int, ...]
+    # the one that the rounds and the verdict use
+    judged_at: int
     trial_s: float
     rounds: int
     round_s: float
@@ -165,6 +167,9 @@ CEILING: Final = CeilingScenario(
     title="as fast as it goes, against a bare aiohttp handler",
     devices=2000,
     connections=(64, 128, 256),
+    # A fleet has a connection for each device. With few, each waits for a commit before it sends again, and what is
+    # measured is the length of a transaction rather than what the daemon can take.
+    judged_at=256,
     trial_s=3.0,
     rounds=3,
     round_s=8.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 import uuid
@@ -218,6 +219,7 @@ async def _measure(of: _Run, batches: Sequence[_Batch]) -> Measured:
     assert sizes is not None  # noqa: S101 - a SELECT without FROM has one row
     # as autovacuum would have done by then: the planner must know of what it plans
     await of.conn.execute(f"ANALYZE {of.table}")
+    await _until_no_vacuum(of.conn)
     offline_ms, found = await _offline(of)
     return Measured(
         design=of.design.name,
@@ -247,6 +249,14 @@ async def _upsert(of: _Run, batches: Sequence[_Batch]) -> tuple[float, int]:
                 raise RuntimeError(f"{row} were written, not {len(each.numbers)}")
             upserts += len(each.numbers)
     return took_s, upserts
+
+
+async def _until_no_vacuum(conn: asyncpg.Connection) -> None:
+    """Autovacuum takes half of a scan's time when it happens to be at work."""
+    for _ in range(600):
+        if not await conn.fetchval("SELECT count(*) FROM pg_stat_progress_vacuum"):
+            return
+        await asyncio.sleep(0.2)
 
 
 async def _offline(of: _Run) -> tuple[float, int]:

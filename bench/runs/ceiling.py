@@ -94,14 +94,12 @@ class _Arena:
 
 
 def run(scenario: CeilingScenario) -> Finding:
-    """Choose the number of connections, run the rounds, compare every row."""
+    """Try each number of connections, run the rounds at one of them, compare every row."""
     fleet = make_fleet(scenario.devices, _SEED)
     with _bare() as bare, stack.running(fleet) as own:
         arena = _Arena(scenario, fleet, bare, _Server(own.url, own.pid))
         tried = {each: arena.pair(each, scenario.trial_s, scenario.warm_s / 2) for each in scenario.connections}
-        # the number that suits the bare handler best: the ceiling is taken where it is highest
-        connections = max(tried, key=lambda each: tried[each].bare.result.rate_per_s)
-        rounds = [arena.pair(connections, scenario.round_s, scenario.warm_s) for _ in range(scenario.rounds)]
+        rounds = [arena.pair(scenario.judged_at, scenario.round_s, scenario.warm_s) for _ in range(scenario.rounds)]
         every = _all_of([each.nexhb for each in (*tried.values(), *rounds)])
         trial = uvloop.run(examine(own, fleet, every, _CLEAN))
         orientation = uvloop.run(_orientation(own))
@@ -135,7 +133,7 @@ def _finding(
     figures = {f"{connections} connections": each.text for connections, each in tried.items()}
     figures |= {f"round {number}": each.text for number, each in enumerate(rounds, 1)}
     figures |= {
-        "median": f"{bare:,.0f}/s bare, {nexhb:,.0f}/s nexhb: {ratio:.3f}",
+        "median": f"{bare:,.0f}/s bare, {nexhb:,.0f}/s nexhb: {ratio:.3f}, at {scenario.judged_at} connections",
         "CPU per heartbeat": f"daemon {daemon_us:g} µs, PostgreSQL {postgres_us:g} µs",
         "same PostgreSQL, one client": f"one-row commit {orientation.one_row_commit_ms:g} ms, "
         f"SELECT 1 {orientation.select_1_ms:g} ms",
