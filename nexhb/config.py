@@ -245,6 +245,13 @@ class Settings(BaseSettings):
     heartbeat: HeartbeatRules = Field(default=HeartbeatRules())
     partitions: Partitions = Field(default=Partitions())
 
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _some_folder(cls, value: object) -> object:
+        if not str(value).strip():
+            raise ValueError("takes a folder")
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 
 from nexhb import sql
-from nexhb.errors import DatabaseUnavailable
+from nexhb.errors import ConfigError, DatabaseUnavailable
 from nexhb.pgerrors import Kind, classify
 
 _Q = sql.queries("db")
@@ -34,7 +34,8 @@ class Database:
         timeout_s: float = CONNECT_TIMEOUT_S,
         **settings: str,
     ) -> Connection:
-        """A connection of one's own. Raises DatabaseUnavailable where there is none to be had."""
+        """A connection of one's own. Raises DatabaseUnavailable where there is none to be had, ConfigError where the
+        address is none."""
         try:
             return await asyncpg.connect(
                 self.dsn,
@@ -42,6 +43,8 @@ class Database:
                 command_timeout=command_timeout_s,
                 server_settings=_settings(application, settings),
             )
+        except ValueError:  # asyncpg's own for a malformed address, whose text may repeat a password
+            raise ConfigError("database.url: takes postgresql://user:password@host:port/database.") from None
         except Exception as error:
             if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
                 raise

@@ -150,7 +150,11 @@ class Intake:
 
     def expire(self, now: float, after_s: float) -> None:
         """Fail what has waited for longer than `after_s` at `now` (the loop's clock): the device keeps it."""
-        self.fail([t for t in self._unanswered if now - t.admitted_at > after_s], "not committed in time")
+        late = [t for t in self._unanswered if now - t.admitted_at > after_s]
+        if late:
+            self.fail(late, "not committed in time")
+            # While the database is away nobody takes them: the queue must not grow by what is answered already.
+            self._waiting = deque(t for t in self._waiting if t in self._unanswered)
 
     def fail_all(self, reason: str) -> None:
         """Fail everything unanswered."""

@@ -163,7 +163,8 @@ _NO_BATTERY, _NO_SYSTEM, _NO_MEMORY, _NO_NETWORK = _Battery(), _System(), _Memor
 
 
 def split(body: bytes, *, ndjson: bool, most: int) -> list[bytes]:
-    """A replayed queue: a JSON array, or one heartbeat a line (NDJSON). At most `most` of them.
+    """A replayed queue: a JSON array, or one heartbeat a line (NDJSON). At most `most` of them;
+    blank lines do not count.
 
     Raises Refused where it is neither, or too long.
     """
@@ -208,7 +209,7 @@ def parse(body: bytes, *, device_no: int, device_id: str, received_at: datetime,
         plugged=battery.charging,
         temp_c=_real(battery.temperature_c, "battery.temperature_c", errors),
         ip=ip,
-        signal_dbm=_integer(signal, "signal_dbm", -INT16_MAX, INT16_MAX, errors),
+        signal_dbm=_integer(signal, "signal_dbm", -INT16_MAX - 1, INT16_MAX, errors),
         uptime_s=_integer(system.uptime_seconds, "system.uptime_seconds", 0, INT32_MAX, errors),
         ram_used_mb=max(total - available, 0) if total is not None and available is not None else None,
         unity_running=unity_running,
@@ -279,10 +280,9 @@ def _unity(raw: _Body, package: str, errors: list[FieldError]) -> tuple[str | No
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             errors.extend(FieldError(_join(path, e.path), e.message) for e in _refused_json(error, bytes(found)).errors)
             return None, None
-        if app is not None:
-            if app.installed is False:
-                return None, None
-            version = _text(app.version_name, f"{path}.version_name", errors)
+        if app is None or app.installed is False:
+            return None, None
+        version = _text(app.version_name, f"{path}.version_name", errors)
     elif raw.app_versions is not None:
         return None, None  # the map is there and does not name it: not installed
     if raw.unity_process_running is not None:

@@ -179,11 +179,19 @@ def test_a_postmaster_that_is_killed_is_started_again(site: Site) -> None:
     pid = int((site.folder / "data" / "pg" / "postmaster.pid").read_text().splitlines()[0])
     os.kill(pid, signal.SIGKILL)
     made = datetime.now(UTC) - timedelta(minutes=5)
-    deadline = time.monotonic() + 30
-    while site.call("/v1/heartbeat", token, example(made))[0] != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert len(site.call("/v1/devices/kiosk-1/heartbeats")[1]["heartbeats"]) == 2
+
+    def at_last(path: str, *request: Any) -> Any:
+        """The first 200, within half a minute: a backend may still answer when the postmaster is gone."""
+        deadline = time.monotonic() + 30
+        while (found := site.call(path, *request))[0] != 200:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.05)
+        return found[1]
+
+    while (site.folder / "data" / "pg" / "postmaster.pid").read_text().startswith(str(pid)):
+        time.sleep(0.05)  # until it was started again
+    at_last("/v1/heartbeat", token, example(made))
+    assert len(at_last("/v1/devices/kiosk-1/heartbeats")["heartbeats"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -192,6 +200,7 @@ def test_a_postmaster_that_is_killed_is_started_again(site: Site) -> None:
         ("NEXHB_SERVER__PORT", "99999", "server.port"),
         ("NEXHB_SERVER__COLOUR", "red", "server.colour"),
         ("NEXHB_DATABASE__URL", "postgresql://127.0.0.1:1/none", "database"),
+        ("NEXHB_DATABASE__URL", "postgresql://127.0.0.1:port/none", "database.url"),
     ],
 )
 def test_what_cannot_start_says_why(site: Site, name: str, value: str, said: str) -> None:

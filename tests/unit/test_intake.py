@@ -256,3 +256,13 @@ async def test_what_was_received_is_counted_once_however_often_it_is_observed(
     intake.received += 1
     intake.observe()
     assert counted() == {"ingested": 3}
+
+
+async def test_the_queue_does_not_grow_by_what_is_answered_already() -> None:
+    intake = intake_of(max_items=10)
+    now = asyncio.get_running_loop().time()
+    for _ in range(50):
+        admit(intake, 10)
+        intake.expire(now + 1000, after_s=1)
+    admit(intake, 3)
+    assert len(intake.take(3)) == 3
