@@ -67,7 +67,7 @@ def make(heartbeats: Sequence[Heartbeat], recent: RecentKeys) -> Plan:
             taken.add(key)
             rows.setdefault(heartbeat.ts.date(), []).append((key, index))
         known = newest.get(number)
-        if known is None or heartbeat.ts > known.ts:
+        if known is None or heartbeat.ts >= known.ts:  # of those with a wrong clock, received together, the last
             newest[number] = heartbeat
     for day in rows.values():
         day.sort()

@@ -80,7 +80,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         admin_key = keys.read_or_make(settings)
         await _prepare(database, settings, state, now())
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
-        await stack.enter_async_context(_side_task("cluster", cluster.watch(intake, settings.data_dir), failed))
+        await stack.enter_async_context(_side_task("cluster", cluster.watch(settings.data_dir), failed))
         devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds)
         await devices.load()
         stack.push_async_callback(devices.close)
@@ -117,11 +117,14 @@ class Cluster:
     database: Database
     server: embedded.EmbeddedPostgres | None = None
 
-    async def watch(self, intake: Intake, data_dir: Path) -> None:
+    async def watch(self, data_dir: Path) -> None:
         """Start the embedded PostgreSQL again should its postmaster be killed: nobody else would. Never returns."""
+        seen_alive = False  # an adopted postmaster of another container cannot be seen
         while True:
             await asyncio.sleep(SWEEP_S)
-            if self.server is None or not intake.closed_because or self.server.alive:
+            alive = self.server is not None and self.server.alive
+            seen_alive = seen_alive or alive
+            if self.server is None or alive or not seen_alive:
                 continue
             _log.error("embedded.died", pgdata=str(self.server.pgdata))
             try:

@@ -27,6 +27,8 @@ _log = log.get("devices")
 CHANNEL = "nexhb_devices"
 MISSES_HELD = 10_000  # unknown tokens remembered for a moment, so that a stray device costs no query a heartbeat
 MISS_HOLDS_S = 2.0
+LOOKUP_TIMEOUT_S = 5.0  # the wait for others' look-ups included
+RESERVED = ("offline", "unity-down")  # GET /v1/devices/offline is a list, not a device
 
 
 class Device(NamedTuple):
@@ -77,8 +79,11 @@ class DeviceStore:
         missed = self._misses.get(token_hash)
         if missed is not None and now - missed < MISS_HOLDS_S:
             return None
-        async with self._lookup_lock:
-            await self._read([token_hash])
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._lookup_lock:
+                await self._read([token_hash])
+        except TimeoutError as error:
+            raise DatabaseUnavailable("The token store does not answer.") from error
         device = self._by_hash.get(token_hash)
         if device is None:
             self._misses[token_hash] = now
@@ -178,7 +183,7 @@ def _device(row: asyncpg.Record) -> Device:
 
 async def add(conn: Connection, device_id: str, alias: str | None) -> str:
     """A new device; its token, which is shown this once. Raises DeviceExists, BadInput."""
-    _check_text(device_id, "device_id", 100)
+    _check_device_id(device_id)
     if alias is not None:
         _check_text(alias, "alias", 200)
     token = new_token()
@@ -229,6 +234,12 @@ async def _device_no(conn: Connection, device_id: str) -> int:
     return int(device_no)
 
 
+def _check_device_id(device_id: str) -> None:
+    _check_text(device_id, "device_id", 100)
+    if device_id in RESERVED:
+        raise BadInput(f"device_id {device_id!r} is the name of a list.")
+
+
 def _check_text(value: str, what: str, longest: int) -> None:
     if not 1 <= len(value) <= longest or "\0" in value or not value.isprintable():
         raise BadInput(f"{what} takes 1 to {longest} printable characters.")
@@ -271,7 +282,8 @@ def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, b
         for row in reader:
             try:
                 device_id, alias = (row["device_id"] or "").strip(), (row.get("alias") or "").strip() or None
-                _check_text(device_id, "device_id", 100)
+                _check_device_id(device_id)
+                _check_columns(row)
                 if alias is not None:
                     _check_text(alias, "alias", 200)
                 yield reader.line_num, device_id, alias, _hash_in(row)
@@ -279,6 +291,11 @@ def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, b
                 raise BadInput(f"line {reader.line_num}: {error.detail}") from None
     except csv.Error as error:
         raise BadInput(f"line {reader.reader.line_num}: {error}.") from None
+
+
+def _check_columns(row: dict[str, str]) -> None:
+    if None in row:
+        raise BadInput("it has more columns than the first line.")
 
 
 def _hash_in(row: dict[str, str]) -> bytes:

@@ -39,6 +39,12 @@ class _ToStructlog(logging.Handler):
     """What aiohttp, asyncio and asyncpg log arrives in the same form as our own lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("aiohttp"):
+            # A request that is no HTTP: its exception repeats the line at fault, and that line may be a key's. Whoever
+            # knocks on the port can send such, so it is one short line.
+            kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+            get(record.name).warning("http.bad_request_line", error=kind)
+            return
         level = record.levelname.lower()
         method = getattr(get(record.name), level if level in {"warning", "error", "critical"} else "info")
         method("library.log", message=record.getMessage(), exc_info=record.exc_info or None)

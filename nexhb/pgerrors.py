@@ -19,7 +19,8 @@ class Kind(enum.StrEnum):
 
 
 # 40001 serialization, 40P01 deadlock, 55P03 lock_timeout, 57014 statement_timeout, 53xxx resources.
-_TRANSIENT = ("40001", "40P01", "55P03", "57014", "53")
+# 25006: the database is read-only for now (a standby, a provider's answer to a full disk).
+_TRANSIENT = ("40001", "40P01", "55P03", "57014", "53", "25006")
 # 57P01 admin shutdown, 57P02 crash, 57P03 cannot connect now, 57P05 idle timeout; 25P03 idle in transaction.
 _LOST = ("08", "57P0", "25P03")
 

@@ -162,12 +162,14 @@ _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _NO_BATTERY, _NO_SYSTEM, _NO_MEMORY, _NO_NETWORK = _Battery(), _System(), _Memory(), _Network()
 
 
-def split(body: bytes, *, ndjson: bool, most: int) -> list[bytes]:
-    """A replayed queue: a JSON array, or one heartbeat a line (NDJSON). At most `most` of them;
+def split(body: bytes, *, most: int) -> list[bytes]:
+    """A replayed queue: a JSON array, or one heartbeat a line (NDJSON). Which it is, its first character says: a
+    client that names the wrong type, or none, must not find its queue refused and deleted. At most `most` of them;
     blank lines do not count.
 
     Raises Refused where it is neither, or too long.
     """
+    ndjson = not body.lstrip().startswith(b"[")
     items = body.split(b"\n") if ndjson else _decode(_decode_items, body)
     found = [bytes(item) for item in items if not ndjson or item.strip()]
     if len(found) > most:

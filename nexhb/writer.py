@@ -27,7 +27,7 @@ from nexhb.pgerrors import Kind, classify
 from nexhb.wire import FieldError, Heartbeat, Label
 
 _Q = sql.queries("writer")
-_PING = sql.queries("db")["ping"]
+_CAN_WRITE = sql.queries("db")["can_write"]
 _log = log.get("writer")
 
 STATEMENT_TIMEOUT_S = 5.0
@@ -107,10 +107,10 @@ class Writer:
         try:
             return await self._patiently(heartbeats)
         except Exception as error:
-            kind = classify(error)
+            kind = _kind_of(error)
             if kind is Kind.DATA:
                 return await self._split(heartbeats, error)
-            if kind is Kind.BUG and not isinstance(error, _InDoubt | DatabaseUnavailable):
+            if kind is Kind.BUG:
                 raise
             self._close_intake(error)
             return [Verdict(Outcome.FAILED, "the database cannot commit")] * len(heartbeats)
@@ -310,23 +310,30 @@ class Writer:
     def _close_intake(self, error: Exception) -> None:
         if not self._intake.closed_because:
             _log.error("writer.not_ready", error=f"{type(error).__name__}: {error}")
-        self._intake.closed_because = "The database cannot commit."
+        self._intake.closed_because = f"The database cannot commit: {type(error).__name__}."
+        if isinstance(error, DatabaseUnavailable):
+            self._intake.closed_because = f"The database cannot commit: {error.detail}"
         metrics.ready.set(0)
 
     async def _probe(self) -> None:
         """With nothing to write: is the database there? A fleet's first heartbeat should not have to find out."""
         try:
-            await (await self._connection()).execute(_PING)
+            await self._check_writable()
         except Exception as error:
             await self._disconnect()
             self._close_intake(error)
+
+    async def _check_writable(self) -> None:
+        """Raise where the database is not there, or takes no writes."""
+        if not await (await self._connection()).fetchval(_CAN_WRITE):
+            raise DatabaseUnavailable("It is read-only.")
 
     async def _recover(self) -> None:
         """Until the database answers again; the intake stays closed meanwhile."""
         delay_s = 0.1
         while True:
             try:
-                await (await self._connection()).execute(_PING)
+                await self._check_writable()
                 break
             except Exception as error:
                 _log.info("writer.still_not_ready", error=f"{type(error).__name__}: {error}")
@@ -344,16 +351,16 @@ class Writer:
 
 
 def _worth_another_try(error: BaseException) -> bool:
-    return isinstance(error, _InDoubt | DatabaseUnavailable) or classify(error) in (
-        Kind.LOST,
-        Kind.TRANSIENT,
-        Kind.NO_PARTITION,
-    )
+    return _kind_of(error) in (Kind.LOST, Kind.TRANSIENT, Kind.NO_PARTITION)
+
+
+def _kind_of(error: BaseException) -> Kind:
+    return Kind.LOST if isinstance(error, _InDoubt | DatabaseUnavailable) else classify(error)
 
 
 def _say_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    kind = "in_doubt" if isinstance(error, _InDoubt) else classify(error).value if error else ""
+    kind = _kind_of(error).value if error else ""
     metrics.write_retries.labels(kind=kind).inc()
     _log.warning("batch.retry", kind=kind, attempt=state.attempt_number, error=f"{type(error).__name__}: {error}")
 

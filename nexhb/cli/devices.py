@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nexhb import cli, daemon, migrate
 from nexhb import devices as store
@@ -98,8 +99,14 @@ def list_devices(
     table = Table("device_id", "alias", "model", "last heartbeat", "")
     for row in rows:
         last = f"{row['last_ts']:%Y-%m-%d %H:%M:%SZ}" if row["last_ts"] else "never"
-        table.add_row(row["device_id"], row["alias"], row["model"], last, "revoked" if row["revoked_at"] else "")
+        texts = (_plain(row["device_id"]), _plain(row["alias"]), _plain(row["model"]))
+        table.add_row(*texts, last, "revoked" if row["revoked_at"] else "")
     Console().print(table)
+
+
+def _plain(text: str | None) -> Text:
+    """What a device calls itself is no markup, and moves no cursor."""
+    return Text("".join(c if c.isprintable() else "\ufffd" for c in text or ""))
 
 
 @_commands.command(name="enrolment-key")

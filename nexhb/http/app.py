@@ -39,8 +39,11 @@ def make_app(parts: Parts) -> web.Application:
         ("GET", "/healthz", ops.get_healthz, "none"),
         ("GET", "/readyz", ops.get_readyz, "none"),
     ):
-        app.router.add_route(method, path, _wrapped(path, method, handler, admin=key == "admin"))
-    app.router.add_route("*", "/{tail:.*}", _wrapped("other", "other", _no_such_route, admin=False))
+        app.router.add_route(
+            method, path, _wrapped(path, method, handler, admin=key == "admin"), expect_handler=_expect
+        )
+    other = _wrapped("other", "other", _no_such_route, admin=False)
+    app.router.add_route("*", "/{tail:.*}", other, expect_handler=_expect)
     return app
 
 
@@ -75,6 +78,14 @@ def _as_problem(error: Exception, request: web.Request) -> Problem:
         return Problem(503, str(error), headers={"Retry-After": "5"})
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """`Expect: 100-continue`, or a refusal that repeats nothing (aiohttp's own could not encode what it repeats)."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return Problem(417, "Expect takes 100-continue.", close=True).response()
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return None
 
 
 async def _no_such_route(request: web.Request) -> web.StreamResponse:

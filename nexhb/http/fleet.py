@@ -12,6 +12,8 @@ from nexhb.wire import FieldError
 
 PAGE_MOST = 1_000
 LIST_MOST = 10_000
+_EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
+_LATEST = datetime(2080, 1, 1, tzinfo=UTC)
 
 
 def _bad(name: str, message: str) -> Problem:
@@ -36,8 +38,11 @@ def _moment(request: web.Request, name: str, default: datetime) -> datetime:
         moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
         if moment.tzinfo is None:
             raise _bad(name, "needs a time zone: 2026-11-24T00:00:00Z")
-        return moment.astimezone(UTC)
-    except (ValueError, OverflowError):
+        # "Everything" is often written as year 1 or 9999, which PostgreSQL's arithmetic and ours do not reach.
+        return min(max(moment.astimezone(UTC), _EARLIEST), _LATEST)
+    except OverflowError:  # year 1 or 9999, with an offset
+        return _EARLIEST if moment.year == 1 else _LATEST
+    except ValueError:
         raise _bad(name, "takes an ISO 8601 time with zone: 2026-11-24T00:00:00Z") from None
 
 

@@ -53,7 +53,7 @@ async def post_heartbeats(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     device, raw = await _receive(request, parts, parts.settings.server.batch_body_max_bytes, _JSON_OR_NDJSON)
     try:
-        items = wire.split(raw, ndjson=request.content_type != "application/json", most=MOST_IN_ONE_REQUEST)
+        items = wire.split(raw, most=MOST_IN_ONE_REQUEST)
     except wire.Refused as refused:
         raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
     parts.intake.received += len(items)

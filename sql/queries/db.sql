@@ -8,5 +8,6 @@ SELECT current_setting('server_version_num')::int AS version_num,
        current_setting('TimeZone') AS timezone,
        pg_is_in_recovery() AS in_recovery;
 
--- name: ping
-SELECT 1;
+-- name: can_write
+-- False on a standby, and where the operator or the provider (a full disk) has made the database read-only.
+SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'off';

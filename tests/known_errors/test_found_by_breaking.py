@@ -1,0 +1,125 @@
+"""Found by somebody whose task was to break nexhb: keys in the log, a read-only database that looked ready, 500s from
+query parameters and an Expect header, a device whose name broke the operator's list, a queue without a content type."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from nexhb import devices, log
+from nexhb.db import Connection
+from nexhb.errors import BadInput
+from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, timestamp
+from tests.integration.test_bad_input import raw
+
+
+async def test_a_request_that_is_no_http_leaves_no_key_in_the_log(nexhb: Nexhb) -> None:
+    lines = io.StringIO()
+    log.setup("info", lines)
+    for header in (f"x-admin : {ADMIN_KEY}", f"x-admin: \x01{ADMIN_KEY}", f"Authorization: Bearer \x01{ADMIN_KEY}"):
+        assert b" 400 " in await raw(nexhb, f"GET /v1/fleet HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+    assert "http.bad_request_line" in lines.getvalue()
+    assert ADMIN_KEY not in lines.getvalue()
+    assert "Traceback" not in lines.getvalue()
+
+
+async def test_a_read_only_database_is_not_ready(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agent = await nexhb.agent()
+    name = await conn.fetchval("SELECT current_database()")
+    await conn.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'nexhb%'")
+    async with asyncio.timeout(10):
+        while (ready := await nexhb.http.get(f"{nexhb.url}/readyz")).status != 503:
+            pass
+    assert "read-only" in (await ready.json())["reasons"][0]
+    assert (await agent.send(now)).status == 503
+    await conn.execute("SET default_transaction_read_only = off")
+    await conn.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    async with asyncio.timeout(10):
+        while (await agent.send(now)).status != 200:
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("query", ["to=0001-01-01T00:00:00Z", "from=0001-01-01T00:00:00Z", "to=9999-12-31T23:59:59Z"])
+async def test_the_ends_of_time_are_times(nexhb: Nexhb, now: datetime, query: str) -> None:
+    agent = await nexhb.agent()
+    await agent.send(now)
+    found = await nexhb.get(f"/v1/devices/{agent.device_id}/heartbeats?{query}")
+    assert len(found["heartbeats"]) == (1 if "from" in query else 0)
+
+
+async def test_an_expect_header_that_is_no_text_is_417(nexhb: Nexhb) -> None:
+    assert b" 417 " in await raw(nexhb, b"GET /healthz HTTP/1.1\r\nHost: x\r\nExpect: \xff\r\n\r\n")
+    agent = await nexhb.agent()
+    head = (
+        f"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {agent.token}\r\nConnection: close\r\n"
+        "Content-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    )
+    answer = await raw(nexhb, head.encode(), b"{}")
+    assert answer.startswith(b"HTTP/1.1 100 Continue")
+    assert b" 422 " in answer
+
+
+async def test_a_queue_without_a_content_type_is_taken(nexhb: Nexhb, now: datetime) -> None:
+    agent = await nexhb.agent()
+    body = b'[{"timestamp_utc":"%s"}]' % timestamp(now).encode()
+    head = (
+        f"POST /v1/heartbeats HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {agent.token}\r\nConnection: close\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    assert b'"written":1' in await raw(nexhb, head.encode() + body)
+
+
+async def test_of_a_queue_with_a_wrong_clock_the_last_is_the_status(nexhb: Nexhb) -> None:
+    agent = await nexhb.agent()
+    items = [f'{{"timestamp_utc":"1970-01-01T00:0{n}:00Z","battery":{{"pct":{n}}}}}' for n in range(5)]
+    await agent.post(f"[{','.join(items)}]".encode(), "/v1/heartbeats")
+    assert (await nexhb.get(f"/v1/devices/{agent.device_id}"))["battery_pct"] == 4
+
+
+async def test_a_name_that_is_markup_does_not_break_the_list(nexhb: Nexhb, now: datetime, tmp_path: Path) -> None:
+    agent = await nexhb.agent()
+    await agent.send(now, alias="[/x]\x1b[31m")
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "nexhb", "devices", "list"],
+        env={"NEXHB_DATABASE__URL": nexhb.database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "COLUMNS": "200"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[/x]" in done.stdout
+    assert "\x1b[31m" not in done.stdout
+
+
+async def test_the_name_of_a_list_is_no_device(conn: Connection, tmp_path: Path) -> None:
+    for name in ("offline", "unity-down"):
+        with pytest.raises(BadInput, match="name of a list"):
+            await devices.add(conn, name, None)
+    file = tmp_path / "devices.csv"
+    file.write_text("device_id,token\na,b,c,d\n")
+    with pytest.raises(BadInput, match="more columns"):
+        await devices.import_csv(conn, file)
+
+
+async def test_unknown_tokens_do_not_queue_up_behind_a_store_that_hangs(
+    start_daemon: StartDaemon, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "LOOKUP_TIMEOUT_S", 0.3)
+    nexhb = await start_daemon()
+    agents = [await nexhb.agent() for _ in range(6)]
+    for agent in agents:
+        agent.token = devices.new_token()
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE device_tokens IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(3):
+            answers = await asyncio.gather(*(agent.send(now - timedelta(minutes=1)) for agent in agents))
+    assert {answer.status for answer in answers} == {503}
