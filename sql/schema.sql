@@ -152,7 +152,8 @@ JOIN heartbeat_labels l USING (label_no);
 -- What decides its layout is therefore how many of those updates are HOT, touching no index and leaving their dead row
 -- to the next visitor of the page: fillfactor 85 keeps room for it on the page, and no index may hold last_ts.
 --
---   `python -m bench micro`: upserts in batches of 2,000, then the offline query
+--   `python -m bench micro`: upserts in batches of 2,000, then the offline query. Rates vary by a fifth from run to run,
+--   HOT shares and the orders of magnitude of the query do not.
 --
 --   index                            2,000 devices, 100 silent          1,000,000 devices, 1,000 silent
 --   primary key only                 111,124/s  90 % HOT  0.26 ms       74,946/s  95 % HOT  123.67 ms  35 MB index
