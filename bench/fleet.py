@@ -1,6 +1,6 @@
 """The simulated fleet: devices, their heartbeats, and when each is due. Pure and seeded: no clock, no socket.
 
-Bodies are written as Gson writes them (shared wire format): null fields left out, numbers of battery, system,
+Bodies are written as Gson writes them (docs/wire.md): null fields left out, numbers of battery, system,
 memory and network as Java doubles, timestamps as `Instant.toString()`. A device's body is one bytes template,
 so that a heartbeat costs one formatting call.
 """

@@ -1,5 +1,5 @@
 -- The one transaction of a batch. All of it runs on the writer's own connection.
--- The rows themselves go in by binary COPY straight into the day's partition (facts: INSERT … unnest is half as fast).
+-- The rows themselves go in by binary COPY straight into the day's partition: from 1,000 rows on twice as fast as INSERT … unnest.
 
 -- name: stage_table
 -- Made once a connection; a batch with a key that is already stored goes through it.
