@@ -119,7 +119,8 @@ class Cluster:
 
     async def watch(self, data_dir: Path) -> None:
         """Start the embedded PostgreSQL again should its postmaster be killed: nobody else would. Never returns."""
-        seen_alive = False  # an adopted postmaster of another container cannot be seen
+        # An adopted postmaster of another container cannot be seen, and so cannot be seen dying.
+        seen_alive = self.server is not None and self.server.alive
         while True:
             await asyncio.sleep(SWEEP_S)
             alive = self.server is not None and self.server.alive
