@@ -62,7 +62,8 @@ def test_a_plan_is_what_the_model_says(arrived: list[Heartbeat], data: st.DataOb
     assert [h.device_no for h in plan.newest] == sorted({h.device_no for h in arrived})
     for newest in plan.newest:
         theirs = [h for h in arrived if h.device_no == newest.device_no]
-        assert newest is max(theirs, key=lambda h: h.ts)  # of two at one moment, the one that came first
+        latest = max(h.ts for h in theirs)
+        assert newest is [h for h in theirs if h.ts == latest][-1]  # of two at one moment, the one that came last
 
 
 def test_the_first_of_a_bucket_is_the_row_and_the_newest_is_the_status_though_it_is_a_duplicate() -> None:

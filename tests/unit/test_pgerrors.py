@@ -29,6 +29,7 @@ SQLSTATES = [
     # transient: serialization, deadlock, lock_timeout, statement_timeout, out of connections, memory or disk
     ("40001", Kind.TRANSIENT), ("40P01", Kind.TRANSIENT), ("55P03", Kind.TRANSIENT), ("57014", Kind.TRANSIENT),
     ("53000", Kind.TRANSIENT), ("53100", Kind.TRANSIENT), ("53200", Kind.TRANSIENT), ("53300", Kind.TRANSIENT),
+    ("25006", Kind.TRANSIENT),
     # a row with this key is there
     ("23505", Kind.DUPLICATE),
     # a day's table that is not there
@@ -38,7 +39,7 @@ SQLSTATES = [
     ("22P02", Kind.DATA), ("22P03", Kind.DATA), ("22P05", Kind.DATA), ("23000", Kind.DATA), ("23502", Kind.DATA),
     ("23503", Kind.DATA), ("23P01", Kind.DATA),
     # anything else is a bug
-    ("42601", Kind.BUG), ("42703", Kind.BUG), ("42501", Kind.BUG), ("21000", Kind.BUG), ("25006", Kind.BUG),
+    ("42601", Kind.BUG), ("42703", Kind.BUG), ("42501", Kind.BUG), ("21000", Kind.BUG),
     ("25P02", Kind.BUG), ("28P01", Kind.BUG), ("0A000", Kind.BUG), ("P0001", Kind.BUG), ("XX000", Kind.BUG),
     ("XX001", Kind.BUG), ("40003", Kind.BUG), ("57000", Kind.BUG), ("55000", Kind.BUG), ("ZZ999", Kind.BUG),
 ]  # fmt: skip
