@@ -26,7 +26,7 @@ from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
 from nexhb.http.parts import Parts
 from nexhb.intake import Intake
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import is_retryable
 from nexhb.reads import Reads
 from nexhb.writer import Writer
 
@@ -195,7 +195,7 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
             return await database.connect(application="nexhb start", lock_timeout="30000")
         except DatabaseUnavailable as error:
             # A wrong password or a database that does not exist will not mend itself.
-            if utc_now() > until or classify(error.__cause__ or error) not in (Kind.LOST, Kind.TRANSIENT):
+            if utc_now() > until or not is_retryable(error.__cause__ or error):
                 raise
             _log.warning("database.waiting", error=str(error))
             await asyncio.sleep(1)

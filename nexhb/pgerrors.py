@@ -6,6 +6,8 @@ import enum
 
 import asyncpg
 
+from nexhb.errors import DatabaseUnavailable
+
 
 class Kind(enum.StrEnum):
     """What an error means for the work at hand."""
@@ -21,6 +23,10 @@ class Kind(enum.StrEnum):
 # 40001 serialization, 40P01 deadlock, 55P03 lock_timeout, 57014 statement_timeout, 53xxx resources.
 # 25006: the database is read-only for now (a standby, a provider's answer to a full disk).
 _TRANSIENT = ("40001", "40P01", "55P03", "57014", "53", "25006")
+# Errors without an SQLSTATE.
+_LOST_CLASSES = (
+    asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError, TimeoutError, DatabaseUnavailable,
+)  # fmt: skip
 # 57P01 admin shutdown, 57P02 crash, 57P03 cannot connect now, 57P05 idle timeout; 25P03 idle in transaction.
 _LOST = ("08", "57P0", "25P03")
 
@@ -35,7 +41,7 @@ def classify(error: BaseException) -> Kind:
         return _by_state(state)
     if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
         return Kind.DATA  # the client could not encode a value: asyncpg.exceptions._base.InterfaceError + ValueError
-    if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError | EOFError | TimeoutError):
+    if isinstance(error, _LOST_CLASSES):
         return Kind.LOST
     if isinstance(error, OverflowError | ValueError | TypeError):
         return Kind.DATA

@@ -15,7 +15,7 @@ from asyncpg.pool import PoolConnectionProxy
 from nexhb import metrics, sql
 from nexhb.db import Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import is_retryable
 
 _Q = sql.queries("reads")
 
@@ -84,7 +84,7 @@ class Reads:
             async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
                 yield conn
         except Exception as error:
-            if classify(error) in (Kind.LOST, Kind.TRANSIENT):
+            if is_retryable(error):
                 raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
             raise
         metrics.last_status_read_latency_ms.labels(query=query).observe((time.perf_counter() - started) * 1000)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import date
-from typing import NamedTuple
 
 from tenacity import (
     AsyncRetrying,
@@ -37,23 +36,14 @@ RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
 LABELS_HELD = 100_000
 
 
-class _InDoubt(Exception):
+class _InDoubt(DatabaseUnavailable):
     """The connection went away around COMMIT: the transaction may be in."""
 
-    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan, written: set[Key]) -> None:
+    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan) -> None:
         self.xid = xid
         self.verdicts = verdicts
         self.plan = plan
-        self.written = written
-        super().__init__(xid)
-
-
-class _Attempt(NamedTuple):
-    """What one transaction would settle, once it is committed."""
-
-    xid: str
-    written: set[Key]
-    status_rows: int
+        super().__init__("A COMMIT was not answered.")
 
 
 class Writer:
@@ -107,7 +97,7 @@ class Writer:
         try:
             return await self._patiently(heartbeats)
         except Exception as error:
-            kind = _kind_of(error)
+            kind = classify(error)
             if kind is Kind.DATA:
                 return await self._split(heartbeats, error)
             if kind is Kind.BUG:
@@ -192,7 +182,7 @@ class Writer:
             await transaction.commit()
         except Exception as error:
             if classify(error) is Kind.LOST:
-                raise _InDoubt(row["xid"], verdicts, plan, written) from error
+                raise _InDoubt(row["xid"], verdicts, plan) from error
             raise
         self._remember(plan, changed)
         metrics.last_status_upserts.inc(row["written"])
@@ -351,16 +341,12 @@ class Writer:
 
 
 def _worth_another_try(error: BaseException) -> bool:
-    return _kind_of(error) in (Kind.LOST, Kind.TRANSIENT, Kind.NO_PARTITION)
-
-
-def _kind_of(error: BaseException) -> Kind:
-    return Kind.LOST if isinstance(error, _InDoubt | DatabaseUnavailable) else classify(error)
+    return classify(error) in (Kind.LOST, Kind.TRANSIENT, Kind.NO_PARTITION)
 
 
 def _say_retry(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
-    kind = _kind_of(error).value if error else ""
+    kind = classify(error).value if error else ""
     metrics.write_retries.labels(kind=kind).inc()
     _log.warning("batch.retry", kind=kind, attempt=state.attempt_number, error=f"{type(error).__name__}: {error}")
 

@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from nexhb import log, metrics
-from nexhb.errors import BadInput, DatabaseUnavailable, UnknownDevice
+from nexhb.errors import BadInput, UnknownDevice
 from nexhb.http import fleet, heartbeats, ops
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import is_retryable
 
 _log = log.get("http")
 
@@ -74,7 +74,7 @@ def _as_problem(error: Exception, request: web.Request) -> Problem:
         return error
     if isinstance(error, UnknownDevice | BadInput):
         return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
-    if isinstance(error, DatabaseUnavailable) or classify(error) in (Kind.LOST, Kind.TRANSIENT):
+    if is_retryable(error):
         return Problem(503, str(error), headers={"Retry-After": "5"})
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
