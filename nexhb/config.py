@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from croniter import croniter
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,6 +19,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_settings import (
     BaseSettings,
@@ -214,6 +216,58 @@ class Partitions(_Section):
     """The days."""
 
     days_ahead: int = Field(default=14, ge=1, le=366, description="days made ahead of today")
+    retention_days: int = Field(
+        default=90,
+        ge=1,
+        le=3660,
+        description="past days kept in the database; older ones are archived, verified and dropped",
+    )
+
+
+class Archive(_Section):
+    """Where days go when they are older than partitions.retention_days. Credentials for S3 come the AWS way."""
+
+    url: str | None = Field(
+        default=None, description="file:///an/absolute/folder or s3://bucket/prefix; unset: data_dir/archive"
+    )
+    endpoint_url: str | None = Field(default=None, description="the S3-compatible store's address; unset: AWS's own")
+    region: str | None = Field(default=None, description="the bucket's region; unset: as the AWS configuration says")
+    addressing: Literal["auto", "path", "virtual"] = Field(
+        default="auto",
+        description='how the bucket is named; "auto": in the path where endpoint_url is set',
+    )
+    timeout_seconds: float = Field(
+        default=600, ge=1, le=86400, description="seconds; longest that one object's way there or back may take"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _file_or_s3(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        scheme, _, rest = value.partition("://")
+        if scheme == "file" and rest.startswith("/"):
+            return value
+        if scheme == "s3" and rest.strip("/"):
+            return value
+        raise ValueError("takes file:///an/absolute/folder or s3://bucket/prefix")
+
+
+class Jobs(_Section):
+    """When the daemon runs its jobs, in UTC. Missed runs are made up at the next start."""
+
+    nightly: str = Field(default="0 3 * * *", description="cron expression; empty turns the schedule off")
+    reconcile: str = Field(default="5 * * * *", description="cron expression; empty turns the schedule off")
+    jitter_seconds: float = Field(
+        default=30, ge=0, le=3600, description="seconds; each run starts up to so much later: hosts do not march"
+    )
+
+    @field_validator("nightly", "reconcile")
+    @classmethod
+    def _cron(cls, value: str) -> str:
+        if value.strip() and (len(value.split()) != 5 or not croniter.is_valid(value)):
+            raise ValueError('takes a cron expression of five fields like "0 3 * * *", or nothing')
+        return value.strip()
 
 
 def _default_data_dir() -> Path:
@@ -244,6 +298,19 @@ class Settings(BaseSettings):
     ingest: Ingest = Field(default=Ingest())
     heartbeat: HeartbeatRules = Field(default=HeartbeatRules())
     partitions: Partitions = Field(default=Partitions())
+    archive: Archive = Field(default=Archive())
+    jobs: Jobs = Field(default=Jobs())
+
+    @property
+    def archive_url(self) -> str:
+        """archive.url, else the folder in data_dir."""
+        return self.archive.url or f"file://{self.data_dir.absolute()}/archive"
+
+    @model_validator(mode="after")
+    def _days_that_take_heartbeats_stay(self) -> Settings:
+        if self.ingest.accept_past > timedelta(days=self.partitions.retention_days):
+            raise ValueError("ingest.accept_past is longer than partitions.retention_days: those days are archived")
+        return self
 
     @field_validator("data_dir", mode="before")
     @classmethod

@@ -26,6 +26,8 @@ from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
 from nexhb.http.parts import Parts
 from nexhb.intake import Intake
+from nexhb.jobs.board import Jobs
+from nexhb.jobs.schedule import Schedule
 from nexhb.pgerrors import is_retryable
 from nexhb.reads import Reads
 from nexhb.writer import Writer
@@ -95,8 +97,11 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, database, intake, state, now), failed))
+        jobs = Jobs(database, settings, now)
+        schedule = Schedule(database, jobs, settings.jobs, now)
+        await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
         parts = Parts(
-            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool),
+            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool), jobs=jobs,
             admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip
         port = await stack.enter_async_context(_serving(parts))

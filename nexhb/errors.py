@@ -33,6 +33,10 @@ class LockHeld(NexhbError):
     """Somebody else is running this."""
 
 
+class LockLost(NexhbError):
+    """The job's lock is not held any more."""
+
+
 class DatabaseUnavailable(NexhbError):
     """The database cannot be reached or cannot commit right now."""
 
@@ -55,3 +59,27 @@ class EnrolmentRefused(NexhbError):
 
 class BadInput(NexhbError):
     """The input is not usable."""
+
+
+class PartitionBusy(NexhbError):
+    """Somebody holds the table."""
+
+
+class StoreError(NexhbError):
+    """The archive store did not do what was asked."""
+
+
+class ObjectExists(StoreError):
+    """An object of this name is in the archive store already."""
+
+
+class ObjectMissing(StoreError):
+    """An object is not in the archive store."""
+
+
+class ArchiveDamaged(NexhbError):
+    """An archive is not what its manifest says."""
+
+
+class JobFailed(NexhbError):
+    """The job did not do all of its work."""

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from nexhb import sql
-from nexhb.errors import LockHeld
+from nexhb.errors import LockHeld, LockLost
 
 _Q = sql.queries("locks")
 _SPACE = 0x6E65786862 << 20  # "nexhb" in the upper bits: other users of the database keep theirs
@@ -23,6 +23,12 @@ class Lock(enum.IntEnum):
     PARTITIONS = _SPACE + 2
     NIGHTLY = _SPACE + 3
     RECONCILE = _SPACE + 4
+
+
+async def check(conn: asyncpg.Connection, lock: Lock) -> None:
+    """Raise LockLost unless `conn` itself holds `lock` now: asked before each step that cannot be taken back."""
+    if not await conn.fetchval(_Q["holds_lock"], int(lock)):
+        raise LockLost(lock.name.lower())
 
 
 @asynccontextmanager

@@ -98,6 +98,20 @@ last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was las
 
 partitions_created = Counter("partitions_created", "Partitions made")
 partition_create_failures = Counter("partition_create_failures", "Partitions that could not be made")
+partitions_archived = Counter("partitions_archived", "Days archived and verified")
+partitions_dropped = Counter("partitions_dropped", "Days dropped after their archive had been verified")
+archive_failures = Counter("archive_failures", "Days that could not be archived or verified; their tables are kept")
+late_heartbeats = Counter("nexhb_late_heartbeats", "Heartbeats whose day was gone already, kept aside", ["reason"])
+last_drill = Gauge("nexhb_last_restore_drill_timestamp_seconds", "When an archived day was last restored and compared")
+
+reconciliation_rows_updated = Counter("reconciliation_rows_updated", "Rows of device_last_status healed")
+reconciliation_runs = Counter("reconciliation_runs", "Runs of the reconciliation", ["status"])
+reconciliation_drift = Gauge(
+    "nexhb_reconciliation_drift_ratio", "Rows of device_last_status found wrong, of those checked by the last run"
+)
+job_runs = Counter("nexhb_job_runs", "Runs of a job", ["job", "status"])
+job_last_success = Gauge("nexhb_job_last_success_timestamp_seconds", "When a job last did all of its work", ["job"])
+job_duration = Gauge("nexhb_job_duration_seconds", "How long the job's last run took", ["job"])
 
 http_request_latency_ms = RequestLatency()
 REGISTRY.register(http_request_latency_ms)

@@ -1,25 +1,32 @@
-"""The days of device_heartbeats: read from the catalog, made ahead, each known to hb_partitions."""
+"""The days of device_heartbeats: read from the catalog, made ahead, detached, sealed and dropped."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from typing import TypeVar
 
 import asyncpg
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from nexhb import log, metrics, sql
+from nexhb import locks, log, metrics, sql
+from nexhb.batch import HISTORY_COLUMNS as COLUMNS
 from nexhb.db import Connection
+from nexhb.errors import ArchiveDamaged, PartitionBusy
 from nexhb.locks import Lock
 from nexhb.pgerrors import Kind, classify
 
 _Q = sql.queries("partitions")
 _LOCK_SQL = sql.queries("locks")["transaction_lock"]
 _log = log.get("partitions")
+T = TypeVar("T")
 
 PARENT = "device_heartbeats"
 LOCK_TIMEOUT_MS = 2_000  # longest that a DDL statement waits, and so the longest that ingest waits behind it
+ATTEMPTS = 5
 _BOUNDS = re.compile(r"FOR VALUES FROM \('([^']+)'\) TO \('([^']+)'\)")
 
 
@@ -52,10 +59,15 @@ def days_between(first: date, last: date) -> list[date]:
     return [first + timedelta(days=n) for n in range((last - first).days + 1)]
 
 
+async def _in_catalog(conn: Connection) -> list[asyncpg.Record]:
+    rows: list[asyncpg.Record] = await conn.fetch(_Q["attached"])
+    return rows
+
+
 async def attached(conn: Connection) -> list[Partition]:
     """The attached partitions. A bound that cannot be read (somebody's own table) is logged and left alone."""
     found: list[Partition] = []
-    for row in await conn.fetch(_Q["attached"]):
+    for row in await _in_catalog(conn):
         match = _BOUNDS.fullmatch(row["bounds"] or "")
         if not match:
             _log.warning("partition.unreadable_bounds", partition=row["name"], bounds=row["bounds"])
@@ -73,15 +85,16 @@ def _utc(moment: datetime) -> datetime:
 
 
 async def ensure(conn: Connection, days: list[date]) -> dict[date, str]:
-    """Make the partitions of `days` that are missing; day → table name, for each of them.
+    """Make the partitions of `days` that are missing; day → table name, for each that has one now.
 
-    `conn` must not be in a transaction. Each day is a transaction of its own, tried again where a lock is busy.
-    Raises the last error where a day could not be made.
+    A day that is gone (see `gone`) is not made again: its rows would stand beside its archive. `conn` must not be in a
+    transaction. Each day is a transaction of its own, tried again where a lock is busy. Raises the last error where a
+    day could not be made.
     """
     tables = _by_day(await attached(conn), days)
     for day in days:
-        if day not in tables:
-            tables[day] = await _make_patiently(conn, day)
+        if day not in tables and (made := await _make_patiently(conn, day)):
+            tables[day] = made
     return tables
 
 
@@ -89,46 +102,209 @@ def _by_day(partitions: list[Partition], days: list[date]) -> dict[date, str]:
     return {day: p.name for day in days for p in partitions if p.covers(day) and not p.detach_pending}
 
 
-async def _make_patiently(conn: Connection, day: date) -> str:
+async def gone(conn: Connection, day: date) -> str | None:
+    """Why no partition may be made for `day`: detached, archived, archive_failed or dropped; None where one may."""
+    reason: str | None = await conn.fetchval(_Q["gone"], midnight(day), midnight(day + timedelta(days=1)))
+    return reason
+
+
+async def patiently(work: Callable[..., Awaitable[T]], *args: object) -> T:
+    """DDL tried again where a lock is busy; the last error where it stays so."""
     retrying = AsyncRetrying(
         retry=retry_if_exception(lambda e: classify(e) is Kind.TRANSIENT),
-        stop=stop_after_attempt(5),
+        stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.1, max=2),
         reraise=True,
     )
+    result: T = await retrying(work, *args)
+    return result
+
+
+async def _make_patiently(conn: Connection, day: date) -> str | None:
     try:
-        return str(await retrying(_make, conn, day))
+        return await patiently(_make, conn, day)
     except Exception:
         metrics.partition_create_failures.inc()
         _log.exception("partition.create_failed", partition=name_of(day))
         raise
 
 
-async def _make(conn: Connection, day: date) -> str:
+async def _make(conn: Connection, day: date) -> str | None:
     """CREATE … PARTITION OF would lock the parent against all ingest; a table made beside it and then attached takes
     SHARE UPDATE EXCLUSIVE, which ingest does not notice. It is empty, so ATTACH has nothing to scan."""
     name, start, end = name_of(day), midnight(day), midnight(day + timedelta(days=1))
-    async with conn.transaction():
-        await conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+    async with _ddl(conn):
         await conn.execute(_LOCK_SQL, int(Lock.PARTITIONS))
         # Somebody else may have made it while we waited for the lock.
         if present := _by_day(await attached(conn), [day]).get(day):
             return present
-        await conn.execute(_create_statement(name, start, end))
+        if await gone(conn, day):
+            return None
+        await conn.execute(create_statement(name))
+        await conn.execute(attach_statement(name, start, end))
         await conn.execute(_Q["record"], name, start, end)
     metrics.partitions_created.inc()
     _log.info("partition.create", partition=name, range_start=start.isoformat(), range_end=end.isoformat())
     return name
 
 
-def _create_statement(name: str, start: datetime, end: datetime) -> str:
-    """DDL from a day's own name and bounds; explicit UTC literals, whatever the session's zone."""
-    low, high = (f"'{moment:%Y-%m-%d %H:%M:%S}+00'" for moment in (start, end))
+@asynccontextmanager
+async def _ddl(conn: Connection) -> AsyncIterator[None]:
+    async with conn.transaction():
+        await conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+        yield
+
+
+def quoted(name: str) -> str:
+    """A table's name out of the catalog, for DDL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def create_statement(name: str) -> str:
+    """A day's table, beside the parent."""
     return f"""
-        CREATE TABLE {name} (LIKE {PARENT} INCLUDING ALL);
-        CREATE UNIQUE INDEX {name}_key ON {name} (device_no, bucket);
-        ALTER TABLE {PARENT} ATTACH PARTITION {name} FOR VALUES FROM ({low}) TO ({high});
+        CREATE TABLE {quoted(name)} (LIKE {PARENT} INCLUDING ALL);
+        CREATE UNIQUE INDEX {quoted(name + "_key")} ON {quoted(name)} (device_no, bucket);
     """
+
+
+def attach_statement(name: str, start: datetime, end: datetime) -> str:
+    """Explicit UTC literals, whatever the session's zone."""
+    low, high = (f"'{moment:%Y-%m-%d %H:%M:%S}+00'" for moment in (start, end))
+    return f"ALTER TABLE {PARENT} ATTACH PARTITION {quoted(name)} FOR VALUES FROM ({low}) TO ({high})"
+
+
+# ---- the way out ----------------------------------------------------------------------------------------------------
+
+
+async def detach(conn: Connection, name: str) -> None:
+    """Detach a partition without holding up ingest, or finish a detach that was interrupted. Idempotent.
+
+    `conn` must not be in a transaction, and must have a lock_timeout. Raises PartitionBusy, with who is in the way,
+    where somebody reads the parent all the while; the detach then stays pending, and the next call finishes it.
+    """
+    try:
+        await patiently(_detach, conn, name)
+    except asyncpg.LockNotAvailableError as error:
+        raise PartitionBusy(f"{name} cannot be detached: {await _blockers(conn)}.") from error
+
+
+async def _detach(conn: Connection, name: str) -> None:
+    # Interrupted, a detach stays pending or finishes by itself: what is so is read anew for each try.
+    found = next((p for p in await _in_catalog(conn) if p["name"] == name), None)
+    if found is None:
+        return
+    how = "FINALIZE" if found["detach_pending"] else "CONCURRENTLY"
+    await conn.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
+    try:
+        await conn.execute(f"ALTER TABLE {PARENT} DETACH PARTITION {quoted(name)} {how}")
+    except asyncpg.ObjectNotInPrerequisiteStateError as error:
+        raise PartitionBusy(f"{name} cannot be detached: {error}.") from error  # another detach is pending
+    _log.info("partition.detach", partition=name, how=how.lower())
+
+
+async def _blockers(conn: Connection) -> str:
+    rows = await conn.fetch(_Q["blockers"])
+    return (
+        "; ".join(
+            f"pid {row['pid']} ({row['application_name'] or 'unnamed'}) is {row['state']} since {row['seconds']} s"
+            for row in rows
+        )
+        or "its lock was busy"
+    )
+
+
+async def seal(conn: Connection, name: str, start: datetime, end: datetime) -> int:
+    """Bring the late heartbeats of a detached day into its table, then admit no more rows; how many came in.
+
+    A writer that still knows the table's name would otherwise add rows to it behind the archive's back, and they would
+    be dropped. NOT VALID: the rows that are there are not looked at. Idempotent.
+    """
+    if await conn.fetchval(_Q["is_sealed"], name):
+        return 0
+    return await patiently(_seal, conn, name, start, end)
+
+
+async def _seal(conn: Connection, name: str, start: datetime, end: datetime) -> int:
+    async with _ddl(conn):
+        # The lock waits for every writer that has begun; the constraint meets every one that comes.
+        await conn.execute(f"LOCK TABLE {quoted(name)} IN ACCESS EXCLUSIVE MODE")
+        merged = await _merge(conn, name, start, end)
+        await conn.execute(
+            f"ALTER TABLE {quoted(name)} ADD CONSTRAINT {quoted(name + '_sealed')} CHECK (false) NOT VALID"
+        )
+    return merged
+
+
+async def merge_late(conn: Connection, name: str, start: datetime, end: datetime) -> int:
+    """Bring late heartbeats into their day's table, which takes rows (again); how many were taken in."""
+    async with _ddl(conn):
+        return await _merge(conn, name, start, end)
+
+
+async def _merge(conn: Connection, name: str, start: datetime, end: datetime) -> int:
+    columns = ", ".join(COLUMNS)
+    done = await conn.execute(
+        f"""WITH late AS (DELETE FROM late_heartbeats WHERE ts >= $1 AND ts < $2 RETURNING {columns})
+            INSERT INTO {quoted(name)} ({columns}) SELECT {columns} FROM late ORDER BY device_no, bucket
+            ON CONFLICT (device_no, bucket) DO NOTHING""",  # noqa: S608 - a name out of the catalog, quoted
+        start,
+        end,
+    )
+    return int(done.rpartition(" ")[2])
+
+
+async def unseal(conn: Connection, name: str) -> None:
+    """Let a detached day's table take rows again. Inside the caller's transaction."""
+    await conn.execute(f"ALTER TABLE {quoted(name)} DROP CONSTRAINT IF EXISTS {quoted(name + '_sealed')}")
+
+
+async def drop(conn: Connection, name: str, now: datetime) -> None:
+    """Drop the table of a day whose archive was read back and found whole: the one step that cannot be taken back.
+
+    Under the nightly lock, in one transaction with its record. Raises ArchiveDamaged unless hb_partitions says that it
+    is archived and the table has exactly the rows of the archive; LockLost where somebody else may be at work.
+    """
+    size = await patiently(_drop, conn, name, now)
+    metrics.partitions_dropped.inc()
+    _log.info("partition.drop", partition=name, bytes=size)
+
+
+async def _drop(conn: Connection, name: str, now: datetime) -> int:
+    async with _ddl(conn):
+        await locks.check(conn, Lock.NIGHTLY)
+        row = await conn.fetchrow(_Q["state_for_drop"], name)
+        if row is None or row["state"] != "archived" or await conn.fetchval(_Q["is_attached"], name):
+            raise ArchiveDamaged(f"{name} is not archived and detached: it is not dropped.")
+        await conn.execute(f"LOCK TABLE {quoted(name)} IN ACCESS EXCLUSIVE MODE")
+        rows = await count(conn, name)
+        if rows != row["row_count"]:
+            raise ArchiveDamaged(f"{name} has {rows} rows, its archive {row['row_count']}: it is not dropped.")
+        size = int(await conn.fetchval(_Q["size"], name))
+        await conn.execute(f"DROP TABLE {quoted(name)}")
+        await conn.execute(_Q["dropped"], name, now, size)
+    return size
+
+
+async def vacuum(conn: Connection, name: str, *, freeze: bool) -> None:
+    """VACUUM ANALYZE one table; with `freeze`, once and for all."""
+    await patiently(conn.execute, f"VACUUM ({'FREEZE, ' if freeze else ''}ANALYZE) {quoted(name)}")
+
+
+async def analyze_parent(conn: Connection) -> None:
+    """ANALYZE the partitioned table itself, which nothing does by itself."""
+    only = "ONLY " if conn.get_server_version() >= (18,) else ""  # before 18, it reads every partition along the way
+    await patiently(conn.execute, f"ANALYZE {only}{PARENT}")
+
+
+async def present(conn: Connection, name: str) -> bool:
+    """Whether there is a table of that name, attached or not."""
+    return await conn.fetchval(_Q["size"], name) is not None
+
+
+async def count(conn: Connection, name: str) -> int:
+    """The rows of a day's table, counted."""
+    return int(await conn.fetchval(f"SELECT count(*) FROM {quoted(name)}"))  # noqa: S608 - out of the catalog, quoted
 
 
 async def known(conn: Connection) -> list[asyncpg.Record]:

@@ -23,6 +23,7 @@ class Kind(enum.StrEnum):
 # 40001 serialization, 40P01 deadlock, 55P03 lock_timeout, 57014 statement_timeout, 53xxx resources.
 # 25006: the database is read-only for now (a standby, a provider's answer to a full disk).
 _TRANSIENT = ("40001", "40P01", "55P03", "57014", "53", "25006")
+_SEAL = "_sealed"  # ends the name of the CHECK that keeps rows out of a detached day; a CHECK of ours has another name
 # Errors without an SQLSTATE.
 _LOST_CLASSES = (
     asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError, TimeoutError, DatabaseUnavailable,
@@ -35,8 +36,8 @@ def classify(error: BaseException) -> Kind:
     """The kind of `error`. An error without an SQLSTATE on a closed connection surfaces as
     InterfaceError (asyncpg), so the class counts where there is no code."""
     state = str(getattr(error, "sqlstate", None) or "")
-    if state == "23514" and not getattr(error, "constraint_name", None):
-        return Kind.NO_PARTITION  # a row's time fits no partition, or not this one; a CHECK would have a name
+    if state == "23514" and str(getattr(error, "constraint_name", None) or _SEAL).endswith(_SEAL):
+        return Kind.NO_PARTITION  # a row's time fits no partition, or not this one, or its day is sealed
     if state:
         return _by_state(state)
     if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import date
 
+import asyncpg
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -58,6 +59,7 @@ class Writer:
         self._labels: dict[Label, int] = {}
         self._facts: dict[int, int] = {}  # device_no → hash of what it last said of itself
         self._tables: dict[date, str] = {}
+        self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
         self._doubt: _InDoubt | None = None
 
     # ---- the loop ---------------------------------------------------------------------------------------------
@@ -185,13 +187,16 @@ class Writer:
                 raise _InDoubt(row["xid"], verdicts, plan) from error
             raise
         self._remember(plan, changed)
+        self._count_late(written, plan)
         metrics.last_status_upserts.inc(row["written"])
         return verdicts
 
     async def _copy(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
         """Straight into each day's partition; a key that is there already fails it (23505)."""
-        written: set[Key] = set()
+        written = await self._keep_late(conn, heartbeats, plan)
         for day, rows in plan.rows.items():
+            if day in self._gone:
+                continue
             await conn.copy_records_to_table(
                 self._tables[day], records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS
             )
@@ -200,10 +205,29 @@ class Writer:
 
     async def _copy_through_stage(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
         """Through a temporary table, dropping the keys that are there already; what is new, by key."""
+        written = await self._keep_late(conn, heartbeats, plan)
+        rows = [row for day, rows in plan.rows.items() if day not in self._gone for row in rows]
+        await self._stage(conn, heartbeats, rows)
+        return written | _keys(await conn.fetch(_Q["insert_staged"]))
+
+    async def _stage(self, conn: Connection, heartbeats: Sequence[Heartbeat], rows: Iterable[tuple[Key, int]]) -> None:
         await conn.execute(_Q["stage_table"])
-        rows = [row for day in plan.rows.values() for row in day]
         await conn.copy_records_to_table("hb_stage", records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS)
-        return {batch.key_of(r["device_no"], r["bucket"]) for r in await conn.fetch(_Q["insert_staged"])}
+
+    async def _keep_late(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
+        """Heartbeats whose day is gone, into their own table; what was new there, by key."""
+        kept: set[Key] = set()
+        for day in plan.rows.keys() & self._gone.keys():
+            await self._stage(conn, heartbeats, plan.rows[day])
+            kept |= _keys(await conn.fetch(_Q["keep_late"], self._gone[day]))
+            await conn.execute(_Q["clear_stage"])
+        return kept
+
+    def _count_late(self, written: set[Key], plan: Plan) -> None:
+        for day in plan.rows.keys() & self._gone.keys():
+            late = sum(key in written for key, _ in plan.rows[day])
+            metrics.late_heartbeats.labels(reason=self._gone[day]).inc(late)
+            _log.warning("heartbeat.late", day=str(day), heartbeats=late, reason=self._gone[day])
 
     def _records(self, heartbeats: Sequence[Heartbeat], rows: Iterable[tuple[Key, int]]) -> list[tuple[object, ...]]:
         labels = self._labels
@@ -229,15 +253,19 @@ class Writer:
     async def _without_missing_days(
         self, conn: Connection, heartbeats: Sequence[Heartbeat]
     ) -> tuple[Sequence[Heartbeat], list[Verdict | None]]:
-        """Heartbeats whose day has its partition, made now if need be, and a verdict for each of the others."""
+        """Heartbeats whose day has its partition, made now if need be, or is gone for good; and a verdict for each of
+        the others."""
         missing = {h.ts.date() for h in heartbeats} - self._tables.keys()
+        self._gone = {}
         for day in sorted(missing):
             try:
                 self._tables |= await partitions.ensure(conn, [day])
+                if day not in self._tables and (reason := await partitions.gone(conn, day)):
+                    self._gone[day] = reason
             except Exception as error:
                 if classify(error) is Kind.LOST:
                     raise
-        still = missing - self._tables.keys()
+        still = missing - self._tables.keys() - self._gone.keys()
         if not still:
             return heartbeats, []
         failed = Verdict(Outcome.FAILED, "its day has no partition")
@@ -358,6 +386,10 @@ def _verdicts(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) ->
             if key in written:
                 verdicts[index] = WRITTEN
     return verdicts
+
+
+def _keys(records: Iterable[asyncpg.Record]) -> set[Key]:
+    return {batch.key_of(record["device_no"], record["bucket"]) for record in records}
 
 
 def _merge(verdicts: list[Verdict | None], possible: list[Verdict]) -> list[Verdict]:

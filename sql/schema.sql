@@ -208,12 +208,55 @@ CREATE TABLE hb_partitions (
                     CHECK (state IN ('active', 'archived', 'archive_failed', 'dropped')),
     row_count       bigint,
     bytes_size      bigint,
-    checksum_sha256 text,
-    archive_url     text,
+    checksum_sha256 text,                                  -- of its archive's manifest, which has those of the objects
+    archive_url     text,                                  -- of that manifest
     created_at      timestamptz NOT NULL DEFAULT now(),
     archived_at     timestamptz,
-    dropped_at      timestamptz
+    dropped_at      timestamptz,
+    reason          text,                                  -- why the last try to archive it failed
+    failed_at       timestamptz,
+    counted_at      timestamptz,                           -- when row_count and bytes_size were true
+    frozen_at       timestamptz,                           -- VACUUM (FREEZE), once, when no heartbeat can come any more
+    archive_bytes   bigint,                                -- of its objects, compressed
+    verified_at     timestamptz,                           -- last time that its archive was read back and found whole
+    drilled_at      timestamptz,                           -- last time that it was restored and compared, as a drill
+    restored_at     timestamptz                            -- brought back by somebody: kept until it is released
 );
+
+-- Heartbeats whose day was detached, archived or dropped already when they came: acknowledged like any other, kept here
+-- until the nightly run brings them into their day's table (while that is there) or into a supplement of its archive.
+CREATE TABLE late_heartbeats (
+    ts            timestamptz NOT NULL,
+    received_at   timestamptz NOT NULL,
+    device_no     integer NOT NULL,
+    bucket        integer NOT NULL,
+    label_no      integer NOT NULL,
+    uptime_s      integer,
+    ram_used_mb   integer,
+    temp_c        real,
+    battery_pct   smallint,
+    signal_dbm    smallint,
+    plugged       boolean,
+    unity_running boolean,
+    clock_wrong   boolean NOT NULL,
+    ip            inet,
+    reason        text NOT NULL,                           -- detached, archived, archive_failed or dropped
+    PRIMARY KEY (device_no, bucket)
+);
+
+-- What came after a day had been archived: more archives of the same day, none of whose rows the others have.
+CREATE TABLE archive_supplements (
+    supplement_no   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    partition_name  text NOT NULL REFERENCES hb_partitions,
+    archive_url     text NOT NULL UNIQUE,
+    checksum_sha256 text NOT NULL,                         -- of its manifest, as in hb_partitions
+    row_count       bigint NOT NULL,
+    archive_bytes   bigint NOT NULL,
+    archived_at     timestamptz NOT NULL,
+    verified_at     timestamptz,
+    drilled_at      timestamptz
+);
+CREATE INDEX archive_supplements_partition ON archive_supplements (partition_name);
 
 -- Every run of a job. A run that was missed is found here, not in some scheduler's memory.
 CREATE TABLE job_runs (

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 
 from nexhb import daemon as daemon_module
 from nexhb import db, devices, embedded, log, migrate
-from nexhb.config import Auth, Ingest, Server, Settings
+from nexhb.config import Auth, Ingest, Jobs, Server, Settings
 from nexhb.config import Database as DatabaseSettings
 
 _numbers = itertools.count(1)
@@ -254,6 +254,7 @@ async def start_daemon(database: db.Database, tmp_path: Path) -> AsyncIterator[S
                     "database": DatabaseSettings(url=SecretStr(url)),
                     "auth": Auth(admin_key=SecretStr(ADMIN_KEY)),
                     "ingest": Ingest(),
+                    "jobs": Jobs(nightly="", reconcile=""),  # a test that wants a job calls it
                 }
                 | sections,
             )

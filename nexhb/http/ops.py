@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
 from prometheus_async.aio.web import server_stats
 
 from nexhb import __version__, devices
-from nexhb.http import body
+from nexhb.http import body, query
 from nexhb.http.parts import PARTS, writable_connection
 from nexhb.http.problem import Problem, answer
+
+if TYPE_CHECKING:
+    from nexhb.jobs.runner import Run
 
 
 async def get_healthz(_request: web.Request) -> web.Response:
@@ -29,6 +33,33 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
     """Prometheus, in the format that the caller accepts."""
     request.app[PARTS].intake.observe()
     return await server_stats(request)
+
+
+async def post_nightly(request: web.Request) -> web.Response:
+    """The nightly run, now; with dry_run only its plan. A run that failed is answered 500, so that whoever calls it by
+    a timer notices."""
+    dry_run = query.switch(request, "dry_run")
+    return _ended(await request.app[PARTS].jobs.nightly(dry_run=dry_run))
+
+
+async def post_reconcile(request: web.Request) -> web.Response:
+    """The reconciliation, now; with dry_run it only counts."""
+    dry_run = query.switch(request, "dry_run")
+    max_rows = query.number(request, "max_rows", 5_000, 1, 1_000_000)
+    return _ended(await request.app[PARTS].jobs.reconcile(dry_run=dry_run, max_rows=max_rows))
+
+
+def _ended(run: Run) -> web.Response:
+    return answer(run.shown(), 500 if run.status == "failed" else 200)
+
+
+async def get_jobs(request: web.Request) -> web.Response:
+    """Each job's last runs, newest first."""
+    runs = await request.app[PARTS].jobs.last_runs(query.number(request, "limit", 10, 1, 1_000))
+    by_job: dict[str, list[dict[str, Any]]] = {"nightly": [], "reconcile": []}
+    for run in runs:
+        by_job.setdefault(run.pop("job"), []).append(run)
+    return answer({"jobs": by_job})
 
 
 class _KeyWanted(msgspec.Struct, forbid_unknown_fields=True):

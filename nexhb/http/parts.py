@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nexhb.devices import DeviceStore
     from nexhb.http.auth import AdminKey
     from nexhb.intake import Intake
+    from nexhb.jobs.board import Jobs
     from nexhb.reads import Reads
 
 
@@ -33,6 +34,7 @@ class Parts:
     devices: DeviceStore
     intake: Intake
     reads: Reads
+    jobs: Jobs
     admin: AdminKey
     now: Callable[[], datetime]  # UTC
     not_ready: Callable[[], list[str]]  # reasons; empty while heartbeats can be committed

@@ -12,3 +12,11 @@ SELECT pg_advisory_unlock($1);
 -- name: transaction_lock
 -- $1: the lock's number; released with the transaction.
 SELECT pg_advisory_xact_lock($1);
+
+-- name: holds_lock
+-- $1: the lock's number. Whether this connection itself holds it; pg_locks shows a bigint's two halves.
+SELECT EXISTS (
+    SELECT FROM pg_locks
+    WHERE locktype = 'advisory' AND pid = pg_backend_pid() AND granted AND objsubid = 1
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (classid::bigint << 32) + objid::bigint = $1);

@@ -17,9 +17,76 @@ ON CONFLICT (partition_name) DO UPDATE SET state = 'active', dropped_at = NULL;
 
 -- name: known
 -- What is written of each partition, newest first.
-SELECT p.partition_name, p.range_start, p.range_end, p.state, p.row_count,
-       coalesce(pg_total_relation_size(to_regclass(p.partition_name)), p.bytes_size) AS bytes_size,
-       to_regclass(p.partition_name) IS NOT NULL AS present,
-       p.checksum_sha256, p.archive_url, p.created_at, p.archived_at, p.dropped_at
+SELECT p.partition_name, p.range_start, p.range_end, p.state, p.reason, p.row_count,
+       coalesce(pg_total_relation_size(to_regclass(quote_ident(p.partition_name))), p.bytes_size) AS bytes_size,
+       to_regclass(quote_ident(p.partition_name)) IS NOT NULL AS present,
+       p.checksum_sha256, p.archive_url, p.archive_bytes, p.created_at, p.counted_at, p.frozen_at, p.archived_at,
+       p.verified_at, p.failed_at, p.drilled_at, p.restored_at, p.dropped_at
 FROM hb_partitions p
 ORDER BY p.range_start DESC;
+
+-- name: gone
+-- $1 range_start, $2 range_end of a day that has no attached partition. Why none may be made for it; no row where one
+-- may. A table that is detached, or about to be, is on its way into the archive.
+SELECT CASE state WHEN 'active' THEN 'detached' ELSE state END AS reason
+FROM hb_partitions
+WHERE range_start < $2 AND range_end > $1
+  AND (state <> 'active' OR to_regclass(quote_ident(partition_name)) IS NOT NULL)
+ORDER BY range_start
+LIMIT 1;
+
+-- name: late
+-- How many late heartbeats wait, by day (UTC).
+SELECT (ts AT TIME ZONE 'UTC')::date AS day, count(*) AS rows FROM late_heartbeats GROUP BY 1;
+
+-- name: archived
+-- $1 name, $2 row_count, $3 archive_bytes, $4 checksum_sha256, $5 archive_url, $6 now. Stored, read back, found whole.
+UPDATE hb_partitions
+SET state = 'archived', row_count = $2, archive_bytes = $3, checksum_sha256 = $4, archive_url = $5,
+    archived_at = $6, verified_at = $6, counted_at = $6, reason = NULL, failed_at = NULL
+WHERE partition_name = $1;
+
+-- name: archive_failed
+-- $1 name, $2 reason, $3 now. Its table stays.
+UPDATE hb_partitions SET state = 'archive_failed', reason = $2, failed_at = $3 WHERE partition_name = $1;
+
+-- name: state_for_drop
+-- $1 name. Locked: nobody changes it until the table is gone.
+SELECT state, row_count FROM hb_partitions WHERE partition_name = $1 FOR UPDATE;
+
+-- name: dropped
+-- $1 name, $2 now, $3 the table's size at its end.
+UPDATE hb_partitions SET state = 'dropped', dropped_at = $2, bytes_size = $3 WHERE partition_name = $1;
+
+-- name: counted
+-- $1 name, $2 row_count, $3 now.
+UPDATE hb_partitions
+SET row_count = $2, counted_at = $3, bytes_size = pg_total_relation_size(to_regclass(quote_ident(partition_name)))
+WHERE partition_name = $1;
+
+-- name: frozen
+-- $1 name, $2 now.
+UPDATE hb_partitions SET frozen_at = $2 WHERE partition_name = $1;
+
+-- name: is_attached
+-- $1 name.
+SELECT EXISTS (SELECT FROM pg_inherits
+               WHERE inhparent = 'device_heartbeats'::regclass AND inhrelid = to_regclass(quote_ident($1)));
+
+-- name: is_sealed
+-- $1 name.
+SELECT EXISTS (SELECT FROM pg_constraint
+               WHERE conrelid = to_regclass(quote_ident($1)) AND conname = $1 || '_sealed');
+
+-- name: blockers
+-- Who holds or has seen device_heartbeats for so long that a detach waits for it.
+SELECT DISTINCT a.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::int AS seconds
+FROM pg_stat_activity a
+WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()
+  AND a.xact_start < clock_timestamp() - interval '1 second'
+ORDER BY seconds DESC
+LIMIT 3;
+
+-- name: size
+-- $1 name.
+SELECT pg_total_relation_size(to_regclass(quote_ident($1)));

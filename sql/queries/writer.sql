@@ -12,6 +12,16 @@ SELECT * FROM hb_stage ORDER BY device_no, bucket
 ON CONFLICT DO NOTHING
 RETURNING device_no, bucket;
 
+-- name: keep_late
+-- $1 reason. Staged heartbeats whose day has no partition any more; what was new, by key.
+INSERT INTO late_heartbeats
+SELECT *, $1 FROM hb_stage ORDER BY device_no, bucket
+ON CONFLICT DO NOTHING
+RETURNING device_no, bucket;
+
+-- name: clear_stage
+TRUNCATE hb_stage;
+
 -- name: upsert_last_status
 -- $1..$17: one array a column, sorted by device_no, each device once. Only newer wins: late data never moves
 -- a status back. A revoked device stays revoked. Answers how many rows were written, and this transaction's id.

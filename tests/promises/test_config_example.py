@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from nexhb import config
@@ -32,6 +32,9 @@ HEAD = """\
 EXAMPLES = {
     "database.url": "postgresql://nexhb@db.example/nexhb",
     "auth.admin_key": "at-least-32-random-characters-please",
+    "archive.url": "s3://bucket/prefix",
+    "archive.endpoint_url": "https://s3.example",
+    "archive.region": "eu-central-1",
 }
 NO_DEFAULT = "Unset by default; for example:"
 DATA_DIR = "/var/lib/nexhb"  # of a daemon that runs as root, or under the unit that comes with it
@@ -116,7 +119,8 @@ def test_with_every_key_in_force_nothing_changes(settings: Settings, monkeypatch
     for path, example in EXAMPLES.items():
         section, _, key = path.partition(".")
         assert defaults[section].pop(key) is None
-        assert found[section].pop(key).get_secret_value() == example
+        value = found[section].pop(key)
+        assert (value.get_secret_value() if isinstance(value, SecretStr) else value) == example
     assert found == defaults
 
 

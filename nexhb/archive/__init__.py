@@ -1,0 +1,1 @@
+"""A day outside the database: exported, verified, brought back."""

@@ -1,0 +1,216 @@
+"""A table of heartbeats → the objects of an archive and its manifest, in constant memory.
+
+COPY hands over half a megabyte at a time; each piece is hashed, compressed and written to a spool file in a thread, so
+that heartbeats go on meanwhile. A spool file is one object: it is stored under a name made of its own hash, and gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import zstandard
+
+from nexhb import log, migrate, sql
+from nexhb.archive.manifest import COLUMNS, Manifest, Object, encode, manifest_name, object_name
+from nexhb.archive.store import Store
+from nexhb.db import Connection
+from nexhb.errors import ObjectExists
+from nexhb.partitions import quoted
+
+_Q = sql.queries("archive")
+_log = log.get("archive")
+
+OBJECT_BYTES = 240 << 20  # compressed; with what the compressor still holds an object stays below 256 MiB
+LEVEL = 9
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is archived."""
+
+    table: str
+    kind: str  # day | late
+    partition: str
+    start: datetime
+    end: datetime
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An archive in its store, not yet read back."""
+
+    manifest: Manifest
+    name: str  # of the manifest
+    sha256: str  # of the manifest, hex
+
+
+async def export(
+    conn: Connection,
+    source: Source,
+    store: Store,
+    spool: Path,
+    *,
+    object_bytes: int = OBJECT_BYTES,
+    at: Callable[[str], None] = lambda _: None,
+) -> Stored:
+    """Store every row of `source.table`. Raises StoreError, or what the database says.
+
+    `spool`: a folder for one object at a time. `at` hears of each thing that is durable.
+    """
+    await conn.execute(_Q["session"])
+    stream = _Stream(source, store, spool, object_bytes, at)
+    try:
+        select = _Q["export"].replace("$table", quoted(source.table))
+        status = await conn.copy_from_query(select, output=stream.take, format="csv", header=True, encoding="utf-8")
+        await stream.finish()
+    finally:
+        stream.close()
+    rows = int(status.rpartition(" ")[2])
+    span = await conn.fetchrow(_Q["span"].replace("$table", quoted(source.table)))
+    assert span is not None  # noqa: S101 - an aggregate has one row
+    manifest = Manifest(
+        kind=source.kind,
+        partition=source.partition,
+        range_start=source.start,
+        range_end=source.end,
+        schema_version=migrate.find()[-1].version,
+        columns=COLUMNS,
+        rows=rows,
+        min_ts=span["min_ts"],
+        max_ts=span["max_ts"],
+        stream_bytes=stream.bytes,
+        stream_sha256=stream.sha256.hexdigest(),
+        objects=tuple(stream.objects),
+    )
+    return await _store_manifest(manifest, store, spool, at)
+
+
+async def _store_manifest(manifest: Manifest, store: Store, spool: Path, at: Callable[[str], None]) -> Stored:
+    raw = encode(manifest)
+    digest = hashlib.sha256(raw)
+    name = manifest_name(manifest.partition, manifest.kind, digest.hexdigest())
+    async with _spooled(spool) as file:
+        file.write(raw)
+        file.flush()
+        await put(store, name, Path(file.name), digest.digest())
+    at("manifest stored")
+    return Stored(manifest, name, digest.hexdigest())
+
+
+async def put(store: Store, name: str, body: Path, sha256: bytes) -> None:
+    """Store `body` unless it is there already: a name is made of its content's hash. One that lies there and is
+    something else has rotted, and is replaced."""
+    try:
+        await store.put(name, body, sha256)
+    except ObjectExists:
+        found = hashlib.sha256()
+        async for chunk in store.get(name):
+            found.update(chunk)
+        if found.digest() != sha256:
+            _log.warning("archive.replaced_rotten_object", object=name)
+            await store.put(name, body, sha256, overwrite=True)
+
+
+@asynccontextmanager
+async def _spooled(folder: Path) -> AsyncIterator[BinaryIO]:
+    file = await asyncio.to_thread(_open_spool, folder)
+    try:
+        yield file
+    finally:
+        file.close()
+        await asyncio.to_thread(Path(file.name).unlink, missing_ok=True)
+
+
+def _open_spool(folder: Path) -> BinaryIO:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return cast(BinaryIO, tempfile.NamedTemporaryFile(dir=folder, prefix="object-", delete=False))
+
+
+def clean_spool(folder: Path) -> None:
+    """Remove what a run that was killed left; called under the lock of those who write there."""
+    for path in folder.glob("object-*"):
+        path.unlink(missing_ok=True)
+
+
+class _Stream:
+    """The CSV on its way: hashed whole, compressed, cut into objects. Pieces end at a row's end, as COPY sends them."""
+
+    def __init__(self, source: Source, store: Store, spool: Path, object_bytes: int, at: Callable[[str], None]) -> None:
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+        self.objects: list[Object] = []
+        self._source, self._store, self._spool, self._object_bytes, self._at = source, store, spool, object_bytes, at
+        self._part: _Part | None = None
+
+    async def take(self, piece: bytes) -> None:
+        """A piece of the CSV."""
+        await asyncio.to_thread(self._write, piece)
+        if self._part and self._part.bytes >= self._object_bytes:
+            await self._store_part()
+
+    def _write(self, piece: bytes) -> None:
+        self.sha256.update(piece)
+        self.bytes += len(piece)
+        if self._part is None:
+            self._part = _Part(_open_spool(self._spool))
+        self._part.write(piece)
+
+    async def finish(self) -> None:
+        """Store what is left."""
+        if self._part is not None:
+            await self._store_part()
+
+    async def _store_part(self) -> None:
+        part = self._part
+        assert part is not None  # noqa: S101 - called where there is one
+        await asyncio.to_thread(part.end)
+        digest = part.sha256.digest()
+        name = object_name(self._source.partition, self._source.kind, len(self.objects), digest.hex())
+        await put(self._store, name, part.path, digest)
+        self.objects.append(Object(name=name, bytes=part.bytes, sha256=digest.hex()))
+        self.close()
+        self._at("object stored")
+
+    def close(self) -> None:
+        """Remove the spool file."""
+        part, self._part = self._part, None
+        if part is not None:
+            part.close()
+
+
+class _Part:
+    """One object in the making, a zstd frame of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.path = Path(file.name)
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+        self._file = file
+        self._compress = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True).compressobj()
+
+    def write(self, piece: bytes) -> None:
+        """Compress `piece`."""
+        self._put(self._compress.compress(piece))
+
+    def end(self) -> None:
+        """End the frame; the file is whole."""
+        self._put(self._compress.flush())
+        self._file.flush()
+
+    def _put(self, compressed: bytes) -> None:
+        self._file.write(compressed)
+        self.sha256.update(compressed)
+        self.bytes += len(compressed)
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)

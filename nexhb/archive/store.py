@@ -1,0 +1,49 @@
+"""Where archives lie: one small interface over folders and S3-compatible stores."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Protocol
+
+from nexhb.config import Archive
+
+CHUNK = 1 << 20  # bytes handed over at a time
+
+
+class Store(Protocol):
+    """Objects by name (`/` separates folders). Nothing in it is ever deleted by nexhb."""
+
+    async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
+        """Store the file `body`, whose SHA-256 digest is `sha256`; durable once this returns.
+
+        Raises ObjectExists where there is one of that name already (unless `overwrite`), StoreError for what else
+        goes wrong, within the store's time limit.
+        """
+
+    def get(self, name: str) -> AsyncGenerator[bytes, None]:
+        """The object's bytes as they lie in the store, in chunks of about CHUNK.
+
+        Raises ObjectMissing where there is none, StoreError for what else goes wrong, within the time limit.
+        """
+
+    def url(self, name: str) -> str:
+        """What to write down: file:///… or s3://bucket/…"""
+
+    def name_of(self, url: str) -> str:
+        """The name that `url` (as written down) has in this store. Raises StoreError where it lies elsewhere."""
+
+
+@asynccontextmanager
+async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
+    """The store at `url` (Settings.archive_url), open for the block. Touches nothing before the first put or get."""
+    if url.startswith("file://"):
+        from nexhb.archive.file import FolderStore  # noqa: PLC0415 - only the one that is used is loaded
+
+        yield FolderStore(Path(url.removeprefix("file://")), timeout_s=settings.timeout_seconds)
+        return
+    from nexhb.archive.s3 import open_bucket  # noqa: PLC0415 - its library takes half a second and 40 MB
+
+    async with open_bucket(url, settings) as store:
+        yield store

@@ -1,0 +1,61 @@
+"""Query parameters: read, bounded, and refused by name."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from aiohttp import web
+
+from nexhb.http.problem import Problem
+from nexhb.wire import FieldError
+
+_EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
+_LATEST = datetime(2080, 1, 1, tzinfo=UTC)
+
+
+def _bad(name: str, message: str) -> Problem:
+    return Problem(400, f"The parameter {name} is not valid.", errors=[FieldError(name, message)])
+
+
+def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
+    """A whole number from `low` to `high`. Raises a 400 Problem that names the parameter."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
+        raise _bad(name, f"takes a whole number from {low} to {high}")
+    return int(text)
+
+
+def moment(request: web.Request, name: str, default: datetime) -> datetime:
+    """A time with its zone, as UTC. Raises a 400 Problem that names the parameter."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        # A "+" of an offset arrives as a space where the caller did not escape it.
+        moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
+        if moment.tzinfo is None:
+            raise _bad(name, "needs a time zone: 2026-11-24T00:00:00Z")
+        # "Everything" is often written as year 1 or 9999, which PostgreSQL's arithmetic and ours do not reach.
+        return min(max(moment.astimezone(UTC), _EARLIEST), _LATEST)
+    except OverflowError:  # year 1 or 9999, with an offset
+        return _EARLIEST if moment.year == 1 else _LATEST
+    except ValueError:
+        raise _bad(name, "takes an ISO 8601 time with zone: 2026-11-24T00:00:00Z") from None
+
+
+def text(request: web.Request, name: str) -> str:
+    """Up to 100 characters. Raises a 400 Problem that names the parameter."""
+    text = request.query.get(name, "")
+    if len(text) > 100 or "\0" in text:
+        raise _bad(name, "takes up to 100 characters")
+    return text
+
+
+def switch(request: web.Request, name: str) -> bool:
+    """`?name`, `?name=true` or `?name=1`; false where it is not there. Raises a 400 Problem for anything else."""
+    given = request.query.get(name, "false").lower()
+    if given not in ("", "1", "true", "0", "false"):
+        raise _bad(name, "takes true or false")
+    return given in ("", "1", "true")

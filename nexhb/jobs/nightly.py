@@ -1,0 +1,258 @@
+"""The nightly run: the plan, carried out step by step. Each step can be killed anywhere and done again; one that fails
+is the run's failure, and stops only what depends on it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from nexhb import locks, log, metrics, partitions, sql
+from nexhb.archive import catalog, late, restore, verify
+from nexhb.archive.export import Source, clean_spool, export
+from nexhb.archive.store import Store
+from nexhb.db import Connection
+from nexhb.errors import JobFailed, LockLost
+from nexhb.jobs import plan
+from nexhb.jobs.plan import Day, Kind, Step
+from nexhb.jobs.runner import Done, Job
+from nexhb.locks import Lock
+
+_P, _Q = sql.queries("partitions"), sql.queries("jobs")
+_log = log.get("jobs")
+
+RUNS_KEPT = timedelta(days=366)
+
+
+def nothing(_point: str) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a nightly run works with."""
+
+    rules: plan.Rules
+    store: Callable[[], AbstractAsyncContextManager[Store]]
+    spool: Path  # a folder for objects on their way
+    random: random.Random = field(default_factory=random.SystemRandom)  # which day is drilled
+    at: Callable[[str], None] = nothing  # hears of each thing that is durable; the tests kill a run there
+
+
+def job(means: Means) -> Job:
+    """The job."""
+
+    async def work(conn: Connection, now: datetime) -> Done:
+        async with means.store() as store:
+            return await _Night(conn, store, means, now).run()
+
+    return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
+
+
+def dry_run(means: Means) -> Job:
+    """The same, which only says what would be done."""
+
+    async def work(conn: Connection, now: datetime) -> Done:
+        steps = plan.nightly(await read_days(conn), now, means.rules)
+        return Done(
+            {"dry_run": True, "plan": [{"step": s.kind, "target": s.target, "reason": s.reason} for s in steps]}
+        )
+
+    return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work, dry_run=True)
+
+
+async def read_days(conn: Connection) -> list[Day]:
+    """Every partition that hb_partitions or the catalog knows."""
+    attached = {p.name: p for p in await partitions.attached(conn)}
+    late_rows = {row["day"]: row["rows"] for row in await conn.fetch(_P["late"])}
+    days = [
+        Day(
+            name=row["partition_name"],
+            start=row["range_start"],
+            end=row["range_end"],
+            state=row["state"],
+            attached=row["partition_name"] in attached,
+            present=row["present"],
+            detach_pending=row["partition_name"] in attached and attached[row["partition_name"]].detach_pending,
+            restored=row["restored_at"] is not None,
+            counted_at=row["counted_at"],
+            frozen=row["frozen_at"] is not None,
+            late=sum(n for day, n in late_rows.items() if row["range_start"].date() <= day < row["range_end"].date()),
+        )
+        for row in await partitions.known(conn)
+    ]
+    known = {day.name for day in days}
+    return days + [
+        Day(p.name, p.start, p.end, "unknown", attached=True, present=True, detach_pending=p.detach_pending)
+        for p in attached.values()
+        if p.name not in known
+    ]
+
+
+class _Night:
+    """One run."""
+
+    def __init__(self, conn: Connection, store: Store, means: Means, now: datetime) -> None:
+        self._conn, self._store, self._means, self._now = conn, store, means, now
+        self._counts: Counter[str] = Counter()
+        self._failures: list[str] = []
+        self._failed: set[tuple[Kind, str]] = set()
+        self._do: dict[Kind, Callable[[Step], Awaitable[None]]] = {
+            Kind.FINALIZE: self._finalize, Kind.ADOPT: self._adopt, Kind.CREATE: self._create, Kind.COUNT: self._count,
+            Kind.ARCHIVE: self._archive, Kind.DROP: self._drop, Kind.LATE: self._late, Kind.FREEZE: self._freeze,
+            Kind.VACUUM: self._vacuum, Kind.ANALYZE: self._analyze, Kind.INACTIVE: self._inactivate,
+            Kind.DRILL: self._drill, Kind.PRUNE: self._prune,
+        }  # fmt: skip
+
+    async def run(self) -> Done:
+        """Every step of the plan. Raises where the connection, and with it the lock, is lost."""
+        clean_spool(self._means.spool)
+        for step in plan.nightly(await read_days(self._conn), self._now, self._means.rules):
+            if step.needs and (step.needs, step.target) in self._failed:
+                self._failed.add((step.kind, step.target))
+                continue
+            await self._try(step)
+        return Done(dict(self._counts), tuple(self._failures))
+
+    async def _try(self, step: Step) -> None:
+        try:
+            await self._do[step.kind](step)
+        except Exception as error:
+            reason = f"{step.kind} {step.target}: {error or type(error).__name__}"
+            _log.error("nightly_maintenance.step_failed", step=step.kind, target=step.target, exc_info=error)
+            if isinstance(error, LockLost) or self._conn.is_closed():
+                raise JobFailed(f"Its connection was lost: {reason}") from error
+            self._failures.append(reason)
+            self._failed.add((step.kind, step.target))
+            self._counts["failed_steps"] += 1
+
+    # ---- the days -------------------------------------------------------------------------------------------------
+
+    async def _finalize(self, step: Step) -> None:
+        await partitions.detach(self._conn, step.target)
+        self._counts["detaches_finished"] += 1
+
+    async def _adopt(self, step: Step) -> None:
+        day = _day(step)
+        await self._conn.execute(_P["record"], day.name, day.start, day.end)
+        self._counts["adopted"] += 1
+
+    async def _create(self, step: Step) -> None:
+        assert step.make is not None  # noqa: S101 - every CREATE has it
+        await partitions.ensure(self._conn, [step.make])
+        self._counts["created"] += 1
+
+    async def _count(self, step: Step) -> None:
+        rows = await partitions.count(self._conn, step.target)
+        await self._conn.execute(_P["counted"], step.target, rows, self._now)
+        self._counts["counted"] += 1
+
+    # ---- out ------------------------------------------------------------------------------------------------------
+
+    async def _archive(self, step: Step) -> None:
+        day = _day(step)
+        _log.info("archive.start", partition=day.name, reason=step.reason)
+        try:
+            rows, url = await self._stored_and_verified(day)
+        except Exception as error:
+            await self._archive_failed(day.name, error)
+            raise
+        metrics.partitions_archived.inc()
+        self._counts["archived"] += 1
+        _log.info("archive.end", partition=day.name, rows=rows, url=url)
+
+    async def _stored_and_verified(self, day: Day) -> tuple[int, str]:
+        at = self._means.at
+        await partitions.detach(self._conn, day.name)
+        at("detached")
+        await partitions.seal(self._conn, day.name, day.start, day.end)
+        at("sealed")
+        source = Source(day.name, "day", day.name, day.start, day.end)
+        stored = await export(self._conn, source, self._store, self._means.spool, at=at)
+        await verify.verify(self._store, stored.name, stored.sha256)
+        at("verified")
+        manifest, url = stored.manifest, self._store.url(stored.name)
+        await locks.check(self._conn, Lock.NIGHTLY)
+        await self._conn.execute(_P["archived"], day.name, manifest.rows, manifest.bytes, stored.sha256, url, self._now)
+        at("recorded")
+        return manifest.rows, url
+
+    async def _archive_failed(self, name: str, error: Exception) -> None:
+        metrics.archive_failures.inc()
+        reason = str(error) or type(error).__name__
+        _log.error("archive.failed", partition=name, reason=reason)
+        if not self._conn.is_closed():
+            await self._conn.execute(_P["archive_failed"], name, reason[:2000], self._now)
+
+    async def _drop(self, step: Step) -> None:
+        day = _day(step)
+        if step.needs is None:  # an earlier run archived it: what that run saw may have rotted since
+            try:
+                for archived in await catalog.find(self._conn, day.start.date()):
+                    await verify.verify(self._store, self._store.name_of(archived.url), archived.sha256)
+            except Exception as error:
+                await self._archive_failed(day.name, error)
+                raise
+        await partitions.drop(self._conn, day.name, self._now)
+        self._means.at("dropped")
+        self._counts["dropped"] += 1
+
+    async def _late(self, step: Step) -> None:
+        """Where the day stands now, behind this run's own steps, decides where they go."""
+        day = next((d for d in await read_days(self._conn) if d.name == step.target), None)
+        if day is None or not day.late:
+            return
+        if day.attached:
+            self._counts["late_merged"] += await partitions.merge_late(self._conn, day.name, day.start, day.end)
+        elif not day.present:
+            archives = await catalog.find(self._conn, day.start.date())
+            rows = await late.supplement(
+                self._conn, self._store, archives, self._means.spool, self._now, at=self._means.at
+            )
+            self._counts["late_archived"] += rows
+
+    # ---- upkeep ---------------------------------------------------------------------------------------------------
+
+    async def _freeze(self, step: Step) -> None:
+        await partitions.vacuum(self._conn, step.target, freeze=True)
+        await self._conn.execute(_P["frozen"], step.target, self._now)
+        self._counts["frozen"] += 1
+
+    async def _vacuum(self, step: Step) -> None:
+        await partitions.vacuum(self._conn, step.target, freeze=False)
+        self._counts["vacuumed"] += 1
+
+    async def _analyze(self, _step: Step) -> None:
+        await partitions.analyze_parent(self._conn)
+
+    async def _inactivate(self, _step: Step) -> None:
+        since = self._now - timedelta(days=self._means.rules.retention_days)
+        self._counts["inactivated"] += _rows(await self._conn.execute(_Q["inactivate"], since))
+
+    async def _drill(self, _step: Step) -> None:
+        archives = await catalog.every(self._conn)
+        if not archives:
+            return
+        archived = self._means.random.choice(archives)
+        rows = await restore.drill(self._conn, self._store, archived)
+        await catalog.drilled(self._conn, archived, self._now)
+        metrics.last_drill.set(self._now.timestamp())
+        _log.info("archive.drill", partition=archived.partition, rows=rows, url=archived.url)
+        self._counts["drilled"] += 1
+
+    async def _prune(self, _step: Step) -> None:
+        await self._conn.execute(_Q["prune_runs"], self._now - RUNS_KEPT)
+
+
+def _day(step: Step) -> Day:
+    assert step.day is not None  # noqa: S101 - every step on a day has it
+    return step.day
+
+
+def _rows(status: Any) -> int:
+    return int(str(status).rpartition(" ")[2])

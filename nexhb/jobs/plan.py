@@ -1,0 +1,155 @@
+"""What a nightly run has to do, from what there is. Pure: the same list that `nexhb nightly --dry-run` prints."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+
+
+class Kind(enum.StrEnum):
+    """The operations of a nightly run, in their order."""
+
+    FINALIZE = "finalize"  # a detach that was interrupted
+    ADOPT = "adopt"  # a partition that hb_partitions does not know
+    CREATE = "create"
+    COUNT = "count"
+    ARCHIVE = "archive"  # detach, seal, export, read back, verify
+    DROP = "drop"  # what is archived and verified
+    LATE = "late"  # late heartbeats into their day's table or into a supplement
+    FREEZE = "freeze"
+    VACUUM = "vacuum"
+    ANALYZE = "analyze"
+    INACTIVE = "inactive"  # devices that have been silent for longer than the retention
+    DRILL = "drill"  # an archived day restored and compared
+    PRUNE = "prune"  # old rows of job_runs
+
+
+@dataclass(frozen=True)
+class Day:
+    """One partition: what hb_partitions and the catalog say of it."""
+
+    name: str
+    start: datetime
+    end: datetime
+    state: str  # as in hb_partitions; "unknown" where it has no row there
+    attached: bool
+    present: bool  # there is a table of that name
+    detach_pending: bool = False
+    restored: bool = False
+    counted_at: datetime | None = None
+    frozen: bool = False
+    late: int = 0  # late heartbeats that wait for it
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the settings ask for."""
+
+    retention_days: int
+    days_ahead: int
+    accept_past: timedelta
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation, on one target."""
+
+    kind: Kind
+    target: str
+    reason: str
+    day: Day | None = None
+    make: date | None = None  # of CREATE
+    needs: Kind | None = None  # does nothing where such a step on the same target failed in this run
+
+
+def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:
+    """Every step, in order. `days`: every row of hb_partitions and every attached partition; `now` in UTC."""
+    days = sorted(days, key=lambda day: (day.start, day.name))
+    oldest_kept = now.date() - timedelta(days=rules.retention_days)
+    old = [day for day in days if day.end.date() <= oldest_kept and day.present]
+    kept = [day for day in days if day.attached and not day.detach_pending and day not in old]
+    return [
+        *_finalize(days),
+        *(Step(Kind.ADOPT, d.name, "attached, but not in hb_partitions", d) for d in days if d.state == "unknown"),
+        *_create(days, now, rules, oldest_kept),
+        *_count(days, now, rules),
+        *_archive(days, old, oldest_kept),
+        *(Step(Kind.LATE, d.name, f"{d.late} late heartbeats wait for it", d) for d in days if d.late),
+        *_freeze(kept, now, rules),
+        *_vacuum(kept, now),
+        Step(Kind.ANALYZE, "device_heartbeats", "a partitioned table is never analysed by itself"),
+        Step(Kind.INACTIVE, "device_last_status", f"devices silent for more than {rules.retention_days} days"),
+        Step(Kind.DRILL, "archives", "an archive is worth what its restore is worth"),
+        Step(Kind.PRUNE, "job_runs", "runs older than a year"),
+    ]
+
+
+def _finalize(days: Sequence[Day]) -> Iterator[Step]:
+    for day in days:
+        if day.detach_pending:
+            yield Step(Kind.FINALIZE, day.name, "its detach was interrupted", day)
+
+
+def _create(days: Sequence[Day], now: datetime, rules: Rules, oldest_kept: date) -> Iterator[Step]:
+    """From the oldest day that is there to the last one ahead, gaps filled; never one that is gone already."""
+    today = now.date()
+    attached = [day for day in days if day.attached and not day.restored]
+    there = {d for day in days for d in _dates(day) if day.attached or day.present or day.state not in _MAY_BE_MADE}
+    first = min([today - timedelta(days=rules.accept_past.days), *(d.start.date() for d in attached)])
+    day = max(first, oldest_kept)
+    while day <= today + timedelta(days=rules.days_ahead):
+        if day not in there:
+            ahead = (day - today).days
+            yield Step(Kind.CREATE, f"{day}", f"{ahead} days ahead" if ahead > 0 else "a gap", make=day)
+        day += timedelta(days=1)
+
+
+_MAY_BE_MADE = ("unknown", "active")
+
+
+def _dates(day: Day) -> Iterator[date]:
+    first, moment = day.start.date(), day.start
+    while moment < day.end:
+        yield first
+        first += timedelta(days=1)
+        moment += timedelta(days=1)
+
+
+def _count(days: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
+    """What may have changed since it was counted last: rows arrive until the accept window has passed."""
+    for day in days:
+        if not day.attached or day.detach_pending or day.start > now:
+            continue
+        if day.counted_at is None or day.counted_at <= day.end + rules.accept_past:
+            yield Step(Kind.COUNT, day.name, "never counted" if day.counted_at is None else "it still changes", day)
+
+
+def _archive(days: Sequence[Day], old: Sequence[Day], oldest_kept: date) -> Iterator[Step]:
+    for day in days:
+        # What was detached is on its way out, whatever its age: it takes no heartbeats any more.
+        leaving = day.present and not day.attached and day.state in ("active", "archived", "archive_failed")
+        if day.restored or not (day in old or leaving or day.detach_pending):
+            continue
+        if day.state == "archived" and not day.attached:
+            yield Step(Kind.DROP, day.name, "archived by an earlier run, its table is still there", day)
+            continue
+        why = f"older than {oldest_kept}" if day in old else "detached, and not archived yet"
+        if day.state == "archive_failed":
+            why = "its last try failed"
+        yield Step(Kind.ARCHIVE, day.name, why, day, needs=Kind.FINALIZE if day.detach_pending else None)
+        yield Step(Kind.DROP, day.name, "once its archive is verified", day, needs=Kind.ARCHIVE)
+
+
+def _freeze(kept: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
+    for day in kept:
+        if not day.frozen and day.end + rules.accept_past <= now:
+            yield Step(Kind.FREEZE, day.name, "closed: no heartbeat can come for it any more", day)
+
+
+def _vacuum(kept: Sequence[Day], now: datetime) -> Iterator[Step]:
+    for day in kept:
+        if now - timedelta(days=7) <= day.end and day.start <= now:
+            yield Step(Kind.VACUUM, day.name, "of the last 7 days", day)
+    yield Step(Kind.VACUUM, "device_last_status", "every row of it changes every minute")

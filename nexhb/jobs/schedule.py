@@ -1,0 +1,105 @@
+"""When the daemon runs its jobs. What is due is read from job_runs, so a run that was missed while no daemon was there
+is made up, and one that another daemon made is not made again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from croniter import croniter
+
+from nexhb import log, metrics, sql
+from nexhb.config import Jobs as Settings
+from nexhb.db import Connection, Database
+from nexhb.jobs import runner
+from nexhb.jobs.board import Jobs
+from nexhb.jobs.runner import Run
+
+_Q = sql.queries("jobs")
+_log = log.get("jobs")
+
+LOOK_S = 15.0  # how often it is looked whether something is due
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    name: str
+    cron: str
+    run: Callable[..., Awaitable[Run]]
+
+
+def due_since(cron: str, now: datetime, last_started: datetime | None) -> datetime | None:
+    """The last time at which the job should have begun, if it has not begun since; else None. Times in UTC."""
+    last: datetime = croniter(cron, now).get_prev(datetime)
+    return last if last_started is None or last_started < last else None
+
+
+class Schedule:
+    """The coroutine that runs what is due."""
+
+    def __init__(
+        self,
+        database: Database,
+        jobs: Jobs,
+        settings: Settings,
+        now: Callable[[], datetime],
+        random_fraction: Callable[[], float] = random.random,
+    ) -> None:
+        self._database = database
+        self._now = now
+        self._jitter_s = settings.jitter_seconds
+        self._random_fraction = random_fraction
+        wanted = (
+            _Scheduled("nightly", settings.nightly, jobs.nightly),
+            _Scheduled("reconcile", settings.reconcile, jobs.reconcile),
+        )
+        self._scheduled = [one for one in wanted if one.cron]
+
+    async def run(self) -> None:
+        """Run what is due, each job beside the others, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for one in self._scheduled:
+                group.create_task(self._keep(one), name=one.name)
+            group.create_task(self._keep_metrics(), name="job metrics")
+
+    async def _keep(self, one: _Scheduled) -> None:
+        while True:
+            await asyncio.sleep(self._jitter_s * self._random_fraction())
+            try:
+                if due := await self._due(one):
+                    await one.run(unless_since=due)
+            except Exception:
+                # The job's own failures are in job_runs; this is the database's absence, and the next look is soon.
+                _log.exception("job.not_run", job=one.name)
+            await asyncio.sleep(LOOK_S)
+
+    async def _due(self, one: _Scheduled) -> datetime | None:
+        conn = await self._database.connect(application="nexhb schedule", command_timeout_s=10)
+        try:
+            return due_since(one.cron, self._now(), await runner.last_started(conn, one.name))
+        finally:
+            await conn.close(timeout=5)
+
+    async def _keep_metrics(self) -> None:
+        """What other daemons did is good news for this one's metrics too."""
+        while True:
+            try:
+                conn = await self._database.connect(application="nexhb schedule", command_timeout_s=10)
+                try:
+                    await _show_last_good(conn)
+                finally:
+                    await conn.close(timeout=5)
+            except Exception:
+                _log.exception("job.metrics_not_read")
+            await asyncio.sleep(60)
+
+
+async def _show_last_good(conn: Connection) -> None:
+    for row in await conn.fetch(_Q["last_good"]):
+        if row["at"] is None:
+            continue
+        gauge = metrics.last_drill if row["job"] == "drill" else metrics.job_last_success.labels(job=row["job"])
+        gauge.set(row["at"].timestamp())

@@ -1,0 +1,181 @@
+-- A day on its way out and back. `$table` stands for a table's quoted name out of the catalog: a statement's parameters
+-- cannot name one.
+
+-- name: session
+-- What the text of a value depends on, so that the same rows are the same bytes on every server; memory for one sort.
+SET datestyle = 'ISO, YMD';
+SET extra_float_digits = 1;
+SET timezone = 'UTC';
+SET work_mem = '64MB';
+SET jit = off;
+
+-- name: export
+-- The stream of an archive: every column, device and label spelled out, in the order of the key. LEFT: a row whose
+-- device or label is missing is a row all the same.
+SELECT d.device_id, h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, h.temp_c,
+       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
+       h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
+       nullif(l.agent_version, '') AS agent_version, h.device_no, h.bucket
+FROM $table h
+LEFT JOIN devices d USING (device_no)
+LEFT JOIN heartbeat_labels l USING (label_no)
+ORDER BY h.device_no, h.bucket;
+
+-- name: span
+SELECT min(ts) AS min_ts, max(ts) AS max_ts FROM $table;
+
+-- name: make_plain
+-- The archive's columns as a table of its own, as people read them.
+CREATE TABLE $table (
+    device_id         text,
+    ts                timestamptz NOT NULL,
+    received_at       timestamptz NOT NULL,
+    clock_wrong       boolean NOT NULL,
+    battery_pct       smallint,
+    plugged           boolean,
+    temp_c            real,
+    network_type      text,
+    ssid              text,
+    ip                inet,
+    signal_dbm        smallint,
+    uptime_s          integer,
+    ram_used_mb       integer,
+    unity_pkg_version text,
+    unity_running     boolean,
+    agent_version     text,
+    device_no         integer NOT NULL,
+    bucket            integer NOT NULL
+);
+
+-- name: plain_again
+-- A plain table as the stream that it was made from.
+SELECT * FROM $table ORDER BY device_no, bucket;
+
+-- name: restore_devices
+-- Devices that this database does not know (any more): without a token, so none of them can send.
+INSERT INTO devices (device_id)
+SELECT DISTINCT device_id FROM $table p
+WHERE device_id IS NOT NULL AND NOT EXISTS (SELECT FROM devices d WHERE d.device_id = p.device_id)
+ORDER BY device_id
+ON CONFLICT DO NOTHING;
+
+-- name: restore_labels
+INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
+SELECT DISTINCT coalesce(agent_version, '') AS a, coalesce(unity_pkg_version, '') AS u, coalesce(network_type, '') AS n,
+                coalesce(ssid, '') AS s
+FROM $table p
+WHERE NOT EXISTS (
+    SELECT FROM heartbeat_labels l
+    WHERE (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid)
+        = (coalesce(p.agent_version, ''), coalesce(p.unity_pkg_version, ''), coalesce(p.network_type, ''),
+           coalesce(p.ssid, '')))
+ORDER BY a, u, n, s
+ON CONFLICT DO NOTHING;
+
+-- name: restore_rows
+-- $plain: the plain table; $table: the day's. A device's number is this database's own, whatever it was in the archive's.
+INSERT INTO $table (ts, received_at, device_no, bucket, label_no, uptime_s, ram_used_mb, temp_c, battery_pct,
+                    signal_dbm, plugged, unity_running, clock_wrong, ip)
+SELECT p.ts, p.received_at, coalesce(d.device_no, p.device_no), p.bucket, l.label_no, p.uptime_s, p.ram_used_mb,
+       p.temp_c, p.battery_pct, p.signal_dbm, p.plugged, p.unity_running, p.clock_wrong, p.ip
+FROM $plain p
+LEFT JOIN devices d USING (device_id)
+JOIN heartbeat_labels l
+  ON (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid)
+   = (coalesce(p.agent_version, ''), coalesce(p.unity_pkg_version, ''), coalesce(p.network_type, ''),
+      coalesce(p.ssid, ''));
+
+-- name: find
+-- $1 a day's start (UTC). The day, archived or not, then the supplements of its archive.
+SELECT p.partition_name, p.range_start, p.range_end, p.state, p.archive_url, p.checksum_sha256,
+       0::bigint AS supplement_no
+FROM hb_partitions p
+WHERE p.range_start <= $1 AND p.range_end > $1
+UNION ALL
+SELECT p.partition_name, p.range_start, p.range_end, p.state, s.archive_url, s.checksum_sha256, s.supplement_no
+FROM hb_partitions p JOIN archive_supplements s USING (partition_name)
+WHERE p.range_start <= $1 AND p.range_end > $1
+ORDER BY supplement_no;
+
+-- name: every
+SELECT p.partition_name, p.range_start, p.range_end, p.state, p.archive_url, p.checksum_sha256,
+       0::bigint AS supplement_no
+FROM hb_partitions p WHERE p.archive_url IS NOT NULL
+UNION ALL
+SELECT p.partition_name, p.range_start, p.range_end, p.state, s.archive_url, s.checksum_sha256, s.supplement_no
+FROM hb_partitions p JOIN archive_supplements s USING (partition_name)
+ORDER BY range_start, supplement_no;
+
+-- name: drilled
+-- $1 archive_url, $2 now.
+UPDATE hb_partitions SET drilled_at = $2, verified_at = $2 WHERE archive_url = $1;
+
+-- name: supplement_drilled
+-- $1 archive_url, $2 now.
+UPDATE archive_supplements SET drilled_at = $2, verified_at = $2 WHERE archive_url = $1;
+
+-- name: list
+-- Every archive, supplements too, newest day first.
+SELECT p.range_start, p.partition_name, p.state, 0::bigint AS supplement_no, p.archive_url, p.checksum_sha256,
+       p.row_count, p.archive_bytes, p.archived_at, p.verified_at, p.drilled_at, p.restored_at, p.reason, p.failed_at
+FROM hb_partitions p
+WHERE p.archive_url IS NOT NULL OR p.state = 'archive_failed'
+UNION ALL
+SELECT p.range_start, p.partition_name, p.state, s.supplement_no, s.archive_url, s.checksum_sha256, s.row_count,
+       s.archive_bytes, s.archived_at, s.verified_at, NULL, NULL, NULL, NULL
+FROM hb_partitions p JOIN archive_supplements s USING (partition_name)
+ORDER BY range_start DESC, supplement_no;
+
+-- name: restored
+-- $1 name, $2 now. Back in the table, and not archived again until it is released.
+UPDATE hb_partitions
+SET state = 'active', restored_at = $2, dropped_at = NULL, frozen_at = NULL, counted_at = NULL, reason = NULL,
+    failed_at = NULL
+WHERE partition_name = $1;
+
+-- name: forget_supplements
+-- $1 name. Their rows are in the day's table again, and go into the day's own archive with it.
+DELETE FROM archive_supplements WHERE partition_name = $1;
+
+-- name: release
+-- $1 a day's start (UTC).
+UPDATE hb_partitions SET restored_at = NULL
+WHERE range_start <= $1 AND range_end > $1 AND restored_at IS NOT NULL
+RETURNING partition_name;
+
+-- name: verified
+-- $1 archive_url, $2 now.
+UPDATE hb_partitions SET verified_at = $2 WHERE archive_url = $1;
+
+-- name: supplement_verified
+-- $1 archive_url, $2 now.
+UPDATE archive_supplements SET verified_at = $2 WHERE archive_url = $1;
+
+-- name: late_keys
+-- $1 range_start, $2 range_end, $3 how many at most. The oldest first.
+SELECT device_no, bucket FROM late_heartbeats WHERE ts >= $1 AND ts < $2 ORDER BY ts, device_no LIMIT $3;
+
+-- name: late_day
+-- The rows of one supplement, chosen once: what comes meanwhile waits for the next.
+CREATE TEMP TABLE IF NOT EXISTS late_day (LIKE device_heartbeats);
+
+-- name: clear_late_day
+TRUNCATE late_day;
+
+-- name: fill_late_day
+-- $1 device_no[], $2 bucket[].
+INSERT INTO late_day
+SELECT l.ts, l.received_at, l.device_no, l.bucket, l.label_no, l.uptime_s, l.ram_used_mb, l.temp_c, l.battery_pct,
+       l.signal_dbm, l.plugged, l.unity_running, l.clock_wrong, l.ip
+FROM late_heartbeats l JOIN unnest($1::int[], $2::int[]) AS k (device_no, bucket) USING (device_no, bucket);
+
+-- name: add_supplement
+-- $1 partition_name, $2 archive_url, $3 checksum_sha256, $4 row_count, $5 archive_bytes, $6 now.
+INSERT INTO archive_supplements
+    (partition_name, archive_url, checksum_sha256, row_count, archive_bytes, archived_at, verified_at)
+VALUES ($1, $2, $3, $4, $5, $6, $6);
+
+-- name: forget_late
+-- $1 device_no[], $2 bucket[].
+DELETE FROM late_heartbeats l USING unnest($1::int[], $2::int[]) AS k (device_no, bucket)
+WHERE l.device_no = k.device_no AND l.bucket = k.bucket;

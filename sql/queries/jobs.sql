@@ -1,0 +1,58 @@
+-- Runs of jobs, and what the nightly run does that is neither a partition's nor an archive's.
+
+-- name: started
+-- $1 job, $2 now, $3 host.
+INSERT INTO job_runs (job, started_at, status, host) VALUES ($1, $2, 'running', $3) RETURNING run_no;
+
+-- name: ended
+-- $1 run_no, $2 when, $3 status, $4 reason, $5 counts.
+UPDATE job_runs SET ended_at = $2, status = $3, reason = $4, counts = $5::jsonb
+WHERE run_no = $1 AND status = 'running';
+
+-- name: skipped
+-- $1 job, $2 now, $3 reason, $4 host.
+INSERT INTO job_runs (job, started_at, ended_at, status, reason, host) VALUES ($1, $2, $2, 'skipped', $3, $4);
+
+-- name: bury
+-- $1 job, $2 now. Runs whose daemon was killed.
+UPDATE job_runs SET ended_at = $2, status = 'failed', reason = 'its daemon ended in the middle of it'
+WHERE job = $1 AND status = 'running';
+
+-- name: ran_since
+-- $1 job, $2 since. A run that was skipped is none.
+SELECT EXISTS (SELECT FROM job_runs WHERE job = $1 AND started_at >= $2 AND status IN ('completed', 'failed'));
+
+-- name: last_started
+-- $1 job.
+SELECT max(started_at) FROM job_runs WHERE job = $1 AND status <> 'skipped';
+
+-- name: last_runs
+-- $1: how many of each job.
+SELECT job, run_no, started_at, ended_at, status, reason, counts::text AS counts, host
+FROM (SELECT *, row_number() OVER (PARTITION BY job ORDER BY run_no DESC) AS place FROM job_runs) r
+WHERE place <= $1
+ORDER BY job, run_no DESC;
+
+-- name: last_good
+-- For the metrics: what another daemon did counts as well.
+SELECT job, max(ended_at) AS at FROM job_runs WHERE status = 'completed' GROUP BY job
+UNION ALL
+SELECT 'drill', max(drilled_at) FROM hb_partitions
+UNION ALL
+SELECT 'drill', max(drilled_at) FROM archive_supplements;
+
+-- name: next_device
+-- Where the last run of the reconciliation stopped.
+SELECT (counts ->> 'next_device_no')::int FROM job_runs
+WHERE job = 'reconcile' AND status = 'completed'
+ORDER BY run_no DESC
+LIMIT 1;
+
+-- name: prune_runs
+-- $1: runs that began before.
+DELETE FROM job_runs WHERE started_at < $1;
+
+-- name: inactivate
+-- $1: devices silent since before. By the index that the offline query has; each comes back with its next heartbeat.
+UPDATE device_last_status SET status = 'inactive'
+WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND last_ts < $1;
