@@ -23,7 +23,8 @@ from nexhb.jobs.plan import Day, Kind, Step
 from nexhb.jobs.runner import Done, Job
 from nexhb.locks import Lock
 
-_P, _Q = sql.queries("partitions"), sql.queries("jobs")
+_P = sql.queries("partitions")
+_Q = sql.queries("jobs")
 _log = log.get("jobs")
 
 RUNS_KEPT = timedelta(days=366)

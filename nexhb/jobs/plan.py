@@ -68,7 +68,7 @@ def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:
     """Every step, in order. `days`: every row of hb_partitions and every attached partition; `now` in UTC."""
     days = sorted(days, key=lambda day: (day.start, day.name))
     oldest_kept = now.date() - timedelta(days=rules.retention_days)
-    old = [day for day in days if day.end.date() <= oldest_kept and day.present]
+    old = [day for day in days if day.end.date() <= oldest_kept and (day.attached or _leaving(day))]
     kept = [day for day in days if day.attached and not day.detach_pending and day not in old]
     return [
         *_finalize(days),
@@ -128,9 +128,7 @@ def _count(days: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
 
 def _archive(days: Sequence[Day], old: Sequence[Day], oldest_kept: date) -> Iterator[Step]:
     for day in days:
-        # What was detached is on its way out, whatever its age: it takes no heartbeats any more.
-        leaving = day.present and not day.attached and day.state in ("active", "archived", "archive_failed")
-        if day.restored or not (day in old or leaving or day.detach_pending):
+        if day.restored or not (day in old or _leaving(day) or day.detach_pending):
             continue
         if day.state == "archived" and not day.attached:
             yield Step(Kind.DROP, day.name, "archived by an earlier run, its table is still there", day)
@@ -140,6 +138,12 @@ def _archive(days: Sequence[Day], old: Sequence[Day], oldest_kept: date) -> Iter
             why = "its last try failed"
         yield Step(Kind.ARCHIVE, day.name, why, day, needs=Kind.FINALIZE if day.detach_pending else None)
         yield Step(Kind.DROP, day.name, "once its archive is verified", day, needs=Kind.ARCHIVE)
+
+
+def _leaving(day: Day) -> bool:
+    """Detached, so on its way out whatever its age: it takes no heartbeats any more. A table of a dropped day's name is
+    somebody's own."""
+    return day.present and not day.attached and day.state in ("active", "archived", "archive_failed")
 
 
 def _freeze(kept: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
