@@ -83,6 +83,21 @@ class Plan:
             if node.get("Relation Name", "").startswith(table) and node["Actual Loops"]
         }
 
+    def pulled(self, table: str) -> int:
+        """How many rows were taken out of a table."""
+        return sum(
+            round(node["Actual Rows"] * node["Actual Loops"])
+            for node in self.nodes
+            if node.get("Relation Name", "").startswith(table)
+        )
+
+    @property
+    def sorted(self) -> int:
+        """How many rows were sorted."""
+        return sum(
+            round(node["Actual Rows"] * node["Actual Loops"]) for node in self.nodes if node["Node Type"] == "Sort"
+        )
+
     @property
     def rows(self) -> int:
         """How many came of it."""
@@ -209,6 +224,44 @@ async def test_a_page_of_devices_reads_that_page(fleet: Connection) -> None:
     assert plan.rows == 101
     assert "devices_device_id_key" in plan.indexes
     assert "Seq Scan" not in plan.scans("devices")
+
+
+# ---- healing the last status ------------------------------------------------------------------------------------
+
+
+async def test_reconcile_finds_each_devices_newest_heartbeat_by_its_key(fleet: Connection) -> None:
+    heal, since, until = sql.queries("reconcile")["heal"], NOW - timedelta(days=1), NOW + timedelta(days=1)
+    plan = await plan_of(fleet, heal, 0, 2**31 - 1, HISTORY_DEVICES, since, until, 1_000, True)
+    settled = await settled_plan_of(
+        fleet, heal, "int, int, bigint, timestamptz, timestamptz, bigint, bool",
+        ["0", "2147483647", str(HISTORY_DEVICES), quoted(since), quoted(until), "1000", "true"],
+    )  # fmt: skip
+    heap = await fleet.fetchval(
+        "SELECT sum(pg_relation_size(relid)) / 8192 FROM pg_partition_tree('device_heartbeats')"
+    )
+    assert heap > 1_500
+    for one in (plan, settled):
+        check_touches_only(one, FULL[1], FULL[2], TODAY + timedelta(days=1))
+        assert one.scans("device_heartbeats") == {"Index Scan"}
+        # The newest of each partition, of which the newest is taken: two partitions of the three have heartbeats.
+        assert one.pulled("device_heartbeats") <= 2 * HISTORY_DEVICES
+        assert one.sorted <= 4 * HISTORY_DEVICES  # the few that are wrong, for the lock order
+        assert "Seq Scan" not in one.scans("devices") | one.scans("device_last_status")
+    # Two pages of each key and one of its table, one of the empty day's; the status, by its key; the rest is repairs.
+    assert settled.buffers < 15 * HISTORY_DEVICES
+
+
+async def test_reconcile_looks_no_further_back_than_it_must_for_a_silent_device(fleet: Connection) -> None:
+    """Its heartbeats of yesterday all lie before the 24 hours, in a partition that is looked at."""
+    silent_since = partitions.midnight(FULL[1]) + timedelta(hours=18)
+    for day in FULL[1:]:
+        await fleet.execute(f"DELETE FROM {partitions.name_of(day)} WHERE ts >= $1", silent_since)
+    await fleet.execute("VACUUM ANALYZE")
+    now = silent_since + timedelta(hours=26)
+    heal, since, until = sql.queries("reconcile")["heal"], now - timedelta(days=1), now + timedelta(days=1)
+    plan = await plan_of(fleet, heal, 0, 2**31 - 1, HISTORY_DEVICES, since, until, 1_000, False)
+    assert plan.pulled("device_heartbeats") == 0
+    assert plan.buffers < 15 * HISTORY_DEVICES
 
 
 # ---- by hand ----------------------------------------------------------------------------------------------------

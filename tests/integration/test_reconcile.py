@@ -1,0 +1,734 @@
+"""device_last_status is healed from the history: all of it in the end, only what is wrong, and never backwards."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import REGISTRY
+
+from nexhb import devices, partitions, wire
+from nexhb.db import Connection, Database
+from nexhb.jobs.reconcile import Reconciled, reconcile
+
+NOW = datetime(2026, 6, 15, 12, 0, 3, tzinfo=UTC)
+DAY = timedelta(days=1)
+MINUTE = timedelta(minutes=1)
+ALL = 1_000_000  # more repairs than any fleet here needs
+
+STATUS = """last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm, uptime_s,
+    ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong"""
+THESE = "device_no IN (SELECT n FROM (SELECT device_no AS n FROM devices) d WHERE {which})"
+NEWEST = f"""SELECT DISTINCT ON (device_no) device_no, device_id, {STATUS.replace("last_ts", "ts AS last_ts")}
+    FROM heartbeat_history WHERE ts > $1 AND ts <= $2 ORDER BY device_no, ts DESC"""
+
+
+# ---- a fleet, filled by SQL -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def fleet(conn: Connection) -> Connection:
+    """The days around NOW, four labels (one of them empty), no devices."""
+    await partitions.ensure(conn, partitions.days_between((NOW - 2 * DAY).date(), (NOW + 2 * DAY).date()))
+    await conn.execute(
+        """INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
+        VALUES ('', '', '', ''), ('1.0.9', '2.1.0', 'wifi', 'Store-42'), ('1.0.9', '', 'cellular', ''),
+               ('1.1.0', '2.2.0', 'wifi', 'Store-7')"""
+    )
+    return conn
+
+
+async def add_devices(conn: Connection, count: int) -> None:
+    """kiosk-1 to kiosk-`count`, of these numbers."""
+    await conn.execute("INSERT INTO devices (device_id) SELECT 'kiosk-' || n FROM generate_series(1, $1::int) n", count)
+
+
+async def add_history(conn: Connection, *ages: timedelta, which: str = "true") -> None:
+    """A heartbeat of each age (before NOW) of the devices n for which `which` is true; no two have the same values."""
+    for age in ages:
+        ts = NOW - age
+        await conn.execute(
+            f"""INSERT INTO device_heartbeats
+            SELECT $1::timestamptz, $1::timestamptz + n * interval '1 millisecond', n, $2, 1 + (n + $3) % 4, n + $3,
+                   CASE WHEN n % 7 > 0 THEN 1000 + n END, 20 + n % 30 / 2.0, (n + $3) % 101, -(n % 90), n % 2 = 0,
+                   CASE WHEN n % 3 > 0 THEN n % 3 = 1 END, n % 11 = 0, '10.0.0.0'::inet + n
+            FROM (SELECT device_no AS n FROM devices) d WHERE {which}""",
+            ts, wire.bucket_of(ts, 10), round(age / MINUTE) % 1_000,
+        )  # fmt: skip
+
+
+async def add_right_statuses(conn: Connection, which: str = "true") -> None:
+    """The status that the newest heartbeat gives, for devices n for which `which` is true."""
+    await conn.execute(
+        f"""INSERT INTO device_last_status (device_no, device_id, {STATUS})
+        SELECT * FROM ({NEWEST}) h WHERE {THESE.format(which=which)}""",
+        NOW - 2 * DAY, NOW + 2 * DAY,
+    )  # fmt: skip
+
+
+async def turn_back(conn: Connection, by: timedelta, which: str = "true") -> None:
+    """Statuses of devices n that say what an older heartbeat would have said."""
+    await conn.execute(
+        f"""UPDATE device_last_status SET last_ts = last_ts - $1::interval, battery_pct = 100, ssid = 'old', ip = NULL
+        WHERE {THESE.format(which=which)}""",
+        by,
+    )
+
+
+async def right_fleet(conn: Connection, count: int) -> None:
+    """Devices with three heartbeats each in the last hour, and their status."""
+    await add_devices(conn, count)
+    await add_history(conn, 40 * MINUTE, 20 * MINUTE, 1 * MINUTE)
+    await add_right_statuses(conn)
+
+
+async def broken_fleet(conn: Connection, count: int) -> None:
+    """The same, with no status at all."""
+    await add_devices(conn, count)
+    await add_history(conn, 40 * MINUTE, 20 * MINUTE, 1 * MINUTE)
+
+
+async def versions(conn: Connection) -> dict[int, tuple[str, ...]]:
+    """device_no → where its status row lies, who wrote it, and who last locked it: any touch changes one of them."""
+    rows = await conn.fetch("SELECT device_no, ctid::text, xmin::text, xmax::text FROM device_last_status")
+    return {row["device_no"]: (row["ctid"], row["xmin"], row["xmax"]) for row in rows}
+
+
+async def touched_since(conn: Connection, before: dict[int, tuple[str, ...]]) -> list[int]:
+    """Devices whose status row was written, locked or made since."""
+    after = await versions(conn)
+    assert before.keys() <= after.keys()
+    return sorted(number for number, version in after.items() if before.get(number) != version)
+
+
+async def numbers(conn: Connection, query: str) -> list[int]:
+    """A column of numbers."""
+    return [row[0] for row in await conn.fetch(query)]
+
+
+async def differences(conn: Connection, which: str = "true") -> list[asyncpg.Record]:
+    """Statuses that are not what the newest heartbeat of the last day says, and such heartbeats without a status."""
+    rows: list[asyncpg.Record] = await conn.fetch(
+        f"""WITH newest AS ({NEWEST}), expected AS (SELECT * FROM newest),
+             found AS (SELECT device_no, device_id, {STATUS} FROM device_last_status)
+        SELECT * FROM ((TABLE expected EXCEPT TABLE found) UNION ALL (TABLE found EXCEPT TABLE expected)) d
+        WHERE {THESE.format(which=which)}""",
+        NOW - DAY, NOW + DAY,
+    )  # fmt: skip
+    return rows
+
+
+async def status_of(conn: Connection, number: int) -> dict[str, Any]:
+    """A device's status row."""
+    row = await conn.fetchrow("SELECT * FROM device_last_status WHERE device_no = $1", number)
+    return dict(row or {})
+
+
+def drift() -> float | None:
+    """The share of wrong rows that the metric shows."""
+    return REGISTRY.get_sample_value("nexhb_reconciliation_drift_ratio")
+
+
+def rows_updated() -> float:
+    """The metric that counts healed rows."""
+    return REGISTRY.get_sample_value("reconciliation_rows_updated_total") or 0.0
+
+
+# ---- what is wrong is healed, and nothing else ------------------------------------------------------------------
+
+
+async def test_12_000_wrong_rows_of_20_000_are_healed_in_three_runs_of_5_000(fleet: Connection) -> None:
+    await right_fleet(fleet, 20_000)
+    await turn_back(fleet, 40 * MINUTE, "n % 5 IN (2, 3)")
+    await fleet.execute("DELETE FROM device_last_status WHERE device_no % 5 = 4")
+    await turn_back(fleet, -2 * MINUTE, "n % 5 = 1")  # right: newer than the history
+    before = await versions(fleet)
+    updated_before = rows_updated()
+
+    first = await reconcile(fleet, NOW, max_rows=5_000)
+    assert (first.wrong, first.updated, first.complete) == (5_000, 5_000, False)
+    assert drift() == 5_000 / first.checked
+    second = await reconcile(fleet, NOW, max_rows=5_000, after=first.next_device_no)
+    assert (second.wrong, second.updated, second.complete) == (5_000, 5_000, False)
+    third = await reconcile(fleet, NOW, max_rows=5_000, after=second.next_device_no)
+    assert third == Reconciled(checked=20_000, wrong=2_000, updated=2_000, next_device_no=0, complete=True)
+    assert drift() == 0.1
+
+    assert rows_updated() - updated_before == 12_000
+    touched = await touched_since(fleet, before)
+    assert touched == [number for number in range(1, 20_001) if number % 5 in (2, 3, 4)]
+    assert len(touched) == 12_000
+    assert await differences(fleet, "n % 5 <> 1") == []
+    assert len(await differences(fleet, "n % 5 = 1")) == 8_000  # still newer: 4,000 of each side
+
+
+async def test_a_healed_row_says_all_that_the_newest_heartbeat_said(fleet: Connection) -> None:
+    await right_fleet(fleet, 8)
+    await turn_back(fleet, 40 * MINUTE, "n % 2 = 0")
+    await fleet.execute("DELETE FROM device_last_status WHERE device_no % 2 = 1")
+    await reconcile(fleet, NOW, max_rows=ALL)
+    assert await differences(fleet) == []
+    rows = await fleet.fetch("SELECT * FROM device_last_status ORDER BY device_no")
+    assert {row["ssid"] for row in rows} == {None, "Store-42", "Store-7"}  # and none is ''
+    assert {row["network_type"] for row in rows} == {None, "wifi", "cellular"}
+    assert {row["unity_pkg_version"] for row in rows} == {None, "2.1.0", "2.2.0"}
+    assert {row["agent_version"] for row in rows} == {None, "1.0.9", "1.1.0"}
+    assert [row["device_id"] for row in rows] == [f"kiosk-{number}" for number in range(1, 9)]
+    assert {row["status"] for row in rows} == {"ok"}
+
+
+async def test_a_label_that_is_gone_costs_its_texts_and_not_the_status(fleet: Connection) -> None:
+    await broken_fleet(fleet, 4)
+    await fleet.execute("DELETE FROM heartbeat_labels")
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == 4
+    healed = await status_of(fleet, 2)
+    assert (healed["last_ts"], healed["ssid"]) == (NOW - MINUTE, None)
+
+
+async def test_a_second_run_finds_nothing_to_do(fleet: Connection) -> None:
+    await broken_fleet(fleet, 100)
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == 100
+    before = await versions(fleet)
+    assert await reconcile(fleet, NOW, max_rows=ALL) == Reconciled(100, 0, 0, 0, complete=True)
+    assert await touched_since(fleet, before) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_a_run_on_right_data_writes_and_locks_nothing(fleet: Connection, dry_run: bool) -> None:
+    await right_fleet(fleet, 2_000)
+    await turn_back(fleet, -1 * MINUTE, "n % 2 = 0")
+    before = await versions(fleet)
+    counters = "SELECT relname, n_tup_ins, n_tup_upd, n_tup_del FROM pg_stat_xact_user_tables"
+    async with fleet.transaction():
+        counted = await fleet.fetch(counters)
+        found = await reconcile(fleet, NOW, max_rows=ALL, chunk=300, dry_run=dry_run)
+        assert await fleet.fetch(counters) == counted
+        # A transaction gets its number with the first row that it writes or locks.
+        assert await fleet.fetchval("SELECT pg_current_xact_id_if_assigned()::text") is None
+    assert found == Reconciled(2_000, 0, 0, 0, complete=True)
+    assert await touched_since(fleet, before) == []
+    assert drift() == 0
+
+
+async def test_a_status_newer_than_the_history_stays(fleet: Connection) -> None:
+    await right_fleet(fleet, 10)
+    await turn_back(fleet, -30 * MINUTE)
+    before = await versions(fleet)
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).wrong == 0
+    assert await touched_since(fleet, before) == []
+
+
+async def test_a_status_of_the_same_moment_stays_though_its_values_differ(fleet: Connection) -> None:
+    await right_fleet(fleet, 1)
+    await fleet.execute("UPDATE device_last_status SET battery_pct = 99, ssid = 'of a duplicate'")
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).wrong == 0
+    assert (await status_of(fleet, 1))["battery_pct"] == 99
+
+
+async def test_a_status_of_a_later_heartbeat_of_the_same_bucket_stays(fleet: Connection) -> None:
+    await right_fleet(fleet, 1)
+    await fleet.execute("UPDATE device_last_status SET last_ts = last_ts + interval '4 seconds', battery_pct = 98")
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).wrong == 0
+    assert (await status_of(fleet, 1))["battery_pct"] == 98
+
+
+# ---- which history counts ---------------------------------------------------------------------------------------
+
+
+async def test_a_device_without_a_heartbeat_in_24_hours_is_left_alone(fleet: Connection) -> None:
+    await add_devices(fleet, 3)
+    await add_history(fleet, 30 * 60 * MINUTE, DAY, which="n <= 2")
+    await add_right_statuses(fleet, "n = 2")
+    await turn_back(fleet, 60 * MINUTE)
+    before = await versions(fleet)
+    assert await reconcile(fleet, NOW, max_rows=ALL) == Reconciled(3, 0, 0, 0, complete=True)
+    assert await touched_since(fleet, before) == []
+
+
+@pytest.mark.parametrize(
+    ("age", "counts"),
+    [
+        (DAY, False),
+        (DAY - timedelta(microseconds=1), True),
+        (timedelta(0), True),
+        (-5 * MINUTE, True),  # a device's clock may be ahead
+        (-DAY, True),
+        (-DAY - timedelta(microseconds=1), False),
+    ],
+)
+async def test_the_history_that_counts_is_from_a_day_ago_to_a_day_ahead(
+    fleet: Connection, age: timedelta, counts: bool
+) -> None:
+    await add_devices(fleet, 1)
+    await add_history(fleet, age)
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == counts
+    assert bool(await status_of(fleet, 1)) == counts
+
+
+async def test_the_newest_is_found_on_the_other_side_of_midnight(fleet: Connection) -> None:
+    await add_devices(fleet, 3)
+    await add_history(fleet, 13 * 60 * MINUTE)  # yesterday
+    await add_history(fleet, 11 * 60 * MINUTE, which="n = 2")  # today
+    await add_history(fleet, -13 * 60 * MINUTE, which="n = 3")  # tomorrow
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == 3
+    assert await differences(fleet) == []
+    assert len({row["last_ts"].date() for row in await fleet.fetch("TABLE device_last_status")}) == 3
+
+
+async def test_an_hour_long_bucket_that_began_before_the_24_hours_is_seen(fleet: Connection) -> None:
+    await add_devices(fleet, 1)
+    ts = NOW.replace(minute=40) - DAY
+    await fleet.execute(
+        """INSERT INTO device_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong)
+        VALUES ($1, $1, 1, $2, 1, false)""",
+        ts, wire.bucket_of(ts, 3_600),
+    )  # fmt: skip
+    assert (await reconcile(fleet, ts + DAY - MINUTE, max_rows=ALL)).updated == 1
+
+
+# ---- the walk ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_goes_on_behind_the_last_one_and_round_to_it(fleet: Connection) -> None:
+    await broken_fleet(fleet, 10)
+    first = await reconcile(fleet, NOW, max_rows=7)
+    assert first == Reconciled(checked=7, wrong=7, updated=7, next_device_no=7, complete=False)
+    await turn_back(fleet, MINUTE, "n <= 7")
+    second = await reconcile(fleet, NOW, max_rows=7, after=first.next_device_no)
+    assert second == Reconciled(checked=7, wrong=7, updated=7, next_device_no=4, complete=False)
+    third = await reconcile(fleet, NOW, max_rows=7, after=second.next_device_no)
+    assert third == Reconciled(checked=10, wrong=3, updated=3, next_device_no=0, complete=True)
+    assert await differences(fleet) == []
+
+
+async def test_devices_that_go_wrong_again_and_again_keep_no_other_out_of_reach(fleet: Connection) -> None:
+    """The public server's reconcile took the same first 5,000 devices on every run."""
+    await broken_fleet(fleet, 30)
+    reached: list[list[int]] = []
+    after = 0
+    for _ in range(4):
+        before = await versions(fleet)
+        after = (await reconcile(fleet, NOW, max_rows=10, after=after, chunk=7)).next_device_no
+        reached.append(await touched_since(fleet, before))
+        await turn_back(fleet, MINUTE, "n <= 10")
+    assert reached == [list(range(1, 11)), list(range(11, 21)), list(range(21, 31)), list(range(1, 11))]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 100])
+async def test_the_repairs_end_in_the_middle_of_a_chunk_and_count_up_to_there(fleet: Connection, chunk: int) -> None:
+    await right_fleet(fleet, 20)
+    await turn_back(fleet, MINUTE, "n IN (2, 3, 9, 17)")
+    before = await versions(fleet)
+    found = await reconcile(fleet, NOW, max_rows=3, chunk=chunk)
+    assert found == Reconciled(checked=9, wrong=3, updated=3, next_device_no=9, complete=False)
+    assert await touched_since(fleet, before) == [2, 3, 9]
+    assert drift() == 3 / 9
+
+
+@pytest.mark.parametrize(("count", "complete"), [(3, True), (4, False)])
+async def test_a_walk_whose_last_repair_is_its_last_device_is_complete(
+    fleet: Connection, count: int, complete: bool
+) -> None:
+    await right_fleet(fleet, count)
+    await turn_back(fleet, MINUTE, "n <= 3")
+    found = await reconcile(fleet, NOW, max_rows=3)
+    assert found == Reconciled(3, 3, 3, next_device_no=0 if complete else 3, complete=complete)
+
+
+async def test_repairs_that_end_with_the_fleet_leave_the_cursor_at_its_last_device(fleet: Connection) -> None:
+    await broken_fleet(fleet, 6)
+    found = await reconcile(fleet, NOW, max_rows=2, after=4)
+    assert found == Reconciled(checked=2, wrong=2, updated=2, next_device_no=6, complete=False)
+    found = await reconcile(fleet, NOW, max_rows=ALL, after=found.next_device_no)
+    assert found == Reconciled(checked=6, wrong=4, updated=4, next_device_no=0, complete=True)
+
+
+async def test_a_cursor_behind_every_device_begins_again(fleet: Connection) -> None:
+    await broken_fleet(fleet, 5)
+    assert await reconcile(fleet, NOW, max_rows=ALL, after=2**31 - 1) == Reconciled(5, 5, 5, 0, complete=True)
+
+
+async def test_devices_are_looked_at_once_in_chunks_of_any_size_and_across_gaps(fleet: Connection) -> None:
+    await broken_fleet(fleet, 40)
+    await fleet.execute("DELETE FROM devices WHERE device_no % 4 = 0")
+    for chunk in (1, 7, 30, 31):
+        await fleet.execute("DELETE FROM device_last_status")
+        found = await reconcile(fleet, NOW, max_rows=ALL, after=16, chunk=chunk)
+        assert found == Reconciled(30, 30, 30, 0, complete=True)
+
+
+async def test_an_empty_fleet_is_right(fleet: Connection) -> None:
+    assert await reconcile(fleet, NOW, max_rows=ALL) == Reconciled(0, 0, 0, 0, complete=True)
+    assert drift() == 0
+
+
+async def test_without_repairs_to_make_a_run_looks_at_nothing_and_stays_where_it_is(fleet: Connection) -> None:
+    await broken_fleet(fleet, 5)
+    assert await reconcile(fleet, NOW, max_rows=0, after=3) == Reconciled(0, 0, 0, 3, complete=False)
+    assert drift() == 0
+
+
+# ---- a dry run --------------------------------------------------------------------------------------------------
+
+
+async def test_a_dry_run_counts_what_a_run_would_do_and_changes_nothing(fleet: Connection) -> None:
+    await right_fleet(fleet, 20)
+    await turn_back(fleet, MINUTE, "n IN (2, 3, 9, 17)")
+    await devices.revoke(fleet, "kiosk-11", NOW)
+    await fleet.execute("UPDATE device_last_status SET status = 'ok' WHERE device_no = 11")
+    for max_rows in (2, 3, 4, ALL):
+        before, updated_before = await versions(fleet), rows_updated()
+        async with fleet.transaction():
+            dry = await reconcile(fleet, NOW, max_rows=max_rows, after=5, chunk=4, dry_run=True)
+            assert await fleet.fetchval("SELECT pg_current_xact_id_if_assigned()::text") is None
+        assert drift() == dry.wrong / dry.checked
+        assert rows_updated() == updated_before
+        assert await touched_since(fleet, before) == []
+        transaction = fleet.transaction()
+        await transaction.start()
+        wet = await reconcile(fleet, NOW, max_rows=max_rows, after=5, chunk=4)
+        await transaction.rollback()
+        assert dry == replace(wet, updated=0)
+        assert wet.updated == wet.wrong == min(max_rows, 5)
+
+
+# ---- revoked and inactive ---------------------------------------------------------------------------------------
+
+
+async def test_a_revoked_device_is_shown_as_one_and_its_values_stay(fleet: Connection) -> None:
+    await right_fleet(fleet, 3)
+    await fleet.execute("UPDATE devices SET revoked_at = $1 WHERE device_no <> 3", NOW)
+    await fleet.execute("UPDATE device_last_status SET battery_pct = 97 WHERE device_no = 1")
+    await fleet.execute("UPDATE device_last_status SET status = 'inactive' WHERE device_no = 2")
+    before = [await status_of(fleet, number) for number in (1, 2, 3)]
+    assert await reconcile(fleet, NOW, max_rows=ALL) == Reconciled(3, 2, 2, 0, complete=True)
+    after = [await status_of(fleet, number) for number in (1, 2, 3)]
+    assert after == [before[0] | {"status": "revoked"}, before[1] | {"status": "revoked"}, before[2]]
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).wrong == 0
+
+
+async def test_a_revoked_device_that_fell_silent_is_shown_as_one_too(fleet: Connection) -> None:
+    await add_devices(fleet, 2)
+    await add_history(fleet, 30 * 60 * MINUTE, which="n = 1")
+    await add_right_statuses(fleet)
+    await fleet.execute("UPDATE devices SET revoked_at = $1", NOW)
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == 1
+    assert (await status_of(fleet, 1))["status"] == "revoked"
+    assert not await status_of(fleet, 2)  # never heard of: nothing to say
+
+
+@pytest.mark.parametrize("was", [None, "ok", "inactive", "revoked"])
+async def test_a_healed_row_of_a_revoked_device_is_revoked(fleet: Connection, was: str | None) -> None:
+    await right_fleet(fleet, 1)
+    await devices.revoke(fleet, "kiosk-1", NOW)
+    await turn_back(fleet, MINUTE)
+    if was:
+        await fleet.execute("UPDATE device_last_status SET status = $1", was)
+    else:
+        await fleet.execute("DELETE FROM device_last_status")
+    assert await reconcile(fleet, NOW, max_rows=ALL) == Reconciled(1, 1, 1, 0, complete=True)
+    assert (await status_of(fleet, 1))["status"] == "revoked"
+    assert await differences(fleet) == []
+
+
+async def test_an_inactive_device_that_was_heard_of_is_well_again(fleet: Connection) -> None:
+    await right_fleet(fleet, 2)
+    await turn_back(fleet, MINUTE, "n = 1")
+    await fleet.execute("UPDATE device_last_status SET status = 'inactive'")
+    assert (await reconcile(fleet, NOW, max_rows=ALL)).updated == 1
+    assert [(await status_of(fleet, number))["status"] for number in (1, 2)] == ["ok", "inactive"]
+
+
+# ---- beside a running daemon ------------------------------------------------------------------------------------
+
+
+async def waits_for_a_lock(watcher: Connection, conn: Connection) -> None:
+    """Until `conn` waits for a lock."""
+    async with asyncio.timeout(10):
+        while (
+            await watcher.fetchval("SELECT wait_event_type FROM pg_stat_activity WHERE pid = $1", conn.get_server_pid())
+            != "Lock"
+        ):
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def other(database: Database) -> Any:
+    """Somebody else's connection."""
+    conn = await database.connect(application="test other", lock_timeout="5000")
+    yield conn
+    conn.terminate()
+
+
+@pytest.fixture
+async def watcher(database: Database) -> Any:
+    """A third one, that only looks."""
+    conn = await database.connect(application="test watcher")
+    yield conn
+    conn.terminate()
+
+
+UPSERT = """INSERT INTO device_last_status AS s (device_no, device_id, last_ts, received_at)
+    SELECT n, 'kiosk-' || n, ts, ts FROM unnest($1::int[], $2::timestamptz[]) u (n, ts)
+    ON CONFLICT (device_no) DO UPDATE SET last_ts = excluded.last_ts, received_at = excluded.received_at
+    WHERE excluded.last_ts > s.last_ts"""
+
+
+@pytest.mark.parametrize("ts", [NOW, NOW - MINUTE], ids=["newer", "as new"])
+@pytest.mark.parametrize("there_before", [True, False])
+async def test_a_status_written_between_look_and_repair_wins(
+    fleet: Connection, other: Connection, watcher: Connection, there_before: bool, ts: datetime
+) -> None:
+    await right_fleet(fleet, 3)
+    await turn_back(fleet, 5 * MINUTE)
+    if not there_before:
+        await fleet.execute("DELETE FROM device_last_status WHERE device_no = 2")
+    async with other.transaction():
+        await other.execute(UPSERT, [2], [ts])
+        running = asyncio.create_task(reconcile(fleet, NOW, max_rows=3))
+        await waits_for_a_lock(watcher, fleet)  # it has looked: each device of the chunk was wrong then
+    assert await running == Reconciled(checked=3, wrong=3, updated=2, next_device_no=0, complete=True)
+    kept = await status_of(fleet, 2)
+    assert (kept["last_ts"], kept["received_at"]) == (ts, ts)  # the history's was received 2 ms after it was made
+    assert await differences(fleet, "n <> 2") == []
+
+
+async def test_what_the_writer_repaired_leaves_a_repair_for_another(
+    fleet: Connection, other: Connection, watcher: Connection
+) -> None:
+    await broken_fleet(fleet, 5)
+    async with other.transaction():
+        await other.execute(UPSERT, [2], [NOW])
+        running = asyncio.create_task(reconcile(fleet, NOW, max_rows=3))
+        await waits_for_a_lock(watcher, fleet)
+    assert await running == Reconciled(checked=4, wrong=4, updated=3, next_device_no=4, complete=False)
+
+
+async def test_rows_are_locked_in_the_writers_order(fleet: Connection, other: Connection, watcher: Connection) -> None:
+    await right_fleet(fleet, 4)
+    await turn_back(fleet, MINUTE, "n > 1")
+    await fleet.execute("UPDATE devices SET revoked_at = $1 WHERE device_no IN (1, 4)", NOW)
+    async with other.transaction():
+        await other.execute("SELECT FROM device_last_status WHERE device_no = 2 FOR UPDATE")
+        running = asyncio.create_task(reconcile(fleet, NOW, max_rows=ALL))
+        await waits_for_a_lock(watcher, fleet)
+        free = "SELECT device_no FROM device_last_status ORDER BY device_no FOR UPDATE SKIP LOCKED"
+        assert await numbers(watcher, free) == [3, 4]
+    assert (await running).updated == 4
+
+
+async def test_a_last_status_never_goes_back_while_a_fleet_sends(fleet: Connection, other: Connection) -> None:
+    """Statuses are written and left out at random beside the reconciliation; a trigger watches every update."""
+    await right_fleet(fleet, 60)
+    await fleet.execute(
+        """CREATE FUNCTION never_back() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.last_ts < OLD.last_ts THEN RAISE 'device % went back', OLD.device_no; END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER never_back BEFORE UPDATE ON device_last_status FOR EACH ROW EXECUTE FUNCTION never_back()"""
+    )
+    choose = random.Random(7)  # noqa: S311 - no secret
+    sending = asyncio.create_task(_send_carelessly(other, choose, rounds=150))
+    updated = runs = 0
+    while not sending.done():
+        found = await reconcile(fleet, NOW, max_rows=ALL, chunk=choose.choice((7, 25, 100)))
+        updated, runs = updated + found.updated, runs + 1
+    await sending
+    await reconcile(fleet, NOW, max_rows=ALL)
+    assert updated > 100
+    assert runs > 10
+    older = """SELECT s.device_no FROM device_last_status s
+        WHERE last_ts < (SELECT max(ts) FROM device_heartbeats h WHERE h.device_no = s.device_no)"""
+    assert await numbers(fleet, older) == []
+
+
+async def _send_carelessly(conn: Connection, choose: random.Random, rounds: int) -> None:
+    """Heartbeats ever newer, in transactions of 30 devices: each has its row in the history, half of them a status,
+    which is 5 s newer than that, as if the row had been a duplicate's."""
+    for number in range(rounds):
+        ts = NOW + number * 10 * timedelta(seconds=1)
+        senders = sorted(choose.sample(range(1, 61), 30))
+        async with conn.transaction():
+            await conn.execute(
+                """INSERT INTO device_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong)
+                SELECT $1::timestamptz, $1::timestamptz, n, $2, 1, false FROM unnest($3::int[]) n""",
+                ts, wire.bucket_of(ts, 10), senders,
+            )  # fmt: skip
+            written = [n for n in senders if choose.random() < 0.5]
+            await conn.execute(UPSERT, written, [ts + timedelta(seconds=5)] * len(written))
+
+
+async def test_a_device_that_is_readmitted_meanwhile_is_not_hidden(
+    fleet: Connection, other: Connection, watcher: Connection
+) -> None:
+    await right_fleet(fleet, 2)
+    await devices.revoke(fleet, "kiosk-1", NOW)
+    await fleet.execute("UPDATE device_last_status SET status = 'ok'")
+    async with other.transaction():
+        await devices.rotate(other, "kiosk-1")
+        running = asyncio.create_task(reconcile(fleet, NOW, max_rows=ALL))
+        await waits_for_a_lock(watcher, fleet)
+    assert await running == Reconciled(2, 1, 0, 0, complete=True)
+    assert (await status_of(fleet, 1))["status"] == "ok"
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+async def test_a_device_that_is_revoked_meanwhile_is_revoked(
+    fleet: Connection, other: Connection, watcher: Connection, there_before: bool
+) -> None:
+    await right_fleet(fleet, 2)
+    await turn_back(fleet, MINUTE)
+    if not there_before:
+        await fleet.execute("DELETE FROM device_last_status")
+    async with other.transaction():
+        await devices.revoke(other, "kiosk-1", NOW)
+        running = asyncio.create_task(reconcile(fleet, NOW, max_rows=ALL))
+        await waits_for_a_lock(watcher, fleet)
+    assert await running == Reconciled(2, 2, 2, 0, complete=True)
+    assert [(await status_of(fleet, number))["status"] for number in (1, 2)] == ["revoked", "ok"]
+
+
+async def test_a_lock_that_is_not_to_be_had_is_raised_and_what_was_done_stays(
+    fleet: Connection, other: Connection
+) -> None:
+    await right_fleet(fleet, 5)
+    await turn_back(fleet, MINUTE)
+    await fleet.execute("SET lock_timeout = 100")
+    before, updated_before = await versions(fleet), rows_updated()
+    async with other.transaction():
+        await other.execute("SELECT FROM device_last_status WHERE device_no = 4 FOR UPDATE")
+        with pytest.raises(asyncpg.LockNotAvailableError):
+            await reconcile(fleet, NOW, max_rows=ALL, chunk=1)
+    assert [number for number in await touched_since(fleet, before) if number != 4] == [1, 2, 3]
+    assert rows_updated() - updated_before == 3
+    found = await reconcile(fleet, NOW, max_rows=ALL)
+    assert (found.wrong, found.updated) == (2, 2)
+
+
+# ---- any small fleet, against a model ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as the model has it: moments are seconds after NOW."""
+
+    number: int
+    revoked: bool
+    history: tuple[float, ...]
+    status: tuple[float, str] | None
+
+    @property
+    def healed(self) -> tuple[float, str] | None:
+        """What its status ought to be."""
+        newest = max((ts for ts in self.history if -86_400 < ts <= 86_400), default=None)
+        if newest is not None and (self.status is None or self.status[0] < newest):
+            was_revoked = self.status is not None and self.status[1] == "revoked"
+            return newest, "revoked" if self.revoked or was_revoked else "ok"
+        if self.status is None:
+            return None
+        return self.status[0], "revoked" if self.revoked else self.status[1]
+
+
+def model(fleet: Sequence[Device], after: int, max_rows: int) -> tuple[Reconciled, list[Device]]:
+    """One device after another, until there are none or as many repairs are made as may be."""
+    walk = [d for d in fleet if d.number > after] + [d for d in fleet if d.number <= after]
+    found = {device.number: device for device in fleet}
+    checked = wrong = 0
+    last = after
+    for device in walk:
+        if wrong == max_rows:
+            break
+        checked, last = checked + 1, device.number
+        if device.healed != device.status:
+            wrong += 1
+            found[last] = replace(device, status=device.healed)
+    complete = checked == len(fleet)
+    return Reconciled(checked, wrong, wrong, 0 if complete else last, complete), list(found.values())
+
+
+# The edges of what counts, and moments between them; NOW lies 3 s into its bucket.
+MOMENTS = [-100_000, -86_400, -86_399.999, -86_000, -40_000, -600, -590, -1, 0, 5, 300, 86_399, 86_400, 86_400.5]
+moments = st.sampled_from(MOMENTS)
+
+
+def bucket(seconds: float) -> int:
+    """The bucket of a moment."""
+    return wire.bucket_of(moment(seconds), 10)
+
+
+def moment(seconds: float) -> datetime:
+    """Seconds after NOW, as a time."""
+    return NOW + timedelta(seconds=seconds)
+
+
+histories = st.lists(moments, max_size=4, unique_by=bucket).map(tuple)
+statuses = st.none() | st.tuples(moments, st.sampled_from(["ok", "ok", "inactive", "revoked"]))
+fleets = st.lists(
+    st.builds(Device, st.integers(1, 40), st.booleans(), histories, statuses),
+    max_size=12,
+    unique_by=lambda device: device.number,
+).map(lambda fleet: sorted(fleet, key=lambda device: device.number))
+
+
+@given(fleets, st.integers(0, 41), st.integers(0, 8) | st.just(ALL), st.integers(1, 6) | st.just(100), st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_any_fleet_is_healed_as_the_model_says(
+    fleet: Connection, given_fleet: list[Device], after: int, max_rows: int, chunk: int, dry_run: bool
+) -> None:
+    await _store(fleet, given_fleet)
+    expected, healed = model(given_fleet, after, max_rows)
+    if dry_run:
+        dry = await reconcile(fleet, NOW, max_rows=max_rows, after=after, chunk=chunk, dry_run=True)
+        assert dry == replace(expected, updated=0)
+        assert await _stored(fleet) == {d.number: (*d.status, 100) for d in given_fleet if d.status}
+    found = await reconcile(fleet, NOW, max_rows=max_rows, after=after, chunk=chunk)
+    assert found == expected
+    assert await _stored(fleet) == _as_stored(given_fleet, healed)
+    while not found.complete:  # no device is ever out of reach
+        found = await reconcile(fleet, NOW, max_rows=max_rows or 1, after=found.next_device_no, chunk=chunk)
+        assert found.updated or found.complete
+    every_one = [replace(device, status=device.healed) for device in given_fleet]
+    assert await _stored(fleet) == _as_stored(given_fleet, every_one)
+
+
+async def _store(conn: Connection, fleet: Sequence[Device]) -> None:
+    """A heartbeat's battery is its place in the history; a status' is 100."""
+    await conn.execute("DELETE FROM device_heartbeats; DELETE FROM device_last_status; DELETE FROM devices")
+    await conn.executemany(
+        """INSERT INTO devices (device_no, device_id, revoked_at) OVERRIDING SYSTEM VALUE
+        VALUES ($1, 'kiosk-' || $1::int, $2)""",
+        [(device.number, NOW if device.revoked else None) for device in fleet],
+    )
+    await conn.executemany(
+        """INSERT INTO device_heartbeats (ts, received_at, device_no, bucket, label_no, battery_pct, clock_wrong)
+        VALUES ($1, $1, $2, $3, 1, $4, false)""",
+        [(moment(ts), device.number, bucket(ts), place) for device in fleet for place, ts in enumerate(device.history)],
+    )
+    await conn.executemany(
+        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, battery_pct, status)
+        VALUES ($1, 'kiosk-' || $1::int, $2, $2, 100, $3)""",
+        [(device.number, moment(device.status[0]), device.status[1]) for device in fleet if device.status],
+    )
+
+
+async def _stored(conn: Connection) -> dict[int, tuple[float, str, int]]:
+    rows = await conn.fetch("SELECT device_no, last_ts, status, battery_pct FROM device_last_status")
+    return {number: ((ts - NOW).total_seconds(), status, battery) for number, ts, status, battery in rows}
+
+
+def _as_stored(before: Sequence[Device], after: Sequence[Device]) -> dict[int, tuple[float, str, int]]:
+    """Statuses with the battery that tells where they come from."""
+    found: dict[int, tuple[float, str, int]] = {}
+    for was, device in zip(before, after, strict=True):
+        if device.status:
+            kept = was.status and was.status[0] == device.status[0]
+            found[device.number] = (*device.status, 100 if kept else device.history.index(device.status[0]))
+    return found
