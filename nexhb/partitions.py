@@ -198,8 +198,10 @@ async def _detach(conn: Connection, name: str) -> None:
     await conn.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
     try:
         await conn.execute(f"ALTER TABLE {PARENT} DETACH PARTITION {quoted(name)} {how}")
+    except asyncpg.LockNotAvailableError:
+        raise
     except asyncpg.ObjectNotInPrerequisiteStateError as error:
-        raise PartitionBusy(f"{name} cannot be detached: {error}.") from error  # another detach is pending
+        raise PartitionBusy(f"{name} cannot be detached while another detach is pending.") from error
     _log.info("partition.detach", partition=name, how=how.lower())
 
 

@@ -32,7 +32,7 @@ class Reads:
         self._pool = pool
 
     async def fleet(self, now: datetime, offline_after: timedelta) -> Row:
-        """Counts: devices, online, offline, unity_down, never_seen."""
+        """Counts: devices, online, offline, unity_down, inactive (silent for longer than the retention), never_seen."""
         async with self._asking("fleet") as conn:
             row = await conn.fetchrow(_Q["fleet"], now - offline_after, now - SEEN_WITHIN)
         return dict(row or {})

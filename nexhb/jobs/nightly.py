@@ -50,7 +50,7 @@ def job(means: Means) -> Job:
 
     async def work(conn: Connection, now: datetime) -> Done:
         async with means.store() as store:
-            return await _Night(conn, store, means, now).run()
+            return await Night(conn, store, means, now).run()
 
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
 
@@ -95,7 +95,7 @@ async def read_days(conn: Connection) -> list[Day]:
     ]
 
 
-class _Night:
+class Night:
     """One run."""
 
     def __init__(self, conn: Connection, store: Store, means: Means, now: datetime) -> None:

@@ -70,7 +70,10 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
     Raises DatabaseUnavailable where there is no database; whatever else goes wrong is in the Run.
     """
     conn = await database.connect(
-        application=f"nexhb {job.name}", command_timeout_s=STATEMENT_TIMEOUT_S, lock_timeout=f"{LOCK_TIMEOUT_MS}"
+        application=f"nexhb {job.name}",
+        command_timeout_s=STATEMENT_TIMEOUT_S,
+        lock_timeout=f"{LOCK_TIMEOUT_MS}",
+        jit="off",  # a chunk of the reconciliation costs just over the bound from which each would be compiled
     )
     try:
         if job.dry_run:

@@ -11,6 +11,8 @@ SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
           AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND s.last_ts < $1) AS offline,
        (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
         WHERE s.status = 'ok' AND d.revoked_at IS NULL AND s.unity_running = false AND s.last_ts >= $2) AS unity_down,
+       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
+        WHERE s.status = 'inactive' AND d.revoked_at IS NULL) AS inactive,
        (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
           AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
 
