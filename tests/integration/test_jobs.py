@@ -1,0 +1,332 @@
+"""Jobs as the daemon runs them: one at a time, written down, made up where they were missed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexhb import config, partitions
+from nexhb.config import Settings
+from nexhb.db import Connection, Database
+from nexhb.jobs import runner, schedule
+from nexhb.jobs.board import Jobs
+from nexhb.jobs.runner import Done, Job, Run
+from nexhb.jobs.schedule import Schedule, due_since
+from nexhb.locks import Lock, held
+from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+
+NOW = datetime(2026, 6, 15, 12, 0, tzinfo=UTC)
+
+
+async def nothing(_conn: Connection, _now: datetime) -> Done:
+    return Done({"looked": 1})
+
+
+def job(work: Any = nothing) -> Job:
+    """Some job."""
+    return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
+
+
+async def runs(conn: Connection) -> list[tuple[Any, ...]]:
+    """status, reason, started_at, ended_at of every run."""
+    return [
+        tuple(row)
+        for row in await conn.fetch("SELECT status, reason, started_at, ended_at FROM job_runs ORDER BY run_no")
+    ]
+
+
+async def post(nexhb: Nexhb, path: str, status: int = 200, key: str = ADMIN_KEY) -> Any:
+    """A call of an operator's timer."""
+    async with nexhb.http.post(f"{nexhb.url}{path}", headers={"x-admin": key}) as response:
+        body = await response.json()
+        assert response.status == status, body
+        return body
+
+
+# ---- the runner -------------------------------------------------------------------------------------------------
+
+
+async def test_a_run_is_written_down_from_its_start_to_its_end(database: Database, conn: Connection) -> None:
+    async def work(_conn: Connection, _now: datetime) -> Done:
+        assert await runs(conn) == [("running", None, NOW, None)]
+        return Done({"looked": 3})
+
+    run = await runner.run(database, job(work), NOW)
+    assert (run.status, run.counts) == ("completed", {"looked": 3})
+    [(status, reason, started, ended)] = await runs(conn)
+    assert (status, reason, started) == ("completed", None, NOW)
+    assert NOW <= ended < NOW + timedelta(minutes=1)
+    [row] = await runner.last_runs(conn, 1)
+    assert row["counts"] == {"looked": 3}
+
+
+async def test_a_run_that_raises_has_failed_and_says_why(database: Database, conn: Connection) -> None:
+    async def work(_conn: Connection, _now: datetime) -> Done:
+        raise ValueError("something nobody foresaw")
+
+    run = await runner.run(database, job(work), NOW)
+    assert (run.status, run.reason) == ("failed", "ValueError: something nobody foresaw")
+    assert [row[:2] for row in await runs(conn)] == [("failed", "ValueError: something nobody foresaw")]
+
+
+async def test_a_run_that_loses_its_connection_has_failed_and_is_written_down_all_the_same(
+    database: Database, conn: Connection
+) -> None:
+    async def work(own: Connection, _now: datetime) -> Done:
+        await conn.execute("SELECT pg_terminate_backend($1)", await own.fetchval("SELECT pg_backend_pid()"))
+        await own.fetch("SELECT 1")
+        return Done({})
+
+    assert (await runner.run(database, job(work), NOW)).status == "failed"
+    assert [row[0] for row in await runs(conn)] == ["failed"]
+    assert (await runner.run(database, job(), NOW)).status == "completed"  # and the lock went with the connection
+
+
+async def test_a_partial_failure_is_a_failure_and_its_counts_are_kept(database: Database, conn: Connection) -> None:
+    async def work(_conn: Connection, _now: datetime) -> Done:
+        return Done({"archived": 2}, ("archive x: no", "drop y: no"))
+
+    run = await runner.run(database, job(work), NOW)
+    assert (run.status, run.reason, run.counts) == ("failed", "archive x: no; drop y: no", {"archived": 2})
+    assert [row[0] for row in await runs(conn)] == ["failed"]
+
+
+async def test_a_run_whose_daemon_was_killed_is_closed_by_the_next(database: Database, conn: Connection) -> None:
+    await conn.execute(
+        "INSERT INTO job_runs (job, started_at, status, host) VALUES ('nightly', $1, 'running', 'a dead host')",
+        NOW - timedelta(hours=1),
+    )
+    await runner.run(database, job(), NOW)
+    assert [row[:2] for row in await runs(conn)] == [
+        ("failed", "its daemon ended in the middle of it"),
+        ("completed", None),
+    ]
+
+
+async def test_somebody_elses_lock_is_said_and_changes_nothing(database: Database, conn: Connection) -> None:
+    async with held(conn, Lock.NIGHTLY, wait=False):
+        run = await runner.run(database, job(), NOW)
+    assert (run.status, run.reason) == ("skipped", "lock_held")
+    assert [row[:2] for row in await runs(conn)] == [("skipped", "lock_held")]
+
+
+async def test_another_jobs_lock_is_another_lock(database: Database, conn: Connection) -> None:
+    async with held(conn, Lock.RECONCILE, wait=False):
+        assert (await runner.run(database, job(), NOW)).status == "completed"
+
+
+async def test_what_another_daemon_ran_since_it_was_due_is_not_run_again(database: Database, conn: Connection) -> None:
+    await runner.run(database, job(), NOW)
+    run = await runner.run(database, job(), NOW + timedelta(seconds=20), unless_since=NOW - timedelta(seconds=5))
+    assert (run.status, run.reason) == ("skipped", "already_ran")
+    assert len(await runs(conn)) == 1
+    run = await runner.run(database, job(), NOW + timedelta(days=1), unless_since=NOW + timedelta(hours=20))
+    assert run.status == "completed"
+
+
+# ---- the schedule -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("last", "due"),
+    [
+        (None, datetime(2026, 6, 15, 3, tzinfo=UTC)),  # never: made up at once
+        (datetime(2026, 6, 15, 3, 0, 12, tzinfo=UTC), None),
+        (datetime(2026, 6, 15, 3, 0, 0, tzinfo=UTC), None),
+        (datetime(2026, 6, 15, 2, 59, tzinfo=UTC), datetime(2026, 6, 15, 3, tzinfo=UTC)),
+        (datetime(2026, 6, 1, 3, 0, 12, tzinfo=UTC), datetime(2026, 6, 15, 3, tzinfo=UTC)),
+    ],
+)
+def test_due_is_what_should_have_begun_and_has_not(last: datetime | None, due: datetime | None) -> None:
+    assert due_since("0 3 * * *", NOW, last) == due
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+class Recorder(Jobs):
+    """The jobs, which only say that they were called."""
+
+    def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
+        super().__init__(database, settings, clock)
+        self._database, self._clock = database, clock
+        self.called = asyncio.Queue[str]()
+
+    async def _call(self, name: str, lock: Lock, **arguments: Any) -> Run:
+        run = await runner.run(self._database, Job(name, lock, name, nothing), self._clock(), **arguments)
+        if run.status == "completed":
+            self.called.put_nowait(name)
+        return run
+
+    async def nightly(self, **arguments: Any) -> Run:
+        """Called."""
+        return await self._call("nightly", Lock.NIGHTLY, **arguments)
+
+    async def reconcile(self, **arguments: Any) -> Run:
+        """Called."""
+        return await self._call("reconcile", Lock.RECONCILE, **arguments)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that looks all the time."""
+    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_missed_run_is_made_up_once_and_the_next_one_when_it_is_due(database: Database, tmp_path: Path) -> None:
+    clock = Clock()
+    settings = Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0, reconcile=""))
+    # Two daemons: what is due is run by one of them.
+    jobs = [Recorder(database, settings, clock) for _ in range(2)]
+    tasks = [asyncio.create_task(Schedule(database, one, settings.jobs, clock).run()) for one in jobs]
+    try:
+        first = await asyncio.wait_for(_either(jobs), 10)
+        assert first == "nightly"
+        await asyncio.sleep(0.3)  # ten looks: nobody runs it again
+        assert [one.called.qsize() for one in jobs] == [0, 0]
+        clock.now = NOW + timedelta(hours=15, seconds=1)
+        assert await asyncio.wait_for(_either(jobs), 10) == "nightly"
+        await asyncio.sleep(0.3)
+        assert [one.called.qsize() for one in jobs] == [0, 0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _either(jobs: list[Recorder]) -> str:
+    waiting = [asyncio.ensure_future(one.called.get()) for one in jobs]
+    done, rest = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for one in rest:
+        one.cancel()
+    return done.pop().result()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_schedule_outlives_the_databases_absence(tmp_path: Path, database: Database) -> None:
+    clock, settings = Clock(), Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0))
+    away = Database("postgresql://nobody@127.0.0.1:1/nowhere")
+    jobs = Recorder(database, settings, clock)
+    lost = Schedule(away, jobs, settings.jobs, clock)
+    task = asyncio.create_task(lost.run())
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def test_the_daemon_runs_what_was_missed_and_stops_in_the_middle_of_it(
+    start_daemon: StartDaemon, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
+    await start_daemon(jobs=config.Jobs(jitter_seconds=0))
+    async with asyncio.timeout(20):
+        while {row["job"] for row in await conn.fetch("SELECT job FROM job_runs WHERE status = 'completed'")} != {
+            "nightly",
+            "reconcile",
+        }:
+            await asyncio.sleep(0.05)
+
+
+# ---- over HTTP --------------------------------------------------------------------------------------------------
+
+
+async def test_operators_run_the_jobs_and_see_what_became_of_them(nexhb: Nexhb) -> None:
+    plan = await post(nexhb, "/ops/nightly?dry_run=true")
+    assert plan["status"] == "completed"
+    assert plan["plan"][0].keys() == {"step", "target", "reason"}
+    assert (await nexhb.get("/ops/jobs"))["jobs"] == {"nightly": [], "reconcile": []}
+    done = await post(nexhb, "/ops/nightly")
+    assert (done["status"], done.get("drilled", 0)) == ("completed", 0)
+    assert done["elapsed_ms"] >= 0
+    assert (await post(nexhb, "/ops/reconcile?dry_run=1"))["checked"] == 0
+    assert (await post(nexhb, "/ops/reconcile"))["status"] == "completed"
+    jobs = (await nexhb.get("/ops/jobs"))["jobs"]
+    assert {name: [run["status"] for run in runs] for name, runs in jobs.items()} == {
+        "nightly": ["completed"],
+        "reconcile": ["completed"],
+    }
+    assert jobs["nightly"][0]["counts"]["vacuumed"] > 0
+    for name in ("nightly", "reconcile"):
+        assert await nexhb.metric(f'nexhb_job_last_success_timestamp_seconds{{job="{name}"}}') > 0
+    assert await nexhb.metric('reconciliation_runs_total{status="completed"}') >= 1
+
+
+async def test_a_lock_that_is_held_is_answered_200_skipped(nexhb: Nexhb, conn: Connection) -> None:
+    async with held(conn, Lock.NIGHTLY, wait=False), held(conn, Lock.RECONCILE, wait=False):
+        for path in ("/ops/nightly", "/ops/reconcile"):
+            body = await post(nexhb, path)
+            assert (body["status"], body["reason"]) == ("skipped", "lock_held")
+
+
+async def test_from_several_daemons_at_once_exactly_one_runs(start_daemon: StartDaemon) -> None:
+    daemons = [await start_daemon() for _ in range(3)]
+    answers = await asyncio.gather(*(post(one, "/ops/nightly") for one in daemons for _ in range(2)))
+    assert sorted(one["status"] for one in answers) == ["completed", *["skipped"] * 5]
+
+
+async def test_a_failed_run_is_answered_500_with_its_reason(start_daemon: StartDaemon, conn: Connection) -> None:
+    nexhb = await start_daemon(archive=config.Archive(url="file:///proc/no/such/place"))
+    old = datetime.now(UTC).date() - timedelta(days=95)
+    await partitions.ensure(conn, [old])
+    body = await post(nexhb, "/ops/nightly", 500)
+    assert (body["status"], body["failed_steps"]) == ("failed", 1)
+    assert "/proc/no/such/place" in body["reason"]
+    assert (await nexhb.get("/ops/jobs"))["jobs"]["nightly"][0]["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/ops/nightly?dry_run=perhaps", "dry_run"),
+        ("/ops/reconcile?max_rows=0", "max_rows"),
+        ("/ops/reconcile?max_rows=many", "max_rows"),
+    ],
+)
+async def test_a_bad_parameter_is_named(nexhb: Nexhb, path: str, name: str) -> None:
+    assert [error["path"] for error in (await post(nexhb, path, 400))["errors"]] == [name]
+
+
+@pytest.mark.parametrize("path", ["/ops/nightly", "/ops/reconcile"])
+async def test_jobs_need_the_admin_key(nexhb: Nexhb, conn: Connection, path: str) -> None:
+    await post(nexhb, path, 401, key="not the key")
+    assert await runs(conn) == []
+
+
+async def test_a_caller_who_goes_away_does_not_stop_the_job(nexhb: Nexhb, conn: Connection) -> None:
+    async with conn.transaction():
+        # The job waits for this row lock; its caller does not wait for it.
+        await conn.execute("LOCK TABLE job_runs IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(asyncio.TimeoutError):
+            async with asyncio.timeout(0.3):
+                await post(nexhb, "/ops/reconcile")
+    async with asyncio.timeout(10):
+        while [row[0] for row in await runs(conn)] != ["completed"]:
+            await asyncio.sleep(0.05)
+
+
+async def test_reconcile_goes_on_where_the_last_run_stopped(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agents = [await nexhb.agent() for _ in range(5)]
+    for agent in agents:
+        assert (await agent.send(now)).status == 200
+    await conn.execute("DELETE FROM device_last_status")
+    for left in (3, 1, 0):
+        assert (await post(nexhb, "/ops/reconcile?max_rows=2"))["status"] == "completed"
+        assert await conn.fetchval("SELECT 5 - count(*) FROM device_last_status") == left
+    assert example(now)["battery"]["pct"] == await conn.fetchval("SELECT max(battery_pct) FROM device_last_status")
+    drift = await nexhb.metric("nexhb_reconciliation_drift_ratio")
+    assert 0 <= drift <= 1
