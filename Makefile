@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := tests/requirements.lock
+SWIFT  := .venv-swift
 
 .PHONY: help run demo test lint bench lock clean
 .DEFAULT_GOAL := help
@@ -23,13 +24,18 @@ $(VENV)/.test: $(BIN)/python pyproject.toml $(LOCK)
 	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test]'
 	@touch $@ $(VENV)/.run
 
+# The S3 server of the tests, in an environment of its own.
+$(SWIFT)/.made: $(VENV)/.test tests/swift-requirements.txt
+	$(BIN)/python -m tests.swift
+	@touch $@
+
 run: $(VENV)/.run ## run the daemon in the foreground on the embedded PostgreSQL
 	@$(BIN)/nexhb serve --welcome
 
 demo: $(VENV)/.test ## run the daemon with a simulated fleet of 2,000 devices for a minute, and check every row
 	@$(BIN)/python -m bench demo
 
-test: $(VENV)/.test ## run every test
+test: $(VENV)/.test $(SWIFT)/.made ## run every test
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.test ## ruff, mypy strict, import rules
@@ -41,10 +47,11 @@ lint: $(VENV)/.test ## ruff, mypy strict, import rules
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all
 
-lock: ## write tests/requirements.lock anew from pyproject.toml
+lock: ## write tests/requirements.lock anew from pyproject.toml, and the lock of the tests' S3 server
 	@$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/pip install -q uv
 	@$(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --extra embedded --extra test --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(LOCK) pyproject.toml
+	@printf 'swift==2.38.3\npyeclib==1.8.0\n' | $(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o tests/swift-requirements.txt -
 	@rm -rf $(VENV)-lock
 
 clean: ## remove the virtual environment and caches (never the data)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(SWIFT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
