@@ -1,0 +1,481 @@
+"""An S3 store that does not do what it is asked, and the way to it. What Swift cannot do on demand, a server of a few
+lines does."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from nexhb.archive.store import CHUNK, Store, open_store
+from nexhb.config import Archive
+from nexhb.errors import ObjectExists, ObjectMissing, StoreError
+from tests.integration.conftest import MakeBucket
+from tests.integration.test_archive_stores import NAME, Body, body_of, read
+from tests.swift import S3Server
+
+SECRET = "the-secret-of-these-tests"
+ADDRESS = f"s3://bucket/nexhb/{NAME}"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error(status: int, code: str, message: str = "Said by the store.") -> web.Response:
+    """An error as S3 says it."""
+    text = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return web.Response(status=status, text=text, content_type="application/xml")
+
+
+@dataclass
+class Fake:
+    """Answers each method as the test says; what was stored and asked is there to look at."""
+
+    handlers: dict[str, Handler] = field(default_factory=dict)
+    asked: list[web.Request] = field(default_factory=list)
+    stored: bytes | None = None
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request)
+        default = {"HEAD": self.head, "PUT": self.put, "GET": self.get}
+        return await self.handlers.get(request.method, default[request.method])(request)
+
+    async def head(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(status=404 if self.stored is None else 200)
+
+    async def put(self, request: web.Request) -> web.StreamResponse:
+        self.stored = await request.content.read()
+        return web.Response()
+
+    async def get(self, request: web.Request) -> web.StreamResponse:
+        return error(404, "NoSuchKey") if self.stored is None else web.Response(body=self.stored)
+
+    def methods(self) -> list[str]:
+        return [request.method for request in self.asked]
+
+
+def each(*responses: Callable[[web.Request], Any]) -> Handler:
+    """One answer after the other, the last one from then on."""
+    left = list(responses)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        answer = (left.pop(0) if len(left) > 1 else left[0])(request)
+        response: web.StreamResponse = await answer if asyncio.iscoroutine(answer) else answer
+        return response
+
+    return handle
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[tuple[Fake, str]]:
+    fake = Fake()
+    app = web.Application()
+    app.router.add_route("*", "/{tail:.*}", fake.handle)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    yield fake, site.name
+    await runner.cleanup()
+
+
+Opening = Callable[..., Awaitable[Store]]
+
+
+@pytest.fixture
+async def opened(aws: pytest.MonkeyPatch) -> AsyncIterator[Opening]:
+    """Open s3://bucket/nexhb on an endpoint."""
+    aws.setenv("AWS_ACCESS_KEY_ID", "key-of-these-tests")
+    aws.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    async with AsyncExitStack() as stack:
+
+        async def open_it(url: str | None, **settings: Any) -> Store:
+            archive = Archive(endpoint_url=url, region="us-east-1", **{"timeout_seconds": 20} | settings)
+            return await stack.enter_async_context(open_store("s3://bucket/nexhb", archive))
+
+        yield open_it
+
+
+@pytest.fixture
+def body(tmp_path: Path) -> Body:
+    return body_of(tmp_path, os.urandom(2 * CHUNK))
+
+
+async def refused(store: Store, body: Body) -> str:
+    """The sentence with which a put ends."""
+    with pytest.raises(StoreError) as caught:
+        await store.put(NAME, body.path, body.sha256)
+    assert not isinstance(caught.value, ObjectExists | ObjectMissing)
+    assert SECRET not in str(caught.value)
+    assert ADDRESS in str(caught.value)
+    return str(caught.value)
+
+
+async def test_a_put_is_one_request_streamed_and_checked_by_the_store(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    store = await opened(url)
+    await store.put(NAME, body.path, body.sha256)
+    assert server.methods() == ["HEAD", "PUT"]
+    assert server.stored == body.content
+    headers = server.asked[1].headers
+    assert headers["If-None-Match"] == "*"
+    assert headers["Content-Length"] == str(len(body.content))
+    assert headers["Expect"] == "100-continue"  # a refusal comes before the body goes
+    # Over http too: hashing the body once more, on the event loop, would hold up heartbeats.
+    assert headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
+    assert "x-amz-checksum-sha256" in headers["Authorization"]
+    for name in ("Content-Encoding", "Content-Disposition", "x-amz-trailer", "x-amz-checksum-crc32", "Content-MD5"):
+        assert name not in headers
+
+
+async def test_replacing_asks_no_condition(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    store = await opened(url)
+    await store.put(NAME, body.path, body.sha256, overwrite=True)
+    assert server.methods() == ["PUT"]
+    assert "If-None-Match" not in server.asked[0].headers
+
+
+async def test_expired_credentials_are_a_sentence_with_a_remedy(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    server.handlers["HEAD"] = each(lambda _: web.Response(status=400))
+    server.handlers["PUT"] = each(lambda _: error(400, "ExpiredToken", "The provided token has expired."))
+    said = await refused(await opened(url), body)
+    assert "ExpiredToken (400): The provided token has expired." in said
+    assert "Renew the credentials" in said
+    assert url.removeprefix("http://") in said
+
+
+async def test_a_store_that_asks_to_slow_down_gets_the_body_again_from_its_start(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+
+    async def after_the_body(request: web.Request) -> web.StreamResponse:
+        await request.content.read()
+        return error(503, "SlowDown", "Reduce your request rate.")
+
+    server.handlers["PUT"] = each(after_the_body, server.put)
+    store = await opened(url)
+    await store.put(NAME, body.path, body.sha256)
+    assert server.methods() == ["HEAD", "PUT", "PUT"]
+    assert server.stored == body.content
+
+
+async def test_a_store_that_goes_on_asking_to_slow_down_is_left_alone_after_three_attempts(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+    server.handlers["PUT"] = each(lambda _: error(503, "SlowDown", "Reduce your request rate."))
+    assert "SlowDown (503): Reduce your request rate." in await refused(await opened(url), body)
+    assert server.methods() == ["HEAD", "PUT", "PUT", "PUT"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda _: error(507, "InsufficientStorage"), "InsufficientStorage (507)"),
+        (lambda _: web.Response(status=507, text="<html>full</html>", content_type="text/html"), "507 (507)"),
+        (lambda _: error(403, "QuotaExceeded"), "QuotaExceeded (403)"),
+    ],
+    ids=["code", "html", "quota"],
+)
+async def test_a_full_store_is_a_sentence_with_a_remedy(
+    fake: Any, opened: Opening, body: Body, answer: Any, words: str
+) -> None:
+    server, url = fake
+    server.handlers["PUT"] = each(answer)
+    said = await refused(await opened(url), body)
+    assert words in said
+    assert "Make room" in said
+
+
+async def test_a_store_that_does_not_know_the_condition_is_put_to_without_it(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+    server.handlers["PUT"] = each(lambda _: error(501, "NotImplemented"), server.put)
+    store = await opened(url)
+    await store.put(NAME, body.path, body.sha256)
+    assert server.stored == body.content
+    assert ["If-None-Match" in request.headers for request in server.asked] == [False, True, False]
+
+
+async def test_a_store_that_ignores_the_condition_is_not_overwritten(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    server.stored = b"what was there"
+    store = await opened(url)
+    with pytest.raises(ObjectExists):
+        await store.put(NAME, body.path, body.sha256)
+    assert server.stored == b"what was there"
+
+
+async def test_a_store_that_knows_no_condition_and_does_not_say_what_is_there_is_not_put_to(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+    server.handlers["HEAD"] = each(lambda _: web.Response(status=403))
+    server.handlers["PUT"] = each(lambda _: error(501, "NotImplemented"))
+    assert "NotImplemented (501)" in await refused(await opened(url), body)
+    assert server.methods() == ["HEAD", "PUT"]
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict"])
+async def test_an_object_that_appears_meanwhile_is_not_overwritten(
+    fake: Any, opened: Opening, body: Body, code: str
+) -> None:
+    server, url = fake
+    server.handlers["PUT"] = each(lambda _: error(412 if code == "PreconditionFailed" else 409, code))
+    store = await opened(url)
+    with pytest.raises(ObjectExists):
+        await store.put(NAME, body.path, body.sha256)
+
+
+@pytest.mark.parametrize("whose", ["ours", "another's"])
+async def test_after_an_answer_that_was_lost_what_is_there_is_read(
+    fake: Any, opened: Opening, body: Body, whose: str
+) -> None:
+    server, url = fake
+
+    async def stored_and_cut(request: web.Request) -> web.StreamResponse:
+        await server.put(request)
+        if whose != "ours":
+            server.stored = bytes(len(body.content))
+        assert request.transport
+        request.transport.close()
+        return web.Response()
+
+    server.handlers["PUT"] = each(stored_and_cut, lambda _: error(412, "PreconditionFailed"))
+    store = await opened(url)
+    if whose == "ours":
+        await store.put(NAME, body.path, body.sha256)
+    else:
+        with pytest.raises(ObjectExists):
+            await store.put(NAME, body.path, body.sha256)
+    assert server.methods() == ["HEAD", "PUT", "PUT", "GET"]
+
+
+async def test_a_store_that_takes_the_request_and_says_nothing_costs_no_more_than_its_time(
+    opened: Opening, body: Body
+) -> None:
+    gone = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        gone.set()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        store = await opened(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout_seconds=1)
+        before = asyncio.all_tasks()
+        assert "took longer than 1 s" in await refused(store, body)
+        await gone.wait()  # the connection is closed
+        with pytest.raises(StoreError, match="took longer than 1 s"):
+            await read(store, NAME)
+        assert len(asyncio.all_tasks()) <= len(before) + 1  # the server's own
+
+
+async def test_a_store_that_takes_half_of_the_body_and_no_more_costs_no_more_than_its_time(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+    gone = asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        try:
+            await request.content.readexactly(CHUNK)
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            gone.set()
+
+    server.handlers["PUT"] = hang
+    store = await opened(url, timeout_seconds=1)
+    assert "took longer than 1 s" in await refused(store, body)
+    await gone.wait()
+
+
+async def test_a_put_that_is_cancelled_closes_its_connection(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    begun, gone = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: web.Request) -> web.StreamResponse:
+        try:
+            await request.content.readexactly(CHUNK)
+            begun.set()
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            gone.set()
+
+    server.handlers["PUT"] = hang
+    store = await opened(url)
+    put = asyncio.create_task(store.put(NAME, body.path, body.sha256))
+    await begun.wait()
+    put.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    await gone.wait()
+
+
+def cut(request: web.Request, body: Body) -> Any:
+    """An answer that promises a body and breaks off in its middle."""
+
+    async def answer() -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = len(body.content)
+        await response.prepare(request)
+        await response.write(body.content[: CHUNK + 5])
+        assert request.transport
+        request.transport.close()
+        return response
+
+    return answer()
+
+
+async def test_a_body_that_breaks_off_is_an_error_and_never_just_short(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+    server.handlers["GET"] = lambda request: cut(request, body)
+    store = await opened(url)
+    with pytest.raises(StoreError, match=f"get {ADDRESS}"):
+        await read(store, NAME)
+    assert "x-amz-checksum-mode" not in server.asked[0].headers  # not every store knows it
+
+
+async def test_a_body_whose_length_the_store_does_not_say_is_not_taken(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+
+    async def until_the_connection_closes(request: web.Request) -> web.StreamResponse:
+        assert request.transport
+        request.transport.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body.content[:CHUNK])
+        request.transport.close()
+        return web.Response()
+
+    server.handlers["GET"] = until_the_connection_closes
+    store = await opened(url)
+    with pytest.raises(StoreError, match="does not say how long it is"):
+        await read(store, NAME)
+
+
+async def test_a_body_that_stalls_costs_no_more_than_its_time(fake: Any, opened: Opening, body: Body) -> None:
+    server, url = fake
+
+    async def stall(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        response.content_length = len(body.content)
+        await response.prepare(request)
+        await response.write(body.content[: CHUNK + 5])
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    server.handlers["GET"] = stall
+    store = await opened(url, timeout_seconds=1)
+    async with aclosing(store.get(NAME)) as chunks:
+        assert await anext(chunks) == body.content[:CHUNK]
+        with pytest.raises(StoreError, match=r"took longer than 1 s|did not answer in time"):
+            await anext(chunks)
+
+
+async def test_a_connection_that_breaks_off_in_a_put_is_tried_three_times(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+
+    async def broken(request: web.Request) -> web.StreamResponse:
+        await request.content.readexactly(CHUNK)
+        assert request.transport
+        request.transport.abort()
+        return web.Response()
+
+    server.handlers["PUT"] = broken
+    await refused(await opened(url), body)
+    assert server.methods() == ["HEAD", "PUT", "PUT", "PUT"]
+
+
+async def test_a_store_that_cannot_be_reached_is_a_sentence(opened: Opening, body: Body) -> None:
+    store = await opened("http://127.0.0.1:1")
+    assert "the store at 127.0.0.1:1 cannot be reached" in await refused(store, body)
+
+
+async def test_without_credentials_the_sentence_says_where_they_are_looked_for(
+    opened: Opening, aws: pytest.MonkeyPatch, body: Body
+) -> None:
+    aws.delenv("AWS_ACCESS_KEY_ID")
+    aws.delenv("AWS_SECRET_ACCESS_KEY")
+    said = await refused(await opened("http://127.0.0.1:1"), body)
+    assert "no credentials were found" in said
+    assert "AWS_ACCESS_KEY_ID" in said
+
+
+async def test_credentials_are_found_in_the_files_that_aws_uses(
+    opened: Opening, fake: Any, aws: pytest.MonkeyPatch, body: Body, tmp_path: Path
+) -> None:
+    aws.delenv("AWS_ACCESS_KEY_ID")
+    aws.delenv("AWS_SECRET_ACCESS_KEY")
+    file = tmp_path / "credentials"
+    file.write_text("[nightly]\naws_access_key_id = from-the-file\naws_secret_access_key = x\n")
+    aws.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    aws.setenv("AWS_PROFILE", "nightly")
+    server, url = fake
+    store = await opened(url)
+    await store.put(NAME, body.path, body.sha256)
+    assert "Credential=from-the-file/" in server.asked[1].headers["Authorization"]
+
+
+async def test_an_aws_configuration_that_is_not_usable_is_a_sentence(opened: Opening, aws: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="no address"):
+        await opened("no address")
+    aws.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StoreError, match="nobody"):
+        await opened(None)
+
+
+async def test_a_bucket_that_is_missing_is_a_sentence_with_a_remedy(
+    opened: Opening, make_bucket: MakeBucket, swift: S3Server, body: Body
+) -> None:
+    await make_bucket(swift)
+    store = await opened(swift.url)
+    said = await refused(store, body)
+    assert "NoSuchBucket (404)" in said
+    assert "Make the bucket" in said
+    with pytest.raises(StoreError, match="NoSuchBucket") as caught:
+        await read(store, NAME)
+    assert not isinstance(caught.value, ObjectMissing)
+
+
+async def test_a_wrong_key_is_a_sentence_with_a_remedy(
+    opened: Opening, aws: pytest.MonkeyPatch, swift: S3Server, body: Body
+) -> None:
+    aws.setenv("AWS_ACCESS_KEY_ID", swift.key)
+    said = await refused(await opened(swift.url), body)
+    assert "SignatureDoesNotMatch (403)" in said
+    assert "Check the credentials" in said
+
+
+async def test_what_arrives_as_something_else_is_refused_by_a_real_store(
+    make_bucket: MakeBucket, swift: S3Server, body: Body
+) -> None:
+    settings = await make_bucket(swift)
+    async with open_store(str(settings.url), settings) as store:
+        with pytest.raises(StoreError, match=r"BadDigest \(400\)"):
+            await store.put(NAME, body.path, hashlib.sha256(b"").digest())
+
+
+@pytest.mark.parametrize(
+    ("addressing", "endpoint", "address"),
+    [
+        ("auto", None, "https://bucket.s3.amazonaws.com/nexhb/x"),
+        ("auto", "https://s3.example", "https://s3.example/bucket/nexhb/x"),
+        ("path", None, "https://s3.amazonaws.com/bucket/nexhb/x"),
+        ("virtual", "https://s3.example", "https://bucket.s3.example/nexhb/x"),
+    ],
+)
+async def test_the_bucket_is_named_as_the_settings_say(
+    opened: Opening, addressing: str, endpoint: str | None, address: str
+) -> None:
+    store: Any = await opened(endpoint, addressing=addressing)
+    url = await store.client.generate_presigned_url("get_object", {"Bucket": store.bucket, "Key": "nexhb/x"})
+    assert url.partition("?")[0] == address
