@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import hashlib
+import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -97,4 +98,5 @@ def _whole_rows(data: bytes) -> tuple[list[list[str]], bytes]:
     end = data.rfind(b"\n") + 1
     while end and data.count(b'"', 0, end) % 2:
         end = data.rfind(b"\n", 0, end - 1) + 1
-    return list(csv.reader(data[:end].decode().splitlines(keepends=True))), data[end:]
+    # Not splitlines: U+2028 and its like, which a network's name may hold, end a line for it, and none for COPY.
+    return list(csv.reader(io.StringIO(data[:end].decode(), newline=""))), data[end:]
