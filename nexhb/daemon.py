@@ -96,7 +96,8 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
-        await stack.enter_async_context(_side_task("sweeper", _sweep(settings, database, intake, state, now), failed))
+        await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state), failed))
+        await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
         jobs = Jobs(database, settings, now)
         schedule = Schedule(database, jobs, settings.jobs, now)
         await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
@@ -206,32 +207,29 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
             await asyncio.sleep(1)
 
 
-async def _sweep(
-    settings: Settings, database: Database, intake: Intake, state: State, now: Callable[[], datetime]
-) -> None:
-    """Twice a second: answer what has waited too long. Every hour: the days ahead."""
+async def _sweep(settings: Settings, intake: Intake, state: State) -> None:
+    """Twice a second: answer what has waited too long."""
     loop = asyncio.get_running_loop()
-    next_partitions = loop.time() + 3600
     while True:
         await asyncio.sleep(SWEEP_S)
         intake.expire(loop.time(), settings.ingest.answer_within_seconds)
         intake.observe()
         metrics.ready.set(0 if state.not_ready(intake) else 1)
-        if loop.time() >= next_partitions:
-            next_partitions = loop.time() + 3600
-            await _ensure_partitions(settings, database, now())
 
 
-async def _ensure_partitions(settings: Settings, database: Database, now: datetime) -> None:
-    try:
-        conn = await database.connect(application="nexhb partitions")
+async def _keep_days_ahead(settings: Settings, database: Database, now: Callable[[], datetime]) -> None:
+    """Every hour: the days ahead. The nightly run makes them too; a fleet must not stand still should that be off."""
+    while True:
+        await asyncio.sleep(3600)
         try:
-            await partitions.ensure(conn, window_days(settings, now))
-        finally:
-            await conn.close(timeout=5)
-    except Exception:
-        # Days stand ahead for two weeks, and the writer makes the one it needs: an hour later is soon enough.
-        _log.exception("partition.ensure_failed")
+            conn = await database.connect(application="nexhb partitions")
+            try:
+                await partitions.ensure(conn, window_days(settings, now()))
+            finally:
+                await conn.close(timeout=5)
+        except Exception:
+            # Days stand ahead for two weeks, and the writer makes the one it needs: an hour later is soon enough.
+            _log.exception("partition.ensure_failed")
 
 
 @asynccontextmanager

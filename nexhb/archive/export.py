@@ -30,6 +30,7 @@ _log = log.get("archive")
 
 OBJECT_BYTES = 240 << 20  # compressed; with what the compressor still holds an object stays below 256 MiB
 LEVEL = 9
+WINDOW_LOG = 22
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
 from nexhb.config import Archive
+from nexhb.errors import StoreError
 
 CHUNK = 1 << 20  # bytes handed over at a time
 
@@ -37,7 +38,14 @@ class Store(Protocol):
 
 @asynccontextmanager
 async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
-    """The store at `url` (Settings.archive_url), open for the block. Touches nothing before the first put or get."""
+    """The store at `url` (Settings.archive_url), open for the block; it reads archives that were written down elsewhere
+    too. Touches nothing before the first put or get."""
+    async with AsyncExitStack() as stack:
+        yield _Everywhere(await stack.enter_async_context(_open(url, settings)), stack, settings)
+
+
+@asynccontextmanager
+async def _open(url: str, settings: Archive) -> AsyncIterator[Store]:
     if url.startswith("file://"):
         from nexhb.archive.file import FolderStore  # noqa: PLC0415 - only the one that is used is loaded
 
@@ -47,3 +55,32 @@ async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
 
     async with open_bucket(url, settings) as store:
         yield store
+
+
+class _Everywhere:
+    """The store in use; and, to read only, those that were in use before archive.url was changed. A name there is the
+    whole url."""
+
+    def __init__(self, store: Store, stack: AsyncExitStack, settings: Archive) -> None:
+        self._store, self._stack, self._settings = store, stack, settings
+        self._former: dict[str, Store] = {}
+        self.put, self.url = store.put, store.url
+
+    def name_of(self, url: str) -> str:
+        """The name in the store in use, else the url itself."""
+        try:
+            return self._store.name_of(url)
+        except StoreError:
+            return url
+
+    async def get(self, name: str) -> AsyncGenerator[bytes, None]:
+        """See Store."""
+        store = self._store
+        if "://" in name:
+            root, folder, last = name.rsplit("/", 2)
+            if root not in self._former:
+                self._former[root] = await self._stack.enter_async_context(_open(root, self._settings))
+            store, name = self._former[root], f"{folder}/{last}"
+        async with aclosing(store.get(name)) as chunks:
+            async for chunk in chunks:
+                yield chunk

@@ -9,6 +9,7 @@ import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import msgspec
 import zstandard
 
 from nexhb.archive.manifest import COLUMNS, MOST_BYTES, Manifest, Object, decode
@@ -19,7 +20,10 @@ SLICE = 1 << 16  # compressed bytes unpacked at a time: rows that hardly differ 
 
 
 async def load(store: Store, name: str, sha256: str) -> Manifest:
-    """The manifest, whose SHA-256 (hex) was written down. Raises ArchiveDamaged or StoreError."""
+    """The manifest, whose SHA-256 (hex) was written down, with its objects' names as `store` takes them.
+
+    Raises ArchiveDamaged or StoreError.
+    """
     raw = b""
     async with aclosing(store.get(name)) as chunks:
         async for chunk in chunks:
@@ -28,7 +32,10 @@ async def load(store: Store, name: str, sha256: str) -> Manifest:
                 raise ArchiveDamaged(f"{name} is larger than a manifest can be.")
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise ArchiveDamaged(f"{name} is not the manifest that was written: its SHA-256 differs.")
-    return decode(raw)
+    manifest = decode(raw)
+    root = name[: -len("/".join(name.rsplit("/", 2)[-2:]))]  # empty but for an archive in a former store
+    objects = tuple(msgspec.structs.replace(one, name=root + one.name) for one in manifest.objects)
+    return msgspec.structs.replace(manifest, objects=objects)
 
 
 async def verify(store: Store, name: str, sha256: str) -> Manifest:

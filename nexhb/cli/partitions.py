@@ -27,8 +27,10 @@ def partitions(as_json: cli.Json = False) -> None:
     if as_json:
         cli.show({"partitions": rows})
         return
-    table = Table("day", "state", "MiB")
+    table = Table("day", "state", "rows", "MiB", "")
     for row in rows:
         state = row["state"] if row["present"] or row["state"] == "dropped" else f"{row['state']}, but not there"
-        table.add_row(f"{row['range_start']:%Y-%m-%d}", state, f"{(row['bytes_size'] or 0) / 2**20:.1f}")
+        counted = "" if row["row_count"] is None else f"{row['row_count']:,}"
+        note = row["reason"] or ("restored" if row["restored_at"] else "")
+        table.add_row(f"{row['range_start']:%Y-%m-%d}", state, counted, f"{(row['bytes_size'] or 0) / 2**20:.1f}", note)
     Console().print(table)

@@ -73,6 +73,10 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
         application=f"nexhb {job.name}",
         command_timeout_s=STATEMENT_TIMEOUT_S,
         lock_timeout=f"{LOCK_TIMEOUT_MS}",
+        # Should this host vanish, the server notices within a minute, and with the connection the lock is free.
+        tcp_keepalives_idle="30",
+        tcp_keepalives_interval="10",
+        tcp_keepalives_count="3",
         jit="off",  # a chunk of the reconciliation costs just over the bound from which each would be compiled
     )
     try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from nexhb import config, partitions
+from nexhb import config, daemon, partitions
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.jobs import runner, schedule
@@ -229,7 +231,7 @@ async def test_a_schedule_outlives_the_databases_absence(tmp_path: Path, databas
         await task
 
 
-async def test_the_daemon_runs_what_was_missed_and_stops_in_the_middle_of_it(
+async def test_the_daemon_runs_what_was_missed(
     start_daemon: StartDaemon, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schedule, "LOOK_S", 0.02)
@@ -240,6 +242,36 @@ async def test_the_daemon_runs_what_was_missed_and_stops_in_the_middle_of_it(
             "reconcile",
         }:
             await asyncio.sleep(0.05)
+
+
+async def test_a_daemon_that_stops_does_not_wait_for_its_job_and_the_next_run_says_so(
+    database: Database, conn: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
+    settings = Settings(
+        data_dir=tmp_path,
+        server=config.Server(port=0, shutdown_timeout_seconds=1),
+        database=config.Database(url=SecretStr(database.dsn)),
+        jobs=config.Jobs(jitter_seconds=0, reconcile=""),
+    )
+    other = await database.connect(application="a heavy lock")
+    async with other.transaction():
+        await other.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")  # its VACUUM will wait for us
+        async with daemon.running(settings):
+            async with asyncio.timeout(20):
+                while not await conn.fetchval(
+                    "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'VACUUM%status%'"
+                ):
+                    await asyncio.sleep(0.02)
+            started = time.perf_counter()
+        assert time.perf_counter() - started < 5
+    await other.close()
+    async with asyncio.timeout(5):
+        while await conn.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"):
+            await asyncio.sleep(0.02)
+    assert [row[0] for row in await runs(conn)] == ["running"]
+    await runner.run(database, job(), NOW)
+    assert [row[0] for row in await runs(conn)] == ["failed", "completed"]
 
 
 # ---- over HTTP --------------------------------------------------------------------------------------------------

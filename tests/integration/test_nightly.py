@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from nexhb import partitions
+from nexhb import config, partitions
 from nexhb.archive import catalog, export, restore, verify
 from nexhb.archive.file import FolderStore
 from nexhb.archive.manifest import COLUMNS
+from nexhb.archive.store import open_store
 from nexhb.db import Connection, Database
 from nexhb.errors import LockLost, StoreError
 from nexhb.jobs import nightly, plan, runner
@@ -433,3 +434,16 @@ async def test_a_device_silent_for_longer_than_the_retention_is_inactive(house: 
     assert (await house.nightly()).counts["inactivated"] == 1
     rows = await house.conn.fetch("SELECT status FROM device_last_status ORDER BY device_no")
     assert [row["status"] for row in rows] == ["inactive", "ok", "revoked"]
+
+
+async def test_archives_of_a_former_place_are_read_where_they_were_written(house: House) -> None:
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    settings = config.Archive()
+    async with open_store(f"file://{house.folder}/another", settings) as store:
+        [archived] = await catalog.find(house.conn, OLD)
+        assert (await verify.verify(store, store.name_of(archived.url), archived.sha256)).rows == 150
+        assert await restore.restore_day(house.conn, store, [archived], NOW) == 150
+        moved = FolderStore(house.folder / "archive" / "elsewhere", timeout_s=5)
+        with pytest.raises(StoreError):
+            await verify.verify(moved, moved.name_of(archived.url), archived.sha256)
