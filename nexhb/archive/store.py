@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
+from nexhb.archive.names import checked
 from nexhb.config import Archive
 from nexhb.errors import StoreError
 
@@ -67,10 +68,14 @@ class _Everywhere:
         self.put, self.url = store.put, store.url
 
     def name_of(self, url: str) -> str:
-        """The name in the store in use, else the url itself."""
+        """The name in the store in use, else the url itself. Raises StoreError for what is no archive's address."""
         try:
             return self._store.name_of(url)
         except StoreError:
+            root, folder, last = ["", *url.rsplit("/", 2)][-3:]
+            if not root.startswith(("file:///", "s3://")):
+                raise
+            checked(f"{folder}/{last}")
             return url
 
     async def get(self, name: str) -> AsyncGenerator[bytes, None]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from nexhb.archive.s3 import open_bucket
 from nexhb.archive.store import CHUNK, Store, open_store
 from nexhb.config import Archive
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
@@ -97,7 +98,7 @@ async def opened(aws: pytest.MonkeyPatch) -> AsyncIterator[Opening]:
 
         async def open_it(url: str | None, **settings: Any) -> Store:
             archive = Archive(endpoint_url=url, region="us-east-1", **{"timeout_seconds": 20} | settings)
-            return await stack.enter_async_context(open_store("s3://bucket/nexhb", archive))
+            return await stack.enter_async_context(open_bucket("s3://bucket/nexhb", archive))
 
         yield open_it
 

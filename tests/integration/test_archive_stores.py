@@ -161,9 +161,11 @@ async def test_the_address_written_down_leads_back_to_the_name(place: Place, sto
     assert store.name_of(url) == NAME
 
 
-async def test_an_address_elsewhere_has_no_name_here(place: Place, store: Store) -> None:
+async def test_an_address_elsewhere_is_its_own_name_and_what_is_none_has_none(place: Place, store: Store) -> None:
     base = place.settings.url
-    for url in ("s3://elsewhere/nexhb/archive/x", "file:///elsewhere/x", "x", f"{base}-2/x", f"{base}/../x", f"{base}"):
+    for url in ("s3://elsewhere/nexhb/day/x", "file:///elsewhere/day/x", f"{base}-2/day/x"):
+        assert store.name_of(url) == url
+    for url in ("x", "a/b/c", "file:///x", "ftp://elsewhere/day/x", f"{base}/../x", f"{base}/.hidden"):
         with pytest.raises(StoreError):
             store.name_of(url)
 
