@@ -72,7 +72,7 @@ class _Everywhere:
         try:
             return self._store.name_of(url)
         except StoreError:
-            root, folder, last = ["", *url.rsplit("/", 2)][-3:]
+            root, folder, last = ["", "", *url.rsplit("/", 2)][-3:]
             if not root.startswith(("file:///", "s3://")):
                 raise
             checked(f"{folder}/{last}")
