@@ -150,12 +150,19 @@ class _Stream:
         self.objects: list[Object] = []
         self._source, self._store, self._spool, self._object_bytes, self._at = source, store, spool, object_bytes, at
         self._part: _Part | None = None
+        self._error: Exception | None = None
 
     async def take(self, piece: bytes) -> None:
-        """A piece of the CSV."""
-        await asyncio.to_thread(self._write, piece)
-        if self._part and self._part.bytes >= self._object_bytes:
-            await self._store_part()
+        """A piece of the CSV. What goes wrong is raised by `finish`, and the rest thrown away: asyncpg (0.32) cancels a
+        COPY whose reader raises, and where that had ended already it waits for an answer that never comes."""
+        if self._error:
+            return
+        try:
+            await asyncio.to_thread(self._write, piece)
+            if self._part and self._part.bytes >= self._object_bytes:
+                await self._store_part()
+        except Exception as error:
+            self._error = error
 
     def _write(self, piece: bytes) -> None:
         self.sha256.update(piece)
@@ -165,7 +172,9 @@ class _Stream:
         self._part.write(piece)
 
     async def finish(self) -> None:
-        """Store what is left."""
+        """Store what is left. Raises what went wrong on the way: OSError or StoreError."""
+        if self._error:
+            raise self._error
         if self._part is not None:
             await self._store_part()
 
