@@ -32,6 +32,7 @@ def means(settings: Settings) -> Means:
         ),
         store=lambda: open_store(settings.archive_url, settings.archive),
         spool=settings.data_dir / "spool",
+        compare_clocks=True,
     )
 
 

@@ -20,7 +20,7 @@ from nexhb.db import Connection
 from nexhb.errors import JobFailed, LockLost
 from nexhb.jobs import plan
 from nexhb.jobs.plan import Day, Kind, Step
-from nexhb.jobs.runner import Done, Job
+from nexhb.jobs.runner import CLOCKS_DIFFER, Done, Job
 from nexhb.locks import Lock
 
 _P = sql.queries("partitions")
@@ -43,16 +43,28 @@ class Means:
     spool: Path  # a folder for objects on their way
     random: random.Random = field(default_factory=random.SystemRandom)  # which day is drilled
     at: Callable[[str], None] = nothing  # hears of each thing that is durable; the tests kill a run there
+    compare_clocks: bool = False  # do nothing where this machine's clock is not the database's
 
 
 def job(means: Means) -> Job:
     """The job."""
 
     async def work(conn: Connection, now: datetime) -> Done:
+        if means.compare_clocks:
+            await _compare_clocks(conn, now)
         async with means.store() as store:
             return await Night(conn, store, means, now).run()
 
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
+
+
+async def _compare_clocks(conn: Connection, now: datetime) -> None:
+    """Raise JobFailed where one clock is far ahead: by it, days that still fill would be old, archived and dropped."""
+    theirs: datetime = await conn.fetchval(_Q["clock"])
+    if abs(now - theirs) > CLOCKS_DIFFER:
+        raise JobFailed(
+            f"It is {now:%Y-%m-%d %H:%MZ} here and {theirs:%Y-%m-%d %H:%MZ} in the database: set the clocks."
+        )
 
 
 def dry_run(means: Means) -> Job:

@@ -25,6 +25,7 @@ _log = log.get("jobs")
 
 STATEMENT_TIMEOUT_S = 3600.0  # one statement of a job: the longest is the COPY of a day
 LOCK_TIMEOUT_MS = 2_000
+CLOCKS_DIFFER = timedelta(hours=1)  # no more than that between daemons that are in order
 
 Counts = dict[str, Any]
 
@@ -83,7 +84,7 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
         if job.dry_run:
             return await _work(conn, job, now)
         async with locks.held(conn, job.lock, wait=False):
-            if unless_since and await _ran_since(conn, job, unless_since):
+            if unless_since and await _ran_between(conn, job, unless_since, now):
                 return Run(job.name, "skipped", "already_ran")
             return await _written_down(database, conn, job, now)
     except LockHeld:
@@ -100,8 +101,8 @@ async def _close(conn: Connection) -> None:
         conn.terminate()
 
 
-async def _ran_since(conn: Connection, job: Job, since: datetime) -> bool:
-    return bool(await conn.fetchval(_Q["ran_since"], job.name, since))
+async def _ran_between(conn: Connection, job: Job, since: datetime, now: datetime) -> bool:
+    return bool(await conn.fetchval(_Q["ran_since"], job.name, since, now + CLOCKS_DIFFER))
 
 
 async def _written_down(database: Database, conn: Connection, job: Job, now: datetime) -> Run:
@@ -153,7 +154,8 @@ async def last_runs(conn: asyncpg.pool.PoolConnectionProxy | Connection, limit: 
     return [{**row, "counts": orjson.loads(row["counts"])} for row in await conn.fetch(_Q["last_runs"], limit)]
 
 
-async def last_started(conn: Connection, job: str) -> datetime | None:
-    """When the job last began, whoever ran it and however it ended; None where it never did."""
-    found: datetime | None = await conn.fetchval(_Q["last_started"], job)
+async def last_started(conn: Connection, job: str, now: datetime) -> datetime | None:
+    """When the job last began, whoever ran it and however it ended; None where it never did. A run of a clock that was
+    far ahead does not count: nothing would be due until then."""
+    found: datetime | None = await conn.fetchval(_Q["last_started"], job, now + CLOCKS_DIFFER)
     return found

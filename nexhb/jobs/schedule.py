@@ -79,7 +79,8 @@ class Schedule:
     async def _due(self, one: _Scheduled) -> datetime | None:
         conn = await self._database.connect(application="nexhb schedule", command_timeout_s=10)
         try:
-            return due_since(one.cron, self._now(), await runner.last_started(conn, one.name))
+            now = self._now()
+            return due_since(one.cron, now, await runner.last_started(conn, one.name, now))
         finally:
             await conn.close(timeout=5)
 

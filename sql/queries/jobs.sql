@@ -1,5 +1,8 @@
 -- Runs of jobs, and what the nightly run does that is neither a partition's nor an archive's.
 
+-- name: clock
+SELECT clock_timestamp();
+
 -- name: started
 -- $1 job, $2 now, $3 host.
 INSERT INTO job_runs (job, started_at, status, host) VALUES ($1, $2, 'running', $3) RETURNING run_no;
@@ -19,12 +22,13 @@ UPDATE job_runs SET ended_at = $2, status = 'failed', reason = 'its daemon ended
 WHERE job = $1 AND status = 'running';
 
 -- name: ran_since
--- $1 job, $2 since. A run that was skipped is none.
-SELECT EXISTS (SELECT FROM job_runs WHERE job = $1 AND started_at >= $2 AND status IN ('completed', 'failed'));
+-- $1 job, $2 since, $3 until. A run that was skipped is none.
+SELECT EXISTS (SELECT FROM job_runs
+               WHERE job = $1 AND started_at >= $2 AND started_at <= $3 AND status IN ('completed', 'failed'));
 
 -- name: last_started
--- $1 job.
-SELECT max(started_at) FROM job_runs WHERE job = $1 AND status <> 'skipped';
+-- $1 job, $2 until.
+SELECT max(started_at) FROM job_runs WHERE job = $1 AND started_at <= $2 AND status <> 'skipped';
 
 -- name: last_runs
 -- $1: how many of each job.
