@@ -38,6 +38,7 @@ class Partition:
     start: datetime
     end: datetime
     detach_pending: bool = False
+    sealed: bool = False  # attached by hand behind its seal: it takes no rows yet
 
     def covers(self, day: date) -> bool:
         """True where the whole UTC day lies in its bounds."""
@@ -68,13 +69,22 @@ async def attached(conn: Connection) -> list[Partition]:
     """The attached partitions. A bound that cannot be read (somebody's own table) is logged and left alone."""
     found: list[Partition] = []
     for row in await _in_catalog(conn):
-        match = _BOUNDS.fullmatch(row["bounds"] or "")
-        if not match:
+        bounds = _bounds(row["bounds"] or "")
+        if not bounds:
             _log.warning("partition.unreadable_bounds", partition=row["name"], bounds=row["bounds"])
             continue
-        start, end = (datetime.fromisoformat(text) for text in match.groups())
-        found.append(Partition(row["name"], _utc(start), _utc(end), row["detach_pending"]))
+        found.append(Partition(row["name"], *bounds, row["detach_pending"], row["sealed"]))
     return found
+
+
+def _bounds(text: str) -> tuple[datetime, datetime] | None:
+    """None for bounds that are no two times of ours: MINVALUE, infinity, a year BC."""
+    match = _BOUNDS.fullmatch(text)
+    try:
+        start, end = (datetime.fromisoformat(bound) for bound in match.groups()) if match else (None, None)
+    except ValueError:
+        return None
+    return (_utc(start), _utc(end)) if start and end else None
 
 
 def _utc(moment: datetime) -> datetime:
@@ -99,7 +109,7 @@ async def ensure(conn: Connection, days: list[date]) -> dict[date, str]:
 
 
 def _by_day(partitions: list[Partition], days: list[date]) -> dict[date, str]:
-    return {day: p.name for day in days for p in partitions if p.covers(day) and not p.detach_pending}
+    return {day: p.name for day in days for p in partitions if p.covers(day) and not p.detach_pending and not p.sealed}
 
 
 async def gone(conn: Connection, day: date) -> str | None:
@@ -222,7 +232,7 @@ async def seal(conn: Connection, name: str, start: datetime, end: datetime) -> i
     A writer that still knows the table's name would otherwise add rows to it behind the archive's back, and they would
     be dropped. NOT VALID: the rows that are there are not looked at. Idempotent.
     """
-    if await conn.fetchval(_Q["is_sealed"], name):
+    if await is_sealed(conn, name):
         return 0
     return await patiently(_seal, conn, name, start, end)
 
@@ -256,6 +266,23 @@ async def _merge(conn: Connection, name: str, start: datetime, end: datetime) ->
     return int(done.rpartition(" ")[2])
 
 
+async def adopt(conn: Connection, name: str, start: datetime, end: datetime) -> None:
+    """Write down an attached partition as the catalog has it, and let it take rows. Idempotent."""
+    await patiently(_adopt, conn, name, start, end)
+
+
+async def _adopt(conn: Connection, name: str, start: datetime, end: datetime) -> None:
+    async with _ddl(conn):
+        if await is_sealed(conn, name):
+            await unseal(conn, name)
+        await conn.execute(_Q["record"], name, start, end)
+
+
+async def is_sealed(conn: Connection, name: str) -> bool:
+    """Whether the table admits no rows."""
+    return bool(await conn.fetchval(_Q["is_sealed"], name))
+
+
 async def unseal(conn: Connection, name: str) -> None:
     """Let a detached day's table take rows again. Inside the caller's transaction."""
     await conn.execute(f"ALTER TABLE {quoted(name)} DROP CONSTRAINT IF EXISTS {quoted(name + '_sealed')}")
@@ -265,7 +292,8 @@ async def drop(conn: Connection, name: str, now: datetime) -> None:
     """Drop the table of a day whose archive was read back and found whole: the one step that cannot be taken back.
 
     Under the nightly lock, in one transaction with its record. Raises ArchiveDamaged unless hb_partitions says that it
-    is archived and the table has exactly the rows of the archive; LockLost where somebody else may be at work.
+    is archived, the table has exactly the rows of the archive, and its seal is whole; LockLost where somebody else may
+    be at work.
     """
     size = await patiently(_drop, conn, name, now)
     metrics.partitions_dropped.inc()
@@ -279,6 +307,8 @@ async def _drop(conn: Connection, name: str, now: datetime) -> int:
         if row is None or row["state"] != "archived" or await conn.fetchval(_Q["is_attached"], name):
             raise ArchiveDamaged(f"{name} is not archived and detached: it is not dropped.")
         await conn.execute(f"LOCK TABLE {quoted(name)} IN ACCESS EXCLUSIVE MODE")
+        if not await is_sealed(conn, name):
+            raise ArchiveDamaged(f"{name} took rows again after it was archived: it is not dropped.")
         rows = await count(conn, name)
         if rows != row["row_count"]:
             raise ArchiveDamaged(f"{name} has {rows} rows, its archive {row['row_count']}: it is not dropped.")

@@ -9,11 +9,13 @@ from datetime import date, datetime
 import asyncpg
 
 from nexhb import partitions, sql
+from nexhb.archive.manifest import Manifest
 from nexhb.db import Connection
 from nexhb.errors import BadInput
 from nexhb.partitions import midnight
 
 _Q = sql.queries("archive")
+_P = sql.queries("partitions")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ async def everything(conn: Connection) -> Sequence[asyncpg.Record]:
 async def every(conn: Connection) -> list[Archived]:
     """Every archive and supplement, oldest first."""
     return [_archived(row) for row in await conn.fetch(_Q["every"])]
+
+
+async def record(conn: Connection, manifest: Manifest, sha256: str, url: str, now: datetime) -> None:
+    """Write down the archive of a day, read back and found whole. It has the rows of the supplements before it, too: a
+    restore brought them into the day's table."""
+    async with conn.transaction():
+        name = manifest.partition
+        await conn.execute(_P["archived"], name, manifest.rows, manifest.bytes, sha256, url, now)
+        await conn.execute(_Q["forget_supplements"], name)
 
 
 async def drilled(conn: Connection, archived: Archived, now: datetime) -> None:

@@ -54,7 +54,8 @@ async def restore_day(conn: Connection, store: Store, archives: Sequence[Archive
     """Attach the day again, with the rows of its archive and of its supplements; how many. All of it or nothing.
 
     It is marked as restored, and not archived again until it is released. A day whose table is still there, detached,
-    is attached as it is. Raises ArchiveDamaged, StoreError, or BadInput where it is attached.
+    is attached as it is: its supplements, if any, were brought into it by the restore before. Raises ArchiveDamaged,
+    StoreError, or BadInput where it is attached or somebody's own table has its name.
     """
     day = archives[0]
     attached = await partitions.attached(conn)
@@ -62,14 +63,15 @@ async def restore_day(conn: Connection, store: Store, archives: Sequence[Archive
         raise BadInput(f"{day.partition} is attached: there is nothing to restore.")
     async with conn.transaction():
         await conn.execute("SET LOCAL lock_timeout = '30s'")
-        if await partitions.present(conn, day.partition):
-            await partitions.unseal(conn, day.partition)
-            archives = archives[1:]
-        else:
+        if not await partitions.present(conn, day.partition):
             await conn.execute(partitions.create_statement(day.partition))
-        rows = await _bring_back(conn, store, archives, day.partition) if archives else 0
+            rows = await _bring_back(conn, store, archives, day.partition)
+        elif day.state == "dropped":
+            raise BadInput(f"There is a table {day.partition}, and it is not the day's.", hint="Rename it.")
+        else:
+            await partitions.unseal(conn, day.partition)
+            rows = await partitions.count(conn, day.partition)
         await conn.execute(partitions.attach_statement(day.partition, day.start, day.end))
-        await conn.execute(_Q["forget_supplements"], day.partition)
         await conn.execute(_Q["restored"], day.partition, now)
     _log.info("archive.restored", partition=day.partition, rows=rows)
     return rows

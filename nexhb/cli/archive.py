@@ -135,8 +135,10 @@ def restore_day(
     as_json: cli.Json = False,
 ) -> None:
     """Bring a day back. It is not archived again until it is released. Exit code 3: the nightly run is at work."""
-    if into and release:
+    if into is not None and release:
         raise BadInput("restore takes --into or --release, not both.")
+    if into is not None and not into.strip():
+        raise BadInput("--into takes the name of a table.")
 
     async def work() -> dict[str, Any]:
         async with _house() as house, held(house.conn, Lock.NIGHTLY, wait=False):

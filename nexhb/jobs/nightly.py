@@ -8,9 +8,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+from asyncpg import Record
 
 from nexhb import locks, log, metrics, partitions, sql
 from nexhb.archive import catalog, late, restore, verify
@@ -22,6 +24,7 @@ from nexhb.jobs import plan
 from nexhb.jobs.plan import Day, Kind, Step
 from nexhb.jobs.runner import CLOCKS_DIFFER, Done, Job
 from nexhb.locks import Lock
+from nexhb.partitions import Partition
 
 _P = sql.queries("partitions")
 _Q = sql.queries("jobs")
@@ -84,20 +87,9 @@ async def read_days(conn: Connection) -> list[Day]:
     attached = {p.name: p for p in await partitions.attached(conn)}
     late_rows = {row["day"]: row["rows"] for row in await conn.fetch(_P["late"])}
     days = [
-        Day(
-            name=row["partition_name"],
-            start=row["range_start"],
-            end=row["range_end"],
-            state=row["state"],
-            attached=row["partition_name"] in attached,
-            present=row["present"],
-            detach_pending=row["partition_name"] in attached and attached[row["partition_name"]].detach_pending,
-            restored=row["restored_at"] is not None,
-            counted_at=row["counted_at"],
-            frozen=row["frozen_at"] is not None,
-            late=sum(n for day, n in late_rows.items() if row["range_start"].date() <= day < row["range_end"].date()),
-        )
+        _known_day(row, attached.get(row["partition_name"]), late_rows)
         for row in await partitions.known(conn)
+        if row["attached"] == (row["partition_name"] in attached)  # else its bounds cannot be read: it is left alone
     ]
     known = {day.name for day in days}
     return days + [
@@ -105,6 +97,34 @@ async def read_days(conn: Connection) -> list[Day]:
         for p in attached.values()
         if p.name not in known
     ]
+
+
+def _known_day(row: Record, found: Partition | None, late_rows: dict[date, int]) -> Day:
+    """A day as hb_partitions has it; of one that is `found` attached, the catalog's bounds count."""
+    start, end = (found.start, found.end) if found else (row["range_start"], row["range_end"])
+    return Day(
+        name=row["partition_name"],
+        start=start,
+        end=end,
+        state=_state(row, found),
+        attached=found is not None,
+        present=row["present"],
+        detach_pending=found is not None and found.detach_pending,
+        restored=row["restored_at"] is not None,
+        counted_at=row["counted_at"],
+        frozen=row["frozen_at"] is not None,
+        late=sum(n for day, n in late_rows.items() if start.date() <= day < end.date()),
+    )
+
+
+def _state(row: Record, found: Partition | None) -> str:
+    state: str = row["state"]
+    if found and state != "dropped":
+        told = (row["range_start"], row["range_end"]) == (found.start, found.end)
+        return state if told and state != "archived" and not found.sealed else "unknown"  # attached by hand
+    if state == "active" and row["archive_url"] and not row["present"]:
+        return "dropped"  # restored, and dropped by hand: its archive is all there is of it
+    return state
 
 
 class Night:
@@ -152,7 +172,7 @@ class Night:
 
     async def _adopt(self, step: Step) -> None:
         day = _day(step)
-        await self._conn.execute(_P["record"], day.name, day.start, day.end)
+        await partitions.adopt(self._conn, day.name, day.start, day.end)
         self._counts["adopted"] += 1
 
     async def _create(self, step: Step) -> None:
@@ -191,7 +211,7 @@ class Night:
         at("verified")
         manifest, url = stored.manifest, self._store.url(stored.name)
         await locks.check(self._conn, Lock.NIGHTLY)
-        await self._conn.execute(_P["archived"], day.name, manifest.rows, manifest.bytes, stored.sha256, url, self._now)
+        await catalog.record(self._conn, manifest, stored.sha256, url, self._now)
         at("recorded")
         return manifest.rows, url
 
@@ -205,6 +225,8 @@ class Night:
     async def _drop(self, step: Step) -> None:
         day = _day(step)
         if step.needs is None:  # an earlier run archived it: what that run saw may have rotted since
+            if not await partitions.is_sealed(self._conn, day.name):
+                await self._archive(step)  # somebody let it take rows again
             try:
                 for archived in await catalog.find(self._conn, day.start.date()):
                     await verify.verify(self._store, self._store.name_of(archived.url), archived.sha256)
@@ -220,9 +242,10 @@ class Night:
         day = next((d for d in await read_days(self._conn) if d.name == step.target), None)
         if day is None or not day.late:
             return
-        if day.attached:
+        gone = day.state == "dropped"  # a table of its name is somebody's own
+        if day.attached and not gone:
             self._counts["late_merged"] += await partitions.merge_late(self._conn, day.name, day.start, day.end)
-        elif not day.present:
+        elif gone or not day.present:
             archives = await catalog.find(self._conn, day.start.date())
             rows = await late.supplement(
                 self._conn, self._store, archives, self._means.spool, self._now, at=self._means.at

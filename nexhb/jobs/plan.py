@@ -33,7 +33,7 @@ class Day:
     name: str
     start: datetime
     end: datetime
-    state: str  # as in hb_partitions; "unknown" where it has no row there
+    state: str  # as in hb_partitions; "unknown" where it is attached, and its row there is missing or says otherwise
     attached: bool
     present: bool  # there is a table of that name
     detach_pending: bool = False
@@ -68,11 +68,11 @@ def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:
     """Every step, in order. `days`: every row of hb_partitions and every attached partition; `now` in UTC."""
     days = sorted(days, key=lambda day: (day.start, day.name))
     oldest_kept = now.date() - timedelta(days=rules.retention_days)
-    old = [day for day in days if day.end.date() <= oldest_kept and (day.attached or _leaving(day))]
+    old = [day for day in days if day.end.date() <= oldest_kept and (_ours(day) or _leaving(day))]
     kept = [day for day in days if day.attached and not day.detach_pending and day not in old]
     return [
         *_finalize(days),
-        *(Step(Kind.ADOPT, d.name, "attached, but not in hb_partitions", d) for d in days if d.state == "unknown"),
+        *(Step(Kind.ADOPT, d.name, "attached, but hb_partitions does not say so", d) for d in days if _unknown(d)),
         *_create(days, now, rules, oldest_kept),
         *_count(days, now, rules),
         *_archive(days, old, oldest_kept),
@@ -106,6 +106,10 @@ def _create(days: Sequence[Day], now: datetime, rules: Rules, oldest_kept: date)
         day += timedelta(days=1)
 
 
+def _unknown(day: Day) -> bool:
+    return day.state == "unknown"
+
+
 _MAY_BE_MADE = ("unknown", "active")
 
 
@@ -128,7 +132,7 @@ def _count(days: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
 
 def _archive(days: Sequence[Day], old: Sequence[Day], oldest_kept: date) -> Iterator[Step]:
     for day in days:
-        if day.restored or not (day in old or _leaving(day) or day.detach_pending):
+        if day.restored or day.state == "dropped" or not (day in old or _leaving(day) or day.detach_pending):
             continue
         if day.state == "archived" and not day.attached:
             yield Step(Kind.DROP, day.name, "archived by an earlier run, its table is still there", day)
@@ -138,6 +142,12 @@ def _archive(days: Sequence[Day], old: Sequence[Day], oldest_kept: date) -> Iter
             why = "its last try failed"
         yield Step(Kind.ARCHIVE, day.name, why, day, needs=Kind.FINALIZE if day.detach_pending else None)
         yield Step(Kind.DROP, day.name, "once its archive is verified", day, needs=Kind.ARCHIVE)
+
+
+def _ours(day: Day) -> bool:
+    """Attached, and no day of which there is an archive already: that one would be replaced by whatever somebody
+    attached in its place."""
+    return day.attached and day.state != "dropped"
 
 
 def _leaving(day: Day) -> bool:

@@ -134,7 +134,7 @@ SET state = 'active', restored_at = $2, dropped_at = NULL, frozen_at = NULL, cou
 WHERE partition_name = $1;
 
 -- name: forget_supplements
--- $1 name. Their rows are in the day's table again, and go into the day's own archive with it.
+-- $1 name. A restore brought their rows into the day's table, and the archive that was made of it has them.
 DELETE FROM archive_supplements WHERE partition_name = $1;
 
 -- name: release

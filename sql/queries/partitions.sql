@@ -4,22 +4,28 @@
 -- Every partition of device_heartbeats with its bounds, as the catalog has them.
 SELECT c.relname AS name,
        pg_get_expr(c.relpartbound, c.oid) AS bounds,
-       i.inhdetachpending AS detach_pending
+       i.inhdetachpending AS detach_pending,
+       EXISTS (SELECT FROM pg_constraint s WHERE s.conrelid = c.oid AND s.conname = c.relname || '_sealed') AS sealed
 FROM pg_inherits i
 JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'device_heartbeats'::regclass
 ORDER BY c.relname;
 
 -- name: record
--- $1 name, $2 range_start, $3 range_end. A row left by a run that was cut short is made true again.
+-- $1 name, $2 range_start, $3 range_end. A row that is there already is made true again.
 INSERT INTO hb_partitions (partition_name, range_start, range_end) VALUES ($1, $2, $3)
-ON CONFLICT (partition_name) DO UPDATE SET state = 'active', dropped_at = NULL;
+ON CONFLICT (partition_name) DO UPDATE
+SET range_start = excluded.range_start, range_end = excluded.range_end, state = 'active', dropped_at = NULL,
+    counted_at = NULL, frozen_at = NULL, reason = NULL, failed_at = NULL;
 
 -- name: known
 -- What is written of each partition, newest first.
 SELECT p.partition_name, p.range_start, p.range_end, p.state, p.reason, p.row_count,
        coalesce(pg_total_relation_size(to_regclass(quote_ident(p.partition_name))), p.bytes_size) AS bytes_size,
        to_regclass(quote_ident(p.partition_name)) IS NOT NULL AS present,
+       EXISTS (SELECT FROM pg_inherits
+               WHERE inhparent = 'device_heartbeats'::regclass
+                 AND inhrelid = to_regclass(quote_ident(p.partition_name))) AS attached,
        p.checksum_sha256, p.archive_url, p.archive_bytes, p.created_at, p.counted_at, p.frozen_at, p.archived_at,
        p.verified_at, p.failed_at, p.drilled_at, p.restored_at, p.dropped_at
 FROM hb_partitions p
@@ -27,11 +33,14 @@ ORDER BY p.range_start DESC;
 
 -- name: gone
 -- $1 range_start, $2 range_end of a day that has no attached partition. Why none may be made for it; no row where one
--- may. A table that is detached, or about to be, is on its way into the archive.
-SELECT CASE state WHEN 'active' THEN 'detached' ELSE state END AS reason
+-- may. A table that is detached, or about to be, is on its way into the archive; a restored one that somebody dropped is
+-- in its archive still.
+SELECT CASE WHEN state <> 'active' THEN state
+            WHEN to_regclass(quote_ident(partition_name)) IS NOT NULL THEN 'detached'
+            ELSE 'dropped' END AS reason
 FROM hb_partitions
 WHERE range_start < $2 AND range_end > $1
-  AND (state <> 'active' OR to_regclass(quote_ident(partition_name)) IS NOT NULL)
+  AND (state <> 'active' OR archive_url IS NOT NULL OR to_regclass(quote_ident(partition_name)) IS NOT NULL)
 ORDER BY range_start
 LIMIT 1;
 
