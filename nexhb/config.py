@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -92,6 +93,28 @@ class Server(_Section):
     shutdown_timeout_seconds: float = Field(
         default=10, gt=0, le=60, description="seconds; how long requests under way may take when the daemon stops"
     )
+    head_timeout_seconds: float = Field(
+        default=10, gt=0, le=300, description="seconds; a request whose headers take longer is cut off"
+    )
+    connections_max: int = Field(
+        default=20_000,
+        ge=10,
+        le=1_000_000,
+        description="open connections at most; beyond, the oldest that never showed a valid key is cut off",
+    )
+    tls_cert_file: Path | None = Field(
+        default=None, description="PEM; with tls_key_file the daemon speaks HTTPS; read again on SIGHUP"
+    )
+    tls_key_file: Path | None = Field(default=None, description="PEM, not encrypted")
+    trusted_proxies: list[IPvAnyNetwork] = Field(
+        default=[], description="addresses or networks whose X-Forwarded-For is believed"
+    )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Server:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file are set together or not at all")
+        return self
 
 
 class Database(_Section):
@@ -137,6 +160,12 @@ class Auth(_Section):
         le=86400,
         description="seconds; the token store is read again this often, should a notification be lost",
     )
+    failures_per_minute: int = Field(
+        default=60,
+        ge=1,
+        le=100_000,
+        description="calls a minute with a wrong key from one address; five times as many at once; valid keys always pass",
+    )
 
 
 class Ingest(_Section):
@@ -166,6 +195,18 @@ class Ingest(_Section):
         ge=1,
         le=25,
         description="seconds; a heartbeat not committed by then is answered 503; the agent gives up at 30",
+    )
+    device_per_minute: int = Field(
+        default=120,
+        ge=1,
+        le=1_000_000,
+        description="heartbeats a minute of one device in the long run (429 beyond); a healthy one sends one",
+    )
+    device_burst: int = Field(
+        default=1_500,
+        ge=500,
+        le=1_000_000,
+        description="heartbeats of one device at once: an agent's whole queue is 500, and may come again",
     )
     accept_past: Duration = Field(
         default=timedelta(days=7),

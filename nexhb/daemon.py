@@ -8,6 +8,7 @@ import gc
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ from nexhb.config import Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
 from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError
+from nexhb.http import tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
+from nexhb.http.connections import Connections
 from nexhb.http.parts import Parts
 from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
@@ -69,6 +72,7 @@ class Running:
     embedded: bool
     admin_key: str = field(repr=False)
     failed: asyncio.Future[BaseException]  # resolved when a part died that the daemon cannot do without
+    renew_tls: Callable[[], bool]  # read the certificate again; False where it cannot be read
 
 
 @asynccontextmanager
@@ -76,6 +80,8 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
     """The whole daemon for the block. Raises NexhbError where it cannot start."""
     state = State()
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    secure = tls.context(settings.server)
+    connections = Connections(most=settings.server.connections_max, head_timeout_s=settings.server.head_timeout_seconds)
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(open_cluster(settings))
         database = cluster.database
@@ -96,7 +102,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
-        await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state), failed))
+        await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
         jobs = Jobs(database, settings, now)
         schedule = Schedule(database, jobs, settings.jobs, now)
@@ -105,10 +111,13 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
             settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool), jobs=jobs,
             admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip
-        port = await stack.enter_async_context(_serving(parts))
+        port = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)
         metrics.ready.set(0 if state.not_ready(intake) else 1)
-        yield Running(_url(settings.server.host, port), settings, settings.database.url is None, admin_key, failed)
+        yield Running(
+            _url(settings.server.host, port, tls=secure is not None), settings, settings.database.url is None,
+            admin_key, failed, lambda: secure is None or tls.renew(secure, settings.server),
+        )  # fmt: skip
 
 
 def _stopping(state: State) -> None:
@@ -207,13 +216,14 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
             await asyncio.sleep(1)
 
 
-async def _sweep(settings: Settings, intake: Intake, state: State) -> None:
-    """Twice a second: answer what has waited too long."""
+async def _sweep(settings: Settings, intake: Intake, state: State, connections: Connections) -> None:
+    """Twice a second: answer what has waited too long, cut what takes too long to ask."""
     loop = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(SWEEP_S)
         intake.expire(loop.time(), settings.ingest.answer_within_seconds)
         intake.observe()
+        connections.sweep(loop.time())
         metrics.ready.set(0 if state.not_ready(intake) else 1)
 
 
@@ -253,39 +263,35 @@ async def _side_task(
 
 
 @asynccontextmanager
-async def _serving(parts: Parts) -> AsyncIterator[int]:
+async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext | None) -> AsyncIterator[int]:
     """Accept connections for the block; the port. On the way out no new request is taken and those under way finish."""
     settings = parts.settings.server
-    runner = web.AppRunner(
-        make_app(parts),
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
-        auto_decompress=False,
-        lingering_time=LINGER_S,
-        shutdown_timeout=settings.shutdown_timeout_seconds,
-    )
+    runner = web.AppRunner(make_app(parts), shutdown_timeout=settings.shutdown_timeout_seconds)
     await runner.setup()
+    assert runner.server is not None  # noqa: S101 - it is set up
+    factory = connections.factory(
+        runner.server, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False, lingering_time=LINGER_S
+    )
     try:
-        site = web.TCPSite(runner, settings.host, settings.port, backlog=4096)
+        loop = asyncio.get_running_loop()
         try:
-            await site.start()
+            listener = await loop.create_server(factory, settings.host, settings.port, ssl=tls, backlog=4096)
         except OSError as error:
             raise ConfigError(
                 f"server.host {settings.host}, server.port {settings.port}: {error.strerror or error}.",
                 hint="Is another nexhb running? Set server.port.",
             ) from error
-        yield _port(runner)
+        try:
+            yield int(listener.sockets[0].getsockname()[1])
+        finally:
+            listener.close()
     finally:
         await runner.cleanup()
 
 
-def _port(runner: web.AppRunner) -> int:
-    return int(runner.addresses[0][1])
-
-
-def _url(host: str, port: int) -> str:
+def _url(host: str, port: int, *, tls: bool) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{shown}:{port}"
+    return f"http{'s' if tls else ''}://{shown}:{port}"
 
 
 def raise_open_files_limit() -> None:
@@ -320,6 +326,7 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
             daemon = starting.result()
             _log.info("daemon.started", version=__version__, url=daemon.url, host=socket.gethostname())
             ready(daemon)
+            loop.add_signal_handler(signal.SIGHUP, daemon.renew_tls)
             gc.freeze()  # what stands now stands until the end
             gc.set_threshold(20_000, 20, 50)  # at 700 objects the collector took 4 % of a full core, and found nothing
             await asyncio.wait((stopped, daemon.failed), return_when=asyncio.FIRST_COMPLETED)

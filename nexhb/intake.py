@@ -77,6 +77,11 @@ class Intake:
         """Bytes of their bodies."""
         return self._bytes
 
+    @property
+    def filled(self) -> float:
+        """How full it is, by items or by bytes: 0 to 1, or a little more."""
+        return max(len(self._unanswered) / self.max_items, self._bytes / self.max_bytes)
+
     def check(self, items: int = 1) -> None:
         """Raise Overloaded where `items` more heartbeats would not be admitted. Called before a body is read."""
         if self.closed_because:

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from nexhb import log, metrics
 from nexhb.errors import BadInput, UnknownDevice
-from nexhb.http import fleet, heartbeats, ops
+from nexhb.http import auth, fleet, heartbeats, ops
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
 from nexhb.pgerrors import is_retryable
@@ -58,7 +58,7 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handl
         started = time.perf_counter()
         try:
             if admin:
-                request.app[PARTS].admin.check(request)
+                auth.check_admin(request, request.app[PARTS])
             response = await handler(request)
         except Exception as error:
             response = _as_problem(error, request).response()

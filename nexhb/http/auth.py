@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from nexhb import metrics
-from nexhb.devices import Device, DeviceStore, hash_token
+from nexhb.devices import Device, hash_token
 from nexhb.errors import DatabaseUnavailable
+from nexhb.http.client import address_of
+from nexhb.http.connections import Guarded
 from nexhb.http.problem import Problem
+
+if TYPE_CHECKING:
+    from nexhb.http.parts import Parts
 
 _BEARER = "bearer "
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="nexhb"'}
@@ -28,33 +35,66 @@ class AdminKey:
     def __init__(self, key: str) -> None:
         self._digest = hashlib.sha256(key.encode()).digest()
 
-    def check(self, request: web.Request) -> None:
-        """Raise a 401 Problem unless the request carries the key, as `x-admin` or as a bearer token."""
-        given = request.headers.get("x-admin") or bearer(request)
+    def fits(self, given: str) -> bool:
+        """Whether it is the key. Takes as long for any text."""
         digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-        if not hmac.compare_digest(digest, self._digest) or not given:
-            metrics.unauthorized.labels(kind="admin").inc()
-            raise Problem(401, "The admin key is missing or wrong.", headers=_CHALLENGE)
+        return hmac.compare_digest(digest, self._digest) and bool(given)
 
 
-async def device_of(request: web.Request, store: DeviceStore) -> Device:
+def check_admin(request: web.Request, parts: Parts) -> None:
+    """Raise a Problem unless the request carries the admin key, as `x-admin` or as a bearer token."""
+    if not parts.admin.fits(request.headers.get("x-admin") or bearer(request)):
+        raise wrong_key(request, parts, "admin", "The admin key is missing or wrong.")
+    _proven(request)
+
+
+async def device_of(request: web.Request, parts: Parts) -> Device:
     """Whose token it is. Raises a Problem: 401 only where the store was read and does not know it, 410 for a revoked
-    device, 503 where the store could not be read."""
+    device, 503 where the store could not be read, 429 for an address that guesses."""
     token = bearer(request)
     if not token:
-        metrics.unauthorized.labels(kind="device").inc()
-        raise Problem(401, "A device token is required: Authorization: Bearer …", headers=_CHALLENGE)
+        raise wrong_key(request, parts, "device", "A device token is required: Authorization: Bearer …")
     token_hash = hash_token(token)
-    device = store.known(token_hash)
+    device = parts.devices.known(token_hash)
     if device is None:
+        hold_off_guessing(request, parts)
         try:
-            device = await store.find(token_hash)
+            device = await parts.devices.find(token_hash)
         except DatabaseUnavailable as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from error
     if device is None:
-        metrics.unauthorized.labels(kind="device").inc()
-        raise Problem(401, "This device token is not known.", headers=_CHALLENGE)
+        raise wrong_key(request, parts, "device", "This device token is not known.")
     if device.revoked:
         metrics.unauthorized.labels(kind="revoked").inc()
         raise Problem(410, "This device was revoked.")
+    _proven(request)
     return device
+
+
+def hold_off_guessing(request: web.Request, parts: Parts) -> None:
+    """Raise a 429 Problem for an address with too many wrong keys, before the database is asked about another.
+
+    Keys that are known do not come here: behind one address there may be a whole shop. And 429 is not 401: a device
+    whose token is right, and which this daemon has not heard of yet, must not erase it."""
+    if parts.failures.is_spent(address_of(request, parts.settings.server.trusted_proxies), time.monotonic()):
+        raise _too_many(parts)
+
+
+def wrong_key(request: web.Request, parts: Parts, kind: str, detail: str) -> Problem:
+    """The answer to a missing or wrong key, counted: 401, or 429 once there were too many from this address."""
+    metrics.unauthorized.labels(kind=kind).inc()
+    address = address_of(request, parts.settings.server.trusted_proxies)
+    if parts.failures.take(address, time.monotonic()):
+        return _too_many(parts)
+    return Problem(401, detail, headers=_CHALLENGE)
+
+
+def _too_many(parts: Parts) -> Problem:
+    metrics.rate_limited.labels(kind="address").inc()
+    return Problem(429, "Too many calls with a wrong key.", headers={"Retry-After": str(parts.intake.retry_after_s())})
+
+
+def _proven(request: web.Request) -> None:
+    protocol = request.protocol
+    if isinstance(protocol, Guarded):
+        protocol.prove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
@@ -40,9 +41,9 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
         raise _come_back(parts, str(error)) from None
     verdict = await ticket.future
     if verdict.outcome is Outcome.WRITTEN:
-        return parts.written.to(request)
+        return parts.answer(deduplicated=False).to(request)
     if verdict.outcome is Outcome.DEDUPLICATED:
-        return parts.deduplicated.to(request)
+        return parts.answer(deduplicated=True).to(request)
     if verdict.outcome is Outcome.REFUSED:
         raise Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
     raise _come_back(parts, f"Not committed: {verdict.reason}. Keep it and send it again.")
@@ -56,6 +57,7 @@ async def post_heartbeats(request: web.Request) -> web.Response:
         items = wire.split(raw, most=MOST_IN_ONE_REQUEST)
     except wire.Refused as refused:
         raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
+    _hold_to_rate(parts, device, len(items) - 1)  # one is taken for the request itself
     parts.intake.received += len(items)
     tickets, refusals = _admit_all(parts, items, device)
     verdicts: list[Verdict] = await asyncio.gather(*(ticket.future for _, ticket in tickets))
@@ -103,7 +105,7 @@ def _answer_all(
             "written": outcomes.count(Outcome.WRITTEN),
             "deduplicated": outcomes.count(Outcome.DEDUPLICATED),
             "refused": sorted(refusals, key=lambda refusal: int(refusal["index"])),
-            "next_heartbeat_seconds": parts.settings.heartbeat.interval_seconds,
+            "next_heartbeat_seconds": parts.next_heartbeat_s(),
         }
     )
 
@@ -118,9 +120,21 @@ async def _receive(request: web.Request, parts: Parts, most: int, types: tuple[s
         parts.intake.check()
     except Overloaded as error:
         raise _come_back(parts, str(error)) from None
-    device = await auth.device_of(request, parts.devices)
+    device = await auth.device_of(request, parts)
+    _hold_to_rate(parts, device, 1)
     body.check_headers(request, most=most, types=types)
     return device, await body.read(request, most=most, timeout_s=parts.settings.server.body_timeout_seconds)
+
+
+def _hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
+    """Raise a 429 Problem where one device sends far more than any healthy one: a kiosk in a tight loop must not cost
+    the others theirs. It keeps what it has, as at any answer that is no 2xx."""
+    wait_s = parts.device_rate.take(device.device_no, time.monotonic(), heartbeats) if heartbeats > 0 else 0.0
+    if wait_s:
+        metrics.rate_limited.labels(kind="device").inc()
+        raise Problem(
+            429, "This device sends too often.", headers={"Retry-After": str(1 + int(wait_s))}, close=heartbeats == 1
+        )
 
 
 def _come_back(parts: Parts, detail: str) -> Problem:
@@ -168,6 +182,7 @@ async def post_register(request: web.Request) -> web.Response:
     if parts.settings.auth.enrolment != "open":
         raise Problem(403, "Devices are added by the operator here (auth.enrolment is token).")
     key = auth.bearer(request)
+    auth.hold_off_guessing(request, parts)
     body.check_headers(request, most=4096, types=_JSON)
     raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
     try:
@@ -179,8 +194,7 @@ async def post_register(request: web.Request) -> web.Response:
         try:
             token = await devices.enrol(conn, key, device_id, wanted.alias or None, parts.now())
         except EnrolmentRefused as error:
-            metrics.unauthorized.labels(kind="enrolment").inc()
-            raise Problem(401, str(error)) from None
+            raise auth.wrong_key(request, parts, "enrolment", str(error)) from None
         except DeviceExists as error:
             raise Problem(409, str(error)) from None
     _log.info("device.enrolled", device_id=device_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from aiohttp import web
 
 from nexhb import wire
 from nexhb.errors import DatabaseUnavailable
+from nexhb.http import pace
 from nexhb.http.problem import Problem, dumps
 from nexhb.http.quick import QuickAnswer
+from nexhb.ratelimit import Allowance
 
 if TYPE_CHECKING:
     from nexhb.config import Settings
@@ -39,21 +42,36 @@ class Parts:
     now: Callable[[], datetime]  # UTC
     not_ready: Callable[[], list[str]]  # reasons; empty while heartbeats can be committed
     rules: wire.Rules = field(init=False)
-    written: QuickAnswer = field(init=False)
-    deduplicated: QuickAnswer = field(init=False)
+    failures: Allowance = field(init=False)  # wrong keys, by address
+    device_rate: Allowance = field(init=False)  # heartbeats, by device_no
+    _answers: dict[tuple[int, bool], QuickAnswer] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """What every heartbeat needs and no heartbeat changes."""
-        ingest, heartbeat = self.settings.ingest, self.settings.heartbeat
+        ingest, heartbeat, auth = self.settings.ingest, self.settings.heartbeat, self.settings.auth
         rules = wire.Rules(heartbeat.unity_package, ingest.bucket_seconds, ingest.accept_past, ingest.accept_future)
         object.__setattr__(self, "rules", rules)
-        for name, deduplicated in (("written", False), ("deduplicated", True)):
-            value = {
-                "ok": True,
-                "next_heartbeat_seconds": heartbeat.interval_seconds,
-                "deduplicated": deduplicated,
-            }
-            object.__setattr__(self, name, QuickAnswer(dumps(value)))
+        failures = Allowance(burst=5 * auth.failures_per_minute, per_second=auth.failures_per_minute / 60)
+        object.__setattr__(self, "failures", failures)
+        device_rate = Allowance(burst=ingest.device_burst, per_second=ingest.device_per_minute / 60)
+        object.__setattr__(self, "device_rate", device_rate)
+
+    def next_heartbeat_s(self) -> int:
+        """When the device that is answered now should come again."""
+        usual = self.settings.heartbeat.interval_seconds
+        filled = self.intake.filled
+        if filled <= pace.CALM:
+            return usual
+        return pace.interval_s(usual, self.settings.heartbeat.offline_after_seconds, filled, random.random())  # noqa: S311
+
+    def answer(self, *, deduplicated: bool) -> QuickAnswer:
+        """What a device hears whose heartbeat is committed. One for each interval there is: a few hundred at most."""
+        key = (self.next_heartbeat_s(), deduplicated)
+        found = self._answers.get(key)
+        if found is None:
+            value = {"ok": True, "next_heartbeat_seconds": key[0], "deduplicated": deduplicated}
+            found = self._answers.setdefault(key, QuickAnswer(dumps(value)))
+        return found
 
 
 PARTS: web.AppKey[Parts] = web.AppKey("parts", Parts)
