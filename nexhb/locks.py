@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import asyncpg
 
@@ -41,5 +41,6 @@ async def held(conn: asyncpg.Connection, lock: Lock, *, wait: bool) -> AsyncIter
     try:
         yield
     finally:
-        if not conn.is_closed():
+        # With a connection that is lost, or is just being lost, the lock is gone too.
+        with suppress(asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, OSError):
             await conn.execute(_Q["unlock"], int(lock))

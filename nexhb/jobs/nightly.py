@@ -12,6 +12,7 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from asyncpg import Record
 
 from nexhb import locks, log, metrics, partitions, sql
@@ -158,11 +159,19 @@ class Night:
         except Exception as error:
             reason = f"{step.kind} {step.target}: {error or type(error).__name__}"
             _log.error("nightly_maintenance.step_failed", step=step.kind, target=step.target, exc_info=error)
-            if isinstance(error, LockLost) or self._conn.is_closed():
+            if isinstance(error, LockLost) or not await self._is_ours():
                 raise JobFailed(f"Its connection was lost: {reason}") from error
             self._failures.append(reason)
             self._failed.add((step.kind, step.target))
             self._counts["failed_steps"] += 1
+
+    async def _is_ours(self) -> bool:
+        """Whether there is a connection that holds the lock. One that is just being lost does not know it yet."""
+        try:
+            await locks.check(self._conn, Lock.NIGHTLY)
+        except (LockLost, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            return False
+        return True
 
     # ---- the days -------------------------------------------------------------------------------------------------
 

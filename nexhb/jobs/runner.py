@@ -17,8 +17,9 @@ import orjson
 
 from nexhb import locks, log, metrics, sql
 from nexhb.db import Connection, Database
-from nexhb.errors import LockHeld
+from nexhb.errors import DatabaseUnavailable, LockHeld
 from nexhb.locks import Lock
+from nexhb.pgerrors import Kind, classify
 
 _Q = sql.queries("jobs")
 _log = log.get("jobs")
@@ -90,6 +91,10 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
     except LockHeld:
         await conn.execute(_Q["skipped"], job.name, now, "lock_held", socket.gethostname())
         return _ended(job, Run(job.name, "skipped", "lock_held"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        if classify(error) is not Kind.LOST:
+            raise
+        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
     finally:
         await _close(conn)
 
@@ -113,9 +118,12 @@ async def _written_down(database: Database, conn: Connection, job: Job, now: dat
     found = await _work(conn, job, now)
     ended = now + timedelta(milliseconds=found.elapsed_ms)
     values = (run_no, ended, found.status, found.reason or None, orjson.dumps(found.counts, default=str).decode())
-    if not conn.is_closed():
+    try:
         await conn.execute(_Q["ended"], *values)
-    else:
+    except Exception as error:
+        # Not asked whether it is closed: one that is just being lost does not know it yet.
+        if classify(error) is not Kind.LOST:
+            raise
         other = await database.connect(application=f"nexhb {job.name}")
         try:
             await other.execute(_Q["ended"], *values)
