@@ -164,7 +164,7 @@ class Auth(_Section):
         default=60,
         ge=1,
         le=100_000,
-        description="calls a minute with a wrong key from one address; five times as many at once; valid keys always pass",
+        description="calls a minute with a wrong key from one address; five times as many at once; valid keys pass",
     )
 
 

@@ -55,7 +55,7 @@ class Connections:
         self._unproven.pop(connection, None)
 
     def sweep(self, now: float) -> None:
-        """Cut those whose request's head has not come to its end in time. Called now and then; `now`: the loop's clock."""
+        """Cut those whose request's head has not come to its end in time; called now and then, by the loop's clock."""
         metrics.connections_open.set(len(self._open))
         late = [
             one for one in self._open if one.awaits_head_since and now - one.awaits_head_since > self.head_timeout_s
