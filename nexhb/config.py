@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from croniter import croniter
+from croniter import CroniterBadDateError, croniter
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -265,6 +265,12 @@ class Partitions(_Section):
     )
 
 
+def _refuse_credentials(address: str) -> None:
+    # Addresses stand in errors, job_runs and hb_partitions.
+    if "@" in address.split("/", maxsplit=1)[0]:
+        raise ValueError("takes no credentials; they come the AWS way: AWS_ACCESS_KEY_ID, a profile, a role")
+
+
 class Archive(_Section):
     """Where days go when they are older than partitions.retention_days. Credentials for S3 come the AWS way."""
 
@@ -290,8 +296,20 @@ class Archive(_Section):
         if scheme == "file" and rest.startswith("/"):
             return value
         if scheme == "s3" and rest.strip("/"):
+            _refuse_credentials(rest)
             return value
         raise ValueError("takes file:///an/absolute/folder or s3://bucket/prefix")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if not value:
+            return None
+        scheme, _, rest = value.partition("://")
+        if scheme not in ("http", "https") or not rest.strip("/"):
+            raise ValueError("takes http://host:port or https://host:port")
+        _refuse_credentials(rest)
+        return value
 
 
 class Jobs(_Section):
@@ -308,6 +326,13 @@ class Jobs(_Section):
     def _cron(cls, value: str) -> str:
         if value.strip() and (len(value.split()) != 5 or not croniter.is_valid(value)):
             raise ValueError('takes a cron expression of five fields like "0 3 * * *", or nothing')
+        if any(field[0] in "Rr" for field in value.split()):
+            raise ValueError("takes no random times: each look would find another")
+        try:
+            if value.strip():
+                croniter(value).get_prev()
+        except CroniterBadDateError:
+            raise ValueError("names a date that never comes") from None
         return value.strip()
 
 
