@@ -12,7 +12,7 @@ from prometheus_async.aio.web import server_stats
 from nexhb import __version__, devices
 from nexhb.http import body, query
 from nexhb.http.parts import PARTS, writable_connection
-from nexhb.http.problem import Problem, answer
+from nexhb.http.problem import SERVER, Problem, answer
 
 if TYPE_CHECKING:
     from nexhb.jobs.runner import Run
@@ -32,7 +32,9 @@ async def get_readyz(request: web.Request) -> web.Response:
 async def get_metrics(request: web.Request) -> web.StreamResponse:
     """Prometheus, in the format that the caller accepts."""
     request.app[PARTS].intake.observe()
-    return await server_stats(request)
+    response = await server_stats(request)
+    response.headers.update(SERVER)
+    return response
 
 
 async def post_nightly(request: web.Request) -> web.Response:
@@ -63,8 +65,9 @@ async def get_jobs(request: web.Request) -> web.Response:
 
 
 class _KeyWanted(msgspec.Struct, forbid_unknown_fields=True):
-    uses: int = 1
-    expires_in_seconds: int = 7 * 86400
+    # An integral double is an integer: to msgspec's int it is none.
+    uses: float = 1.0
+    expires_in_seconds: float = 7 * 86400.0
     note: str | None = None
 
 
@@ -77,9 +80,11 @@ async def post_enrolment_key(request: web.Request) -> web.Response:
         wanted = msgspec.json.decode(raw or b"{}", type=_KeyWanted)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Problem(400, f"The request is not valid: {error}") from None
-    if not (1 <= wanted.uses <= 1_000_000 and 60 <= wanted.expires_in_seconds <= 366 * 86400):
-        raise Problem(422, "uses takes 1 to 1,000,000, expires_in_seconds a minute to a year.")
-    expires_at = parts.now() + timedelta(seconds=wanted.expires_in_seconds)
+    uses, seconds = wanted.uses, wanted.expires_in_seconds
+    whole = uses.is_integer() and seconds.is_integer()
+    if not (whole and 1 <= uses <= 1_000_000 and 60 <= seconds <= 366 * 86400):
+        raise Problem(422, "uses takes 1 to 1,000,000, expires_in_seconds a minute to a year; both are whole numbers.")
+    expires_at = parts.now() + timedelta(seconds=seconds)
     async with writable_connection(parts) as conn:
-        key = await devices.issue_enrolment_key(conn, note=wanted.note, uses=wanted.uses, expires_at=expires_at)
-    return answer({"enrolment_key": key, "uses": wanted.uses, "expires_at": expires_at})
+        key = await devices.issue_enrolment_key(conn, note=wanted.note, uses=int(uses), expires_at=expires_at)
+    return answer({"enrolment_key": key, "uses": int(uses), "expires_at": expires_at})

@@ -58,7 +58,7 @@ class Problem(Exception):
             body=dumps(body),
             status=self.status,
             content_type="application/problem+json",
-            headers=self.headers,
+            headers={**SERVER, **self.headers},
         )
         if self.close:
             response.force_close()

@@ -13,6 +13,8 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
 
+from nexhb.http.problem import SERVER
+
 
 class QuickAnswer(web.StreamResponse):
     """A 200 with a JSON body that never changes. Stateless, so that one serves every request."""
@@ -29,7 +31,7 @@ class QuickAnswer(web.StreamResponse):
         """This answer, or an ordinary one where the connection closes after it."""
         if request.keep_alive and request.transport is not None:
             return self
-        return web.Response(body=self._body_bytes, content_type="application/json")
+        return web.Response(body=self._body_bytes, content_type="application/json", headers=SERVER)
 
     @property
     def keep_alive(self) -> bool:
