@@ -6,6 +6,7 @@ also where its history row was a duplicate. Everything is sorted by key, so that
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any, NamedTuple
@@ -98,6 +99,14 @@ def status_columns(newest: Sequence[Heartbeat]) -> tuple[Sequence[Any], ...]:
             strict=True,
         )
     )  # fmt: skip
+
+
+def ledger_columns(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) -> tuple[Sequence[Any], ...]:
+    """What is committed of each day: day[], written[], deduplicated[]. `written`: the keys that became rows."""
+    received = Counter(h.ts.date() for h in heartbeats)
+    days = sorted(received)
+    rows = [sum(key in written for key, _ in plan.rows.get(day, ())) for day in days]
+    return days, rows, [received[day] - count for day, count in zip(days, rows, strict=True)]
 
 
 def changed_facts(newest: Sequence[Heartbeat], known: Mapping[int, int]) -> list[Heartbeat]:

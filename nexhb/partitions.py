@@ -256,14 +256,30 @@ async def merge_late(conn: Connection, name: str, start: datetime, end: datetime
 
 async def _merge(conn: Connection, name: str, start: datetime, end: datetime) -> int:
     columns = ", ".join(COLUMNS)
-    done = await conn.execute(
-        f"""WITH late AS (DELETE FROM late_heartbeats WHERE ts >= $1 AND ts < $2 RETURNING {columns})
-            INSERT INTO {quoted(name)} ({columns}) SELECT {columns} FROM late ORDER BY device_no, bucket
-            ON CONFLICT (device_no, bucket) DO NOTHING""",  # noqa: S608 - a name out of the catalog, quoted
+    row = await conn.fetchrow(
+        f"""WITH late AS (DELETE FROM late_heartbeats WHERE ts >= $1 AND ts < $2 RETURNING {columns}),
+            merged AS (
+                INSERT INTO {quoted(name)} ({columns}) SELECT {columns} FROM late ORDER BY device_no, bucket
+                ON CONFLICT (device_no, bucket) DO NOTHING
+                RETURNING 1)
+            SELECT (SELECT count(*) FROM late) AS taken, (SELECT count(*) FROM merged) AS merged""",  # noqa: S608 - a name out of the catalog, quoted
         start,
         end,
     )
-    return int(done.rpartition(" ")[2])
+    assert row is not None  # noqa: S101 - a SELECT without FROM has one row
+    await correct_ledger(conn, start.date(), row["taken"] - row["merged"])
+    return int(row["merged"])
+
+
+async def correct_ledger(conn: Connection, day: date, doubled: int) -> None:
+    """Late heartbeats that were counted as written, and turn out to have been there already."""
+    if doubled:
+        await conn.execute(_Q["correct_ledger"], day, doubled)
+
+
+async def fold_ledger(conn: Connection, before: date) -> None:
+    """One row a day of the ledger, for the days before."""
+    await conn.execute(_Q["fold_ledger"], before)
 
 
 async def adopt(conn: Connection, name: str, start: datetime, end: datetime) -> None:

@@ -171,7 +171,8 @@ class Writer:
         try:
             written = await copy(conn, heartbeats, plan)
             changed = batch.changed_facts(plan.newest, self._facts)
-            row = await conn.fetchrow(_Q["upsert_last_status"], *batch.status_columns(plan.newest))
+            columns = batch.status_columns(plan.newest) + batch.ledger_columns(heartbeats, plan, written)
+            row = await conn.fetchrow(_Q["upsert_last_status"], *columns)
             assert row is not None  # noqa: S101 - an aggregate has one row
             if changed:
                 await conn.execute(_Q["update_facts"], *_facts_columns(changed))

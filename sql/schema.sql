@@ -258,6 +258,17 @@ CREATE TABLE archive_supplements (
 );
 CREATE INDEX archive_supplements_partition ON archive_supplements (partition_name);
 
+-- What was committed of each day (UTC, of ts), added up in the very transaction that commits it: held against the day's
+-- partition or archive by `nexhb audit`. A row a day and backend, so that no daemon waits for another; the nightly run
+-- folds those of past days into slot 0. fillfactor: a row that is updated with every batch stays on its page.
+CREATE TABLE ingest_ledger (
+    day          date NOT NULL,
+    slot         integer NOT NULL,                         -- the writer's backend; 0: folded, and corrections
+    written      bigint NOT NULL,                          -- rows, wherever they are now
+    deduplicated bigint NOT NULL,                          -- heartbeats whose bucket had its row already
+    PRIMARY KEY (day, slot)
+) WITH (fillfactor = 50);
+
 -- Every run of a job. A run that was missed is found here, not in some scheduler's memory.
 CREATE TABLE job_runs (
     run_no     bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,

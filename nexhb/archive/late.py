@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from nexhb import log, sql
+from nexhb import log, partitions, sql
 from nexhb.archive import verify
 from nexhb.archive.catalog import Archived
 from nexhb.archive.export import Source, export
@@ -34,14 +34,15 @@ async def supplement(
     late_heartbeats before it was read back from the store. Raises ArchiveDamaged or StoreError.
     """
     day = archives[0]
-    keys = [tuple(row) for row in await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)]
+    keys = [(row[0], row[1]) for row in await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)]
     known = await _known(store, archives, set(keys))
     new = [key for key in keys if key not in known]
     await conn.execute(_Q["late_day"])
     await conn.execute(_Q["clear_late_day"])
     await conn.execute(_Q["fill_late_day"], *_columns(new))
     if not new:
-        await conn.execute(_Q["forget_late"], *_columns(keys))
+        async with conn.transaction():
+            await _forget(conn, day, keys, len(keys))
         return 0
     source = Source("late_day", "late", day.partition, day.start, day.end)
     stored = await export(conn, source, store, spool, at=at)
@@ -50,10 +51,15 @@ async def supplement(
     async with conn.transaction():
         manifest, url = stored.manifest, store.url(stored.name)
         await conn.execute(_Q["add_supplement"], day.partition, url, stored.sha256, manifest.rows, manifest.bytes, now)
-        await conn.execute(_Q["forget_late"], *_columns(keys))
+        await _forget(conn, day, keys, len(keys) - len(new))
     at("recorded")
     _log.info("archive.supplement", partition=day.partition, rows=manifest.rows, url=url)
     return manifest.rows
+
+
+async def _forget(conn: Connection, day: Archived, keys: list[tuple[int, int]], doubled: int) -> None:
+    await conn.execute(_Q["forget_late"], *_columns(keys))
+    await partitions.correct_ledger(conn, day.start.date(), doubled)
 
 
 async def _known(store: Store, archives: list[Archived], keys: set[tuple[int, int]]) -> set[tuple[int, int]]:

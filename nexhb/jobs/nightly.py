@@ -292,6 +292,7 @@ class Night:
 
     async def _prune(self, _step: Step) -> None:
         await self._conn.execute(_Q["prune_runs"], self._now - RUNS_KEPT)
+        await partitions.fold_ledger(self._conn, (self._now - self._means.rules.accept_past).date())
 
 
 def _day(step: Step) -> Day:

@@ -23,7 +23,7 @@ class Kind(enum.StrEnum):
     ANALYZE = "analyze"
     INACTIVE = "inactive"  # devices that have been silent for longer than the retention
     DRILL = "drill"  # an archived day restored and compared
-    PRUNE = "prune"  # old rows of job_runs
+    PRUNE = "prune"  # old rows of job_runs and of the ledger
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:
         Step(Kind.ANALYZE, "device_heartbeats", "a partitioned table is never analysed by itself"),
         Step(Kind.INACTIVE, "device_last_status", f"devices silent for more than {rules.retention_days} days"),
         Step(Kind.DRILL, "archives", "an archive is worth what its restore is worth"),
-        Step(Kind.PRUNE, "job_runs", "runs older than a year"),
+        Step(Kind.PRUNE, "job_runs", "runs older than a year; the ledger of closed days is folded"),
     ]
 
 

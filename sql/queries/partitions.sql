@@ -99,3 +99,17 @@ LIMIT 3;
 -- name: size
 -- $1 name.
 SELECT pg_total_relation_size(to_regclass(quote_ident($1)));
+
+-- name: correct_ledger
+-- $1 day, $2 rows: counted as written, and found to be there already.
+INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated) VALUES ($1, 0, -$2::bigint, $2)
+ON CONFLICT (day, slot) DO UPDATE SET
+    written = l.written + excluded.written, deduplicated = l.deduplicated + excluded.deduplicated;
+
+-- name: fold_ledger
+-- $1: days before. A row a day is enough once nothing comes for it any more.
+WITH folded AS (DELETE FROM ingest_ledger WHERE day < $1 AND slot <> 0 RETURNING day, written, deduplicated)
+INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
+SELECT day, 0, sum(written), sum(deduplicated) FROM folded GROUP BY day
+ON CONFLICT (day, slot) DO UPDATE SET
+    written = l.written + excluded.written, deduplicated = l.deduplicated + excluded.deduplicated;

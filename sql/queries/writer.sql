@@ -24,8 +24,16 @@ TRUNCATE hb_stage;
 
 -- name: upsert_last_status
 -- $1..$17: one array a column, sorted by device_no, each device once. Only newer wins: late data never moves
--- a status back. A revoked device stays revoked. Answers how many rows were written, and this transaction's id.
-WITH written AS (
+-- a status back. A revoked device stays revoked. $18 day[], $19 written[], $20 deduplicated[]: the ledger, in the same
+-- transaction. Answers how many rows were written, and this transaction's id.
+WITH ledger AS (
+    INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
+    SELECT day, pg_backend_pid(), written, deduplicated
+    FROM unnest($18::date[], $19::bigint[], $20::bigint[]) AS d (day, written, deduplicated)
+    ON CONFLICT (day, slot) DO UPDATE SET
+        written = l.written + excluded.written, deduplicated = l.deduplicated + excluded.deduplicated
+),
+written AS (
     INSERT INTO device_last_status AS s (
         device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
         signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong)

@@ -1,0 +1,57 @@
+"""The ledger of a day against what there is of it: what was ever committed is in the day's table, in its archive, or
+among the late ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import date
+from typing import Any
+
+from nexhb import partitions, sql
+from nexhb.db import Connection
+from nexhb.errors import BadInput
+from nexhb.partitions import midnight
+
+_Q = sql.queries("audit")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Both sides, in rows."""
+
+    partition: str
+    state: str
+    written: int  # by the ledger
+    deduplicated: int
+    in_table: int
+    in_archive: int  # the day's own, as its manifest says, and its supplements
+    late: int
+
+    @property
+    def missing(self) -> int:
+        """Rows that were committed and are nowhere; below zero: rows that nobody committed."""
+        return self.written - self.in_table - self.in_archive - self.late
+
+    def shown(self) -> dict[str, Any]:
+        """For people and machines."""
+        return asdict(self) | {"missing": self.missing, "ok": self.missing == 0}
+
+
+async def audit(conn: Connection, day: date) -> Audit:
+    """Hold one day (UTC) against the ledger, in one snapshot. Raises BadInput for a day that never was."""
+    async with conn.transaction(isolation="repeatable_read", readonly=True):
+        row = await conn.fetchrow(_Q["day"], midnight(day))
+        if row is None:
+            raise BadInput(f"There is no day {day}.", hint="`nexhb partitions` lists them.")
+        # While its table is there, the table counts: what is archived of it is the same rows.
+        in_table = await partitions.count(conn, row["partition_name"]) if row["present"] else 0
+        archived = 0 if row["present"] else row["row_count"] or 0
+    return Audit(
+        partition=row["partition_name"],
+        state=row["state"],
+        written=row["written"] or 0,
+        deduplicated=row["deduplicated"] or 0,
+        in_table=in_table,
+        in_archive=archived + row["supplements"],
+        late=row["late"],
+    )

@@ -1,0 +1,38 @@
+"""nexhb audit: is everything there that was ever committed?"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+
+from nexhb import audit as ledger
+from nexhb import cli, daemon
+
+
+async def _audit(day: datetime) -> ledger.Audit:
+    async with daemon.open_database(cli.settings()) as database:
+        conn = await database.connect(application="nexhb audit", command_timeout_s=600)
+        try:
+            return await ledger.audit(conn, day.date())
+        finally:
+            await conn.close()
+
+
+@cli.app.command()
+def audit(
+    day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")],
+    as_json: cli.Json = False,
+) -> None:
+    """Hold a day against the ledger that was written with every commit. Exit code 1 where they differ."""
+    found = cli.run(_audit(day))
+    if as_json:
+        cli.show(found.shown())
+    else:
+        typer.echo(
+            f"{found.partition} ({found.state}): {found.written:,} committed, {found.deduplicated:,} deduplicated"
+        )
+        typer.echo(f"  in its table {found.in_table:,}, in its archive {found.in_archive:,}, late {found.late:,}")
+        typer.echo("  nothing is missing" if found.missing == 0 else f"  MISSING: {found.missing:,}")
+    raise typer.Exit(0 if found.missing == 0 else cli.EXIT_FAILED)

@@ -1,0 +1,150 @@
+"""The ledger, written with every commit, and what it is held against."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+import orjson
+import pytest
+
+from nexhb import partitions
+from nexhb.audit import audit
+from nexhb.db import Connection
+from nexhb.errors import BadInput
+from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+from tests.integration.test_late_heartbeats import gone, run_nightly
+
+BACK = timedelta(days=5)
+
+
+async def test_every_heartbeat_of_a_day_is_in_the_ledger_once(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agents = [await nexhb.agent() for _ in range(10)]
+    moments = [now - BACK + timedelta(seconds=30 * n) for n in range(5)]
+    await asyncio.gather(*(agent.send(moment) for agent in agents for moment in [*moments, *moments]))
+    found = await audit(conn, (now - BACK).date())
+    assert (found.written, found.deduplicated, found.in_table, found.missing) == (50, 50, 50, 0)
+    assert found.shown()["ok"] is True
+
+
+async def test_a_batch_of_several_days_is_added_to_each(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agent = await nexhb.agent()
+    queue = [example(now - timedelta(days=n), device_id=agent.device_id) for n in (0, 1, 2)]
+    assert (await agent.post(orjson.dumps([*queue, queue[1]]), "/v1/heartbeats")).body["written"] == 3
+    for days, deduplicated in ((0, 0), (1, 1), (2, 0)):
+        found = await audit(conn, (now - timedelta(days=days)).date())
+        assert (found.written, found.deduplicated, found.missing) == (1, deduplicated, 0)
+
+
+async def test_a_key_that_is_stored_already_is_deduplicated_in_the_ledger_too(
+    nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
+) -> None:
+    agent = await nexhb.agent()
+    assert (await agent.send(now)).status == 200
+    other = replace(agent, nexhb=await start_daemon())  # it has not seen the key: the staging way
+    assert (await other.send(now)).body["deduplicated"]
+    found = await audit(conn, now.date())
+    assert (found.written, found.deduplicated, found.missing) == (1, 1, 0)
+    slots = await conn.fetch("SELECT slot FROM ingest_ledger")
+    assert len(slots) == 2  # one a daemon: neither waits for the other
+
+
+async def test_a_row_that_vanished_is_missing_and_one_that_nobody_committed_is_too_much(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    agent = await nexhb.agent()
+    for seconds in (0, 20, 40):
+        assert (await agent.send(now - timedelta(seconds=seconds))).status == 200
+    await conn.execute("DELETE FROM device_heartbeats WHERE ts = $1", now)
+    days = {now.date(), (now - timedelta(seconds=40)).date()}
+    assert sum([(await audit(conn, day)).missing for day in days]) == 1
+    await conn.execute("UPDATE device_heartbeats SET bucket = bucket + 1000 WHERE ts < $1", now)
+    await conn.execute("INSERT INTO device_heartbeats "
+                       "SELECT ts, received_at, device_no, bucket + 5000, label_no, uptime_s, ram_used_mb, temp_c, "
+                       "battery_pct, signal_dbm, plugged, unity_running, clock_wrong, ip "
+                       "FROM device_heartbeats")  # fmt: skip
+    assert sum([(await audit(conn, day)).missing for day in days]) == -1
+
+
+async def test_the_ledger_holds_through_archive_late_heartbeats_and_supplement(
+    nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
+) -> None:
+    agent, made = await nexhb.agent(), now - BACK
+    for minutes in range(3):
+        assert (await agent.send(made + timedelta(minutes=minutes))).status == 200
+    await gone(nexhb, conn, made)
+    assert (await audit(conn, made.date())).missing == 0
+    other = replace(agent, nexhb=await start_daemon())
+    for minutes in (2, 3):  # one that is there already, and a new one: both go aside, both counted as written
+        assert (await other.send(made + timedelta(minutes=minutes))).status == 200
+    found = await audit(conn, made.date())
+    assert (found.written, found.in_table, found.late) == (5, 3, 2)
+    await run_nightly(nexhb)
+    found = await audit(conn, made.date())
+    assert (found.written, found.deduplicated, found.in_archive, found.late, found.missing) == (4, 1, 4, 0, 0)
+    # And what comes a third time is one more that was deduplicated.
+    third = replace(agent, nexhb=await start_daemon())
+    assert (await third.send(made)).status == 200
+    await run_nightly(nexhb)
+    found = await audit(conn, made.date())
+    assert (found.written, found.deduplicated, found.missing) == (4, 2, 0)
+
+
+async def test_closed_days_are_folded_into_one_row(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    day = now.date() - timedelta(days=9)
+    await partitions.ensure(conn, [day])
+    await conn.execute("INSERT INTO ingest_ledger SELECT $1, n, 10, 1 FROM generate_series(1, 50) n", day)
+    await conn.execute("INSERT INTO ingest_ledger SELECT $1, n, 10, 1 FROM generate_series(1, 50) n", now.date())
+    await run_nightly(nexhb)
+    rows = await conn.fetch("SELECT slot, written, deduplicated FROM ingest_ledger WHERE day = $1", day)
+    assert [tuple(row) for row in rows] == [(0, 500, 50)]
+    assert await conn.fetchval("SELECT count(*) FROM ingest_ledger WHERE day = $1", now.date()) == 50
+
+
+async def test_a_day_that_never_was_is_named(conn: Connection, now: datetime) -> None:
+    with pytest.raises(BadInput, match="There is no day"):
+        await audit(conn, now.date())
+
+
+async def test_a_failed_batch_is_in_no_ledger(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agent = await nexhb.agent()
+    await conn.execute("ALTER TABLE device_last_status ADD CONSTRAINT never CHECK (battery_pct <> 13)")
+    assert (await agent.send(now, battery={"pct": 13})).status == 422
+    assert (await agent.send(now, battery={"pct": 14})).status == 200
+    found = await audit(conn, now.date())
+    assert (found.written, found.in_table) == (1, 1)
+
+
+async def test_the_counters_add_up_at_every_moment(nexhb: Nexhb, now: datetime) -> None:
+    """received = written + deduplicated + refused + failed + what is unanswered."""
+    agents = [await nexhb.agent() for _ in range(20)]
+    names = ("heartbeats_ingested_total", "hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total",
+             "nexhb_heartbeats_failed_total", "nexhb_intake_items")  # fmt: skip
+
+    async def difference() -> float:
+        text = await (await nexhb.http.get(f"{nexhb.url}/metrics", headers={"x-admin": ADMIN_KEY})).text()
+        found = dict.fromkeys(names, 0.0)
+        for line in text.splitlines():
+            name = line.partition("{")[0].partition(" ")[0]
+            if name in found:
+                found[name] += float(line.rpartition(" ")[2])
+        received, *ends = found.values()
+        return received - sum(ends)
+
+    start = await difference()
+
+    async def send(number: int) -> None:
+        agent = agents[number % 20]
+        kind = number % 4
+        if kind == 0:
+            await agent.post(b"{")
+        elif kind == 1:
+            await agent.post(orjson.dumps([example(now, device_id=agent.device_id), 5]), "/v1/heartbeats")
+        else:
+            await agent.send(now - timedelta(seconds=10 * number))
+
+    sending = [asyncio.create_task(send(number)) for number in range(200)]
+    while not all(task.done() for task in sending):
+        assert await difference() == start
+    assert await difference() == start
