@@ -132,6 +132,11 @@ class Database(_Section):
     read_timeout_seconds: float = Field(
         default=10, gt=0, le=300, description="seconds; a read that takes longer is cancelled"
     )
+    disk_reserve_bytes: int = Field(
+        default=2**28,
+        ge=2**24,
+        description="bytes; with less free on the embedded PostgreSQL's disk, heartbeats are answered 503",
+    )
     accept_unsafe_settings: bool = Field(
         default=False,
         description="serve although fsync or full_page_writes is off: a crash may then lose acknowledged heartbeats",

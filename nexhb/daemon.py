@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -40,6 +41,8 @@ _log = log.get("daemon")
 KEEPALIVE_S = 150.0  # a fleet at 60 s ± 15 s keeps its connections; one at 600 s opens a new one each time
 LINGER_S = 1.0  # how long an unwanted body is thrown away, so that its sender can read why, before the line is cut
 SWEEP_S = 0.5
+SETTINGS_S = 60.0
+DISK_S = 2.0  # at 100 MB/s a reserve of 256 MiB lasts as long
 OPEN_FILES_MOST = 1_048_576
 START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
 
@@ -57,7 +60,7 @@ class State:
 
     def not_ready(self, intake: Intake) -> list[str]:
         """Every reason, for /readyz."""
-        found = list(self.reasons.values())
+        found = [reason for reason in self.reasons.values() if reason]
         if intake.closed_because:
             found.append(intake.closed_because)
         return found
@@ -103,6 +106,9 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
+        await stack.enter_async_context(_side_task("disk", _watch_disk(settings, intake, state), failed))
+        looking = _keep_looking_at_settings(settings, database, state)
+        await stack.enter_async_context(_side_task("settings", looking, failed))
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
         jobs = Jobs(database, settings, now)
         schedule = Schedule(database, jobs, settings.jobs, now)
@@ -188,14 +194,51 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
     """Schema and partitions, and whether the database keeps what it commits."""
     conn = await _connect_patiently(database, utc_now() + timedelta(seconds=START_PATIENCE_S))
     try:
-        unsafe = await db.unsafe_settings(conn)
-        if unsafe and not settings.database.accept_unsafe_settings:
-            state.reasons["unsafe"] = f"The database does not keep what it commits: {', '.join(unsafe)}."
-            _log.error("database.unsafe", settings=unsafe)
+        await _look_at_settings(conn, settings, state)
         await migrate.migrate(conn, now)
         await partitions.ensure(conn, window_days(settings, now))
     finally:
         await conn.close(timeout=5)
+
+
+async def _look_at_settings(conn: db.Connection, settings: Settings, state: State) -> None:
+    found = await db.unsafe_settings(conn)
+    before = state.reasons.pop("unsafe", "")
+    if found and not settings.database.accept_unsafe_settings:
+        said = "; ".join(map(str, found))
+        state.reasons["unsafe"] = f"The database does not keep what it commits: {said}."
+    if state.reasons.get("unsafe", "") != before:
+        _log.error("database.unsafe", found=[str(one) for one in found])
+
+
+async def _keep_looking_at_settings(settings: Settings, database: Database, state: State) -> None:
+    """Somebody may turn fsync off, or on again, while the daemon runs."""
+    while True:
+        await asyncio.sleep(SETTINGS_S)
+        try:
+            conn = await database.connect(application="nexhb settings", command_timeout_s=10)
+            try:
+                await _look_at_settings(conn, settings, state)
+            finally:
+                await conn.close(timeout=5)
+        except Exception as error:
+            # Away, or restarting: the writer finds that out by itself, and says so.
+            _log.info("database.settings_not_read", error=f"{type(error).__name__}: {error}")
+
+
+async def _watch_disk(settings: Settings, intake: Intake, state: State) -> None:
+    """Hold the intake while the embedded PostgreSQL's disk runs full: 503 is better than a PostgreSQL that panics."""
+    reserve = settings.database.disk_reserve_bytes
+    while settings.database.url is None:
+        free = (await asyncio.to_thread(shutil.disk_usage, settings.data_dir)).free
+        metrics.disk_free.set(free)
+        # Once held, until a tenth more is free: else it would open and close with every file.
+        low = db.disk_low(free, reserve + (reserve // 10 if intake.held_because else 0))
+        if bool(low) != bool(intake.held_because):
+            _log.error("disk.low" if low else "disk.enough_again", free_bytes=free, reserve_bytes=reserve)
+        intake.held_because = state.reasons["disk"] = str(low) if low else ""
+        await asyncio.sleep(DISK_S)
+    await asyncio.Event().wait()  # somebody else's disk
 
 
 def window_days(settings: Settings, now: datetime) -> list[Any]:

@@ -14,6 +14,7 @@ from nexhb.pgerrors import Kind, classify
 _Q = sql.queries("db")
 
 MINIMUM_VERSION = 140000
+_MARK = "direct"  # comes back where PostgreSQL itself took our settings
 CONNECT_TIMEOUT_S = 10.0
 
 Connection = asyncpg.Connection
@@ -64,7 +65,12 @@ class Database:
 
 def _settings(application: str, more: dict[str, str]) -> dict[str, str]:
     # Set on the session, so that no role's or database's default weakens what a 2xx promises.
-    return {"application_name": application, "timezone": "UTC", "synchronous_commit": "on"} | more
+    return {
+        "application_name": application,
+        "timezone": "UTC",
+        "synchronous_commit": "on",
+        "nexhb.session": _MARK,
+    } | more
 
 
 async def use_packed_inet(conn: Connection) -> None:
@@ -76,16 +82,49 @@ def _same(value: Any) -> Any:
     return value
 
 
-async def unsafe_settings(conn: Connection) -> list[str]:
+@dataclass(frozen=True)
+class Finding:
+    """Something about the database that stands against a promise, and what to do."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what} ({self.remedy})"
+
+
+async def unsafe_settings(conn: Connection) -> list[Finding]:
     """What stands against the promise that an acknowledged heartbeat survives a crash; empty where nothing does."""
     row = await conn.fetchrow(_Q["settings"])
     assert row is not None  # noqa: S101 - a SELECT without FROM has one row
-    found = [f"{name} is off" for name in ("fsync", "full_page_writes") if row[name] != "on"]
-    if row["synchronous_commit"] not in ("on", "remote_apply"):
-        found.append(f"synchronous_commit is {row['synchronous_commit']}")
+    found = [
+        Finding(f"{name} is off", f"ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf()")
+        for name in ("fsync", "full_page_writes")
+        if row[name] != "on"
+    ]
+    if row["session_mark"] != _MARK:
+        # pgbouncer and its like: they keep what a connection asks for to themselves, and hand out another's session.
+        found.append(Finding("a pooler keeps our session's settings to itself", "connect directly"))
+    elif row["timezone"] != "UTC" or row["synchronous_commit"] not in ("on", "remote_apply"):
+        found.append(
+            Finding(
+                f"TimeZone is {row['timezone']}, synchronous_commit {row['synchronous_commit']}, though asked otherwise",
+                "remove what overrides them: ALTER ROLE or ALTER DATABASE … SET, or an extension",
+            )
+        )
     if row["in_recovery"]:
-        found.append("this is a standby: it cannot commit")
+        found.append(Finding("this is a standby: it cannot commit", "point database.url at the primary"))
     return found
+
+
+def disk_low(free_bytes: int, reserve_bytes: int) -> Finding | None:
+    """Whether PostgreSQL's disk runs full: without room for its WAL it would stop in the middle of everything."""
+    if free_bytes >= reserve_bytes:
+        return None
+    return Finding(
+        f"{free_bytes >> 20} MiB are free on the disk of the database, of {reserve_bytes >> 20} kept in reserve",
+        "make room, or shorten partitions.retention_days and run the nightly job",
+    )
 
 
 async def check_version(conn: Connection) -> None:

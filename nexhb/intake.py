@@ -58,7 +58,8 @@ class Intake:
         self.max_bytes = max_bytes
         self.received = 0  # heartbeats that arrived, admitted or not
         self._received_counted = 0
-        self.closed_because = ""  # set while nothing can be committed: then nothing is admitted either
+        self.closed_because = ""  # the writer's: set while nothing can be committed; then nothing is admitted either
+        self.held_because = ""  # the daemon's: set while nothing should be
         self._waiting: deque[Ticket] = deque()
         self._unanswered: set[Ticket] = set()
         self._bytes = 0
@@ -84,8 +85,8 @@ class Intake:
 
     def check(self, items: int = 1) -> None:
         """Raise Overloaded where `items` more heartbeats would not be admitted. Called before a body is read."""
-        if self.closed_because:
-            raise Overloaded(self.closed_because)
+        if self.closed_because or self.held_because:
+            raise Overloaded(self.closed_because or self.held_because)
         if len(self._unanswered) + items > self.max_items or self._bytes >= self.max_bytes:
             raise Overloaded(f"{len(self._unanswered)} heartbeats ({self._bytes} bytes) wait to be committed.")
 

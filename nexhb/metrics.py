@@ -93,6 +93,7 @@ commits_in_doubt = Counter(
     "Connections lost around COMMIT, by what was found",
     ["outcome"],
 )
+disk_free = Gauge("nexhb_disk_free_bytes", "Free on the disk of the embedded PostgreSQL")
 ready = Gauge("nexhb_ready", "1 while heartbeats can be committed")
 last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was last committed")
 

@@ -6,6 +6,7 @@ SELECT current_setting('server_version_num')::int AS version_num,
        current_setting('full_page_writes') AS full_page_writes,
        current_setting('synchronous_commit') AS synchronous_commit,
        current_setting('TimeZone') AS timezone,
+       current_setting('nexhb.session', true) AS session_mark,
        pg_is_in_recovery() AS in_recovery;
 
 -- name: can_write

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,16 @@ class Site:
     folder: Path
     port: int
     daemons: list[subprocess.Popen[str]]
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         """What an operator would have set."""
-        return os.environ | {"NEXHB_DATA_DIR": str(self.folder / "data"), "NEXHB_SERVER__PORT": str(self.port)}
+        return (
+            os.environ
+            | {"NEXHB_DATA_DIR": str(self.folder / "data"), "NEXHB_SERVER__PORT": str(self.port)}
+            | self.settings
+        )
 
     @property
     def url(self) -> str:
@@ -149,6 +154,26 @@ def test_what_was_acknowledged_before_a_kill_is_there_after_it(site: Site) -> No
     missing = [made for made in acknowledged if f"{made:%Y-%m-%dT%H:%M:%S.%fZ}" not in stored]
     assert missing == []
     assert len(stored) - len(acknowledged) in (0, 1)  # the one under way may be in
+
+
+def test_a_disk_that_runs_full_stops_the_intake_before_it_stops_postgresql(site: Site) -> None:
+    site.settings["NEXHB_DATABASE__DISK_RESERVE_BYTES"] = str(2**60)
+    daemon = site.start()
+    token = site.nexhb("devices", "add", "kiosk-1").stdout.strip()
+
+    def refused() -> bool:
+        status, body = site.call("/v1/heartbeat", token, example(datetime.now(UTC)))
+        return status == 503 and "MiB are free" in body["detail"]
+
+    deadline = time.monotonic() + 10
+    while not refused():
+        assert time.monotonic() < deadline
+    status, body = site.call("/readyz")
+    assert status == 503
+    assert "make room" in body["reasons"][0]
+    assert site.call("/v1/fleet")[0] == 200  # reading goes on
+    daemon.send_signal(signal.SIGINT)
+    assert daemon.wait(10) == 0
 
 
 def test_a_second_daemon_on_the_same_port_says_so(site: Site) -> None:

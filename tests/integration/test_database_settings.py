@@ -1,0 +1,91 @@
+"""What a promise of durability rests on, looked at at the start and while the daemon runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+
+from nexhb import config, daemon, db
+from nexhb.db import Connection, Database
+from tests.conftest import StartDaemon
+
+
+@pytest.fixture
+async def fsync_off(conn: Connection) -> AsyncIterator[None]:
+    """A PostgreSQL that does not keep what it commits."""
+    await set_fsync(conn, "off")
+    yield
+    await set_fsync(conn, "on")
+
+
+async def set_fsync(conn: Connection, value: str) -> None:
+    """Set it, and wait until it holds."""
+    await conn.execute(f"ALTER SYSTEM SET fsync = {value}")
+    await conn.execute("SELECT pg_reload_conf()")
+    async with asyncio.timeout(5):
+        while await conn.fetchval("SHOW fsync") != value:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.usefixtures("fsync_off")
+async def test_fsync_off_makes_a_daemon_not_ready_until_it_is_on(
+    start_daemon: StartDaemon, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(daemon, "SETTINGS_S", 0.05)
+    nexhb = await start_daemon()
+    reasons = (await nexhb.get("/readyz", 503))["reasons"]
+    assert "fsync is off" in reasons[0]
+    assert "ALTER SYSTEM SET fsync = on" in reasons[0]
+    await set_fsync(conn, "on")
+    async with asyncio.timeout(5):
+        while (await (await nexhb.http.get(f"{nexhb.url}/readyz")).json())["reasons"]:
+            await asyncio.sleep(0.02)
+    assert (await (await nexhb.agent()).send(now)).status == 200
+
+
+@pytest.mark.usefixtures("fsync_off")
+async def test_who_accepts_it_is_served(start_daemon: StartDaemon, database: Database) -> None:
+    accepting = config.Database(url=SecretStr(database.dsn), accept_unsafe_settings=True)
+    nexhb = await start_daemon(database=accepting)
+    assert (await nexhb.get("/readyz"))["ready"]
+
+
+async def test_a_sound_database_has_nothing_to_say(conn: Connection) -> None:
+    assert await db.unsafe_settings(conn) == []
+
+
+async def test_a_pooler_that_keeps_our_settings_to_itself_is_found(database: Database) -> None:
+    bare = await asyncpg.connect(database.dsn)  # what comes out of a pooler that drops what a connection asks for
+    try:
+        [finding] = await db.unsafe_settings(bare)
+        assert "pooler" in finding.what
+        assert "connect directly" in finding.remedy
+    finally:
+        await bare.close()
+
+
+async def test_what_overrides_our_settings_is_found(conn: Connection) -> None:
+    await conn.execute("SET synchronous_commit = off")
+    [finding] = await db.unsafe_settings(conn)
+    assert "synchronous_commit off" in finding.what
+
+
+async def test_a_roles_own_default_does_not_weaken_a_session(database: Database, conn: Connection) -> None:
+    name = await conn.fetchval("SELECT current_database()")
+    await conn.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+    await conn.execute(f"ALTER DATABASE {name} SET timezone = 'Asia/Kolkata'")
+    fresh = await database.connect(application="test")
+    try:
+        assert await db.unsafe_settings(fresh) == []
+    finally:
+        await fresh.close()
+
+
+@pytest.mark.parametrize(("free", "low"), [(2**30, False), (2**28, False), (2**28 - 1, True), (0, True)])
+def test_a_disk_is_low_below_its_reserve(free: int, low: bool) -> None:
+    assert (db.disk_low(free, 2**28) is not None) == low
