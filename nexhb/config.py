@@ -307,13 +307,8 @@ class Archive(_Section):
 
     @field_validator("endpoint_url")
     @classmethod
-    def _http(cls, value: str | None) -> str | None:
-        if not value:
-            return None
-        scheme, _, rest = value.partition("://")
-        if scheme not in ("http", "https") or not rest.strip("/"):
-            raise ValueError("takes http://host:port or https://host:port")
-        _refuse_credentials(rest)
+    def _no_credentials(cls, value: str | None) -> str | None:
+        _refuse_credentials((value or "").rpartition("://")[2])
         return value
 
 

@@ -40,9 +40,15 @@ class Store(Protocol):
 @asynccontextmanager
 async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
     """The store at `url` (Settings.archive_url), open for the block; it reads archives that were written down elsewhere
-    too. Touches nothing before the first put or get."""
+    too. Touches nothing before the first put or get; one that cannot be opened says so then: what needs no store goes
+    on without it."""
     async with AsyncExitStack() as stack:
-        yield _Everywhere(await stack.enter_async_context(_open(url, settings)), stack, settings)
+        store: Store
+        try:
+            store = await stack.enter_async_context(_open(url, settings))
+        except StoreError as error:
+            store = _Closed(error)
+        yield _Everywhere(store, stack, settings)
 
 
 @asynccontextmanager
@@ -56,6 +62,31 @@ async def _open(url: str, settings: Archive) -> AsyncIterator[Store]:
 
     async with open_bucket(url, settings) as store:
         yield store
+
+
+class _Closed:
+    """A Store that could not be opened."""
+
+    def __init__(self, why: StoreError) -> None:
+        self._why = why
+
+    async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
+        """Raises why."""
+        raise self._why
+
+    async def get(self, name: str) -> AsyncGenerator[bytes, None]:
+        """Raises why."""
+        if name:
+            raise self._why
+        yield b""
+
+    def url(self, name: str) -> str:
+        """Raises why."""
+        raise self._why
+
+    def name_of(self, url: str) -> str:
+        """Raises why."""
+        raise self._why
 
 
 class _Everywhere:

@@ -73,6 +73,7 @@ def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:
     return [
         *_finalize(days),
         *(Step(Kind.ADOPT, d.name, "attached, but hb_partitions does not say so", d) for d in days if _unknown(d)),
+        *(Step(Kind.ADOPT, d.name, "its archive failed, and now it is kept", d) for d in kept if _failed(d)),
         *_create(days, now, rules, oldest_kept),
         *_count(days, now, rules),
         *_archive(days, old, oldest_kept),
@@ -110,6 +111,10 @@ def _unknown(day: Day) -> bool:
     return day.state == "unknown"
 
 
+def _failed(day: Day) -> bool:
+    return day.state == "archive_failed"
+
+
 _MAY_BE_MADE = ("unknown", "active")
 
 
@@ -124,7 +129,7 @@ def _dates(day: Day) -> Iterator[date]:
 def _count(days: Sequence[Day], now: datetime, rules: Rules) -> Iterator[Step]:
     """What may have changed since it was counted last: rows arrive until the accept window has passed."""
     for day in days:
-        if not day.attached or day.detach_pending or day.start > now:
+        if not _ours(day) or day.detach_pending or day.start > now:
             continue
         if day.counted_at is None or day.counted_at <= day.end + rules.accept_past:
             yield Step(Kind.COUNT, day.name, "never counted" if day.counted_at is None else "it still changes", day)

@@ -101,6 +101,7 @@ async def test_a_table_attached_in_the_place_of_an_archived_day_does_not_replace
     await house.conn.execute(partitions.attach_statement(NAME, START, START + timedelta(days=1)))
     assert (await house.nightly()).status == "completed"
     assert len(await house.archived(OLD)) == 150
+    assert (await house.state(OLD))["row_count"] == 150  # the archive's, not the table's
     assert await partitions.present(house.conn, NAME)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from pydantic import ValidationError
 
-from nexhb import config
+from nexhb import config, partitions
+from nexhb.db import Connection
+from tests.conftest import ADMIN_KEY, StartDaemon
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,24 @@ def test_a_schedule_that_never_comes_or_is_never_the_same_is_refused(cron: str) 
     with pytest.raises(ValidationError):
         config.Jobs(nightly=cron)
     assert config.Jobs(nightly="0 3 * MAR fri", reconcile="").nightly
+
+
+async def test_a_store_that_cannot_be_opened_stops_only_what_needs_it(
+    start_daemon: StartDaemon, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile of ~/.aws that is not there fails while the client is made, before the first request.
+
+    The whole nightly run failed with it: no day made, none counted, none vacuumed. `archive list` needs no store, too.
+    """
+    monkeypatch.setenv("AWS_PROFILE", "not-there")
+    nexhb = await start_daemon(archive=config.Archive(url="s3://bucket/prefix", endpoint_url="http://127.0.0.1:9"))
+    old = partitions.name_of(datetime.now(UTC).date() - timedelta(days=95))
+    await partitions.ensure(conn, [datetime.now(UTC).date() - timedelta(days=95)])
+    async with nexhb.http.post(f"{nexhb.url}/ops/nightly", headers={"x-admin": ADMIN_KEY}) as response:
+        body = await response.json()
+    assert (response.status, body["failed_steps"]) == (500, 1)
+    assert body["counted"] > 0
+    assert "not-there" in body["reason"]
+    row = await conn.fetchrow("SELECT state, reason FROM hb_partitions WHERE partition_name = $1", old)
+    assert row is not None
+    assert row["state"] == "archive_failed"
