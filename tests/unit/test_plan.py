@@ -96,6 +96,11 @@ def test_a_failed_archive_is_tried_again() -> None:
     assert [step.reason for step in steps([failed], Kind.ARCHIVE)] == ["its last try failed"]
 
 
+def test_a_day_that_could_not_be_archived_and_is_kept_again_is_no_failure_any_more() -> None:
+    assert targets([day(3, state="archive_failed")], Kind.ADOPT) == [day(3).name]
+    assert targets([day(91, state="archive_failed")], Kind.ADOPT) == []
+
+
 def test_a_detached_day_is_on_its_way_out_whatever_its_age() -> None:
     assert targets([day(3, attached=False)], Kind.ARCHIVE) == [day(3).name]
 
