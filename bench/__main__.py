@@ -83,6 +83,7 @@ def fleet(
 
 app.command()(demo.demo)
 app.command("all")(suite.run_all)
+app.command("archive")(suite.run_archive)
 app.command()(soak.soak)
 app.command()(micro)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import resource
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 def own_cpu_s() -> float:
@@ -121,3 +125,35 @@ def memory_of(pid: int) -> Memory:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
     kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines) if key[:2] == "Vm"}
     return Memory(round(kib["VmRSS"] * 1024 / 1e6, 1), round(kib["VmHWM"] * 1024 / 1e6, 1))
+
+
+def forget_peak(pid: int) -> None:
+    """Let VmHWM begin anew, at what is resident now: a peak that falls between two looks is seen all the same."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
+
+
+class Sample(NamedTuple):
+    """Resident memory at an instant of the run."""
+
+    at_s: float
+    rss_mb: float
+
+
+@contextlib.asynccontextmanager
+async def watched(pid: int, every_s: float) -> AsyncIterator[list[Sample]]:
+    """The memory of process `pid` while the block runs, looked at so often; a look takes 0.1 ms."""
+    samples: list[Sample] = []
+    began = time.monotonic()
+
+    async def look() -> None:
+        while True:
+            samples.append(Sample(round(time.monotonic() - began, 2), memory_of(pid).rss_mb))
+            await asyncio.sleep(every_s)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield samples
+    finally:
+        looking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await looking

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from bench.report import Result, Verdict
+from bench.report import Percentiles, Result, Verdict
 from bench.trial import Trial
 
 
@@ -34,8 +34,7 @@ def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
     result = trial.result
     figures = {
         "acknowledged": f"{result.ok:,} of {result.sent:,} sent, {result.rate_per_s:,.0f}/s",
-        "latency": f"p50 {_ms(result.p50_ms)}, p95 {_ms(result.p95_ms)}, p99 {_ms(result.p99_ms)}, "
-        f"max {_ms(result.max_ms)}",
+        "latency": spread(result),
         "rows": f"{trial.check.lines[0].found:,} found, {trial.check.lines[0].expected:,} expected",
         "daemon": f"{trial.memory.rss_mb:g} MB"
         + ("" if result.server_cpu_s is None else f", {result.server_cpu_s:g} s of CPU"),
@@ -52,6 +51,11 @@ def others(*results: Result) -> dict[str, str]:
     if max(cores, default=0) <= 0.1:
         return {}
     return {"not quiet": f"up to {max(cores):.2f} cores were busy with something else"}
+
+
+def spread(of: Percentiles | Result) -> str:
+    """Latencies on a line."""
+    return f"p50 {_ms(of.p50_ms)}, p95 {_ms(of.p95_ms)}, p99 {_ms(of.p99_ms)}, max {_ms(of.max_ms)}"
 
 
 def _ms(value: float | None) -> str:

@@ -14,7 +14,7 @@ import random
 import uuid
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Final, NamedTuple, TextIO
@@ -342,6 +342,16 @@ class Schedule:
     def __len__(self) -> int:
         """How many sends are scheduled, replayed queues not counted."""
         return len(self.offset_us)
+
+    def head(self, sends: int, duration_s: float) -> Schedule:
+        """The first so many sends, which took so long."""
+        return replace(
+            self,
+            duration_s=duration_s,
+            offset_us=self.offset_us[:sends],
+            device=self.device[:sends],
+            beat_no=self.beat_no[:sends],
+        )
 
     def distinct_buckets(self) -> int:
         """How many rows a server must keep of it: one per device and bucket, queues not counted."""

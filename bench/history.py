@@ -5,6 +5,7 @@ Bodies of the simulated fleet go through the daemon's own parser and row builder
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
@@ -16,7 +17,7 @@ from nexhb import batch, db, wire
 
 _RULES: Final = wire.Rules(UNITY_PACKAGE, 10, timedelta(days=7), timedelta(minutes=5))
 # from the device's clock to the server's: a request's way
-_ON_THE_WAY: Final = timedelta(milliseconds=40)
+_ON_THE_WAY_US: Final = 40_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _ADD_LABELS: Final = """
@@ -36,11 +37,12 @@ FROM heartbeat_history ORDER BY device_no, ts DESC
 
 
 class Beat(NamedTuple):
-    """One heartbeat to be written: whose (number in the fleet), when (µs since 1970), the how-manieth."""
+    """One heartbeat to be written: whose (number in the fleet), when (µs since 1970), the how-manieth, its way."""
 
     device: int
     at_us: int
     number: int
+    way_us: int = _ON_THE_WAY_US
 
 
 def minutes_of(devices: int, beats: int, interval_s: int, end_us: int) -> Iterator[list[Beat]]:
@@ -53,6 +55,29 @@ def minutes_of(devices: int, beats: int, interval_s: int, end_us: int) -> Iterat
             Beat(device, start_us + device * interval_us // devices, beat)
             for device in range(devices)
         ]
+
+
+def lived(devices: int, beats: int, interval_s: int, start_us: int, seed: int) -> Iterator[list[Beat]]:
+    """One batch an interval from `start_us` on, every device once in it, in the order of their arrival.
+
+    Each device is up to a quarter of the interval early or late and its requests take 20 to 200 ms: what a fleet's
+    history has of chance, without which it would compress to two thirds of what it does.
+    """
+    rng = random.Random(f"nexhb lived:{seed}")
+    interval_us = interval_s * MICROS
+    quarter_us = interval_us // 4
+    phases = [rng.randrange(quarter_us, interval_us - quarter_us) for _ in range(devices)]
+    for beat in range(beats):
+        found = [
+            Beat(
+                device,
+                start_us + beat * interval_us + phase + rng.randrange(-quarter_us, quarter_us),
+                beat,
+                rng.randrange(20_000, 200_000),
+            )
+            for device, phase in enumerate(phases)
+        ]
+        yield sorted(found, key=lambda each: each.at_us + each.way_us)
 
 
 class Writer:
@@ -83,16 +108,19 @@ class Writer:
                     body_us(device, made_us, beat.number),
                     device_no=self._numbers[device.device_id],
                     device_id=device.device_id,
-                    received_at=_EPOCH + timedelta(microseconds=beat.at_us) + _ON_THE_WAY,
+                    received_at=_EPOCH + timedelta(microseconds=beat.at_us + beat.way_us),
                     rules=_RULES,
                 )
             )
         return found
 
-    async def write(self, heartbeats: Sequence[wire.Heartbeat], table: str = "device_heartbeats") -> int:
-        """Copy them in, in the order of their key, as a batch of the daemon is; how many rows."""
+    async def write(
+        self, heartbeats: Sequence[wire.Heartbeat], table: str = "device_heartbeats", *, as_they_come: bool = False
+    ) -> int:
+        """Copy them in, in the order of their key, as a batch of the daemon is; how many rows. `as_they_come`: in the
+        order that is given, as many small batches would lie."""
         await self._learn_labels(heartbeats)
-        ordered = sorted(heartbeats, key=lambda h: (h.device_no, h.bucket))
+        ordered = heartbeats if as_they_come else sorted(heartbeats, key=lambda h: (h.device_no, h.bucket))
         rows = [batch.history_row(h, self._labels[h.label]) for h in ordered]
         await self._conn.copy_records_to_table(table, records=rows, columns=batch.HISTORY_COLUMNS)
         return len(rows)

@@ -96,6 +96,15 @@ def percentiles(latencies_s: Sequence[float]) -> Percentiles:
     return Percentiles(p50, p95, p99, round(max(latencies_s) * 1e3, 3))
 
 
+def latencies_due(offset_us: Sequence[int], latency_s: Sequence[float], start_s: float, end_s: float) -> list[float]:
+    """Those of the acknowledged sends that were due within a stretch of an open loop; both sequences by send."""
+    return [
+        latency
+        for offset, latency in zip(offset_us, latency_s, strict=False)
+        if start_s <= offset / 1e6 < end_s and not math.isnan(latency)
+    ]
+
+
 # ── result ───────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -110,7 +110,67 @@ class KillScenario:
         return replace(self, duration_s=20.0)
 
 
-Scenario = OpenLoopScenario | OfflineQueryScenario | ReconnectScenario | CeilingScenario | KillScenario
+@dataclass(frozen=True, slots=True)
+class ArchiveScenario:
+    """An old day archived under a fleet's load, and another one alone, beside a pipe that does the same."""
+
+    name: str
+    title: str
+    devices: int
+    # heartbeats of each device in the old day
+    beats: int
+    interval_s: float
+    jitter_s: float
+    # load before the nightly run, for the daemon's memory and the latency without it, and after it
+    before_s: float
+    after_s: float
+    # longest that the load lasts
+    most_s: float
+    limits: tuple[Limit, ...]
+    growth: Limit
+    p99: Limit
+    ratio: Limit
+
+    def quicker(self) -> ArchiveScenario:
+        """A tenth of the day."""
+        return replace(self, beats=max(1, self.beats // 10), before_s=10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderScenario:
+    """A nightly run with a long reader in its way, under a fleet's load, and one without."""
+
+    name: str
+    title: str
+    devices: int
+    # heartbeats of each device in the old day
+    beats: int
+    # missing days ahead
+    days_made: int
+    interval_s: float
+    jitter_s: float
+    before_s: float
+    # shortest that the reader's transaction lasts; it lasts as long as the nightly run in any case
+    read_s: float
+    after_s: float
+    most_s: float
+    most_ms: float
+    limits: tuple[Limit, ...]
+
+    def quicker(self) -> ReaderScenario:
+        """Less before and after."""
+        return replace(self, before_s=2.0, after_s=1.0)
+
+
+Scenario = (
+    OpenLoopScenario
+    | OfflineQueryScenario
+    | ReconnectScenario
+    | CeilingScenario
+    | KillScenario
+    | ArchiveScenario
+    | ReaderScenario
+)
 
 STEADY_500: Final = OpenLoopScenario(
     name="1-steady-500",
@@ -206,4 +266,46 @@ DEDUP: Final = OpenLoopScenario(
     ),
 )
 
-SCENARIOS: Final[tuple[Scenario, ...]] = (STEADY_500, STEADY_2000, OFFLINE_QUERY, RECONNECT, CEILING, KILL, DEDUP)
+ARCHIVE: Final = ArchiveScenario(
+    name="archive",
+    title="a day of 2,000 devices archived, verified and dropped, under the load of scenario 2 and alone",
+    devices=2000,
+    beats=1440,
+    interval_s=60,
+    jitter_s=15,
+    before_s=30,
+    after_s=3,
+    most_s=900,
+    limits=ALL_ACKNOWLEDGED,
+    growth=Limit("growth of the daemon's memory, below 64 MB", "growth_mb", 64),
+    p99=Limit("p99 of ingest during the archive, below 50 ms", "p99_ms", 50),
+    ratio=Limit("times as long as psql | zstd | sha256sum, alone", "ratio", 2),
+)
+READER: Final = ReaderScenario(
+    name="long-reader",
+    title="2,000 devices at 60 s ± 15 s, nightly runs while somebody reads the history, and after",
+    devices=2000,
+    beats=24,
+    days_made=2,
+    interval_s=60,
+    jitter_s=15,
+    before_s=5,
+    read_s=20,
+    after_s=5,
+    most_s=300,
+    # partitions.LOCK_TIMEOUT_MS, and a margin
+    most_ms=2_500,
+    limits=ALL_ACKNOWLEDGED,
+)
+
+SCENARIOS: Final[tuple[Scenario, ...]] = (
+    STEADY_500,
+    STEADY_2000,
+    OFFLINE_QUERY,
+    RECONNECT,
+    CEILING,
+    KILL,
+    DEDUP,
+    ARCHIVE,
+    READER,
+)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -17,16 +18,20 @@ from rich.table import Table
 from bench import progress, stack
 from bench.finding import Finding
 from bench.report import Limit, Verdict, hold, write_text
-from bench.runs import ceiling, kill, offline, reconnect, steady
+from bench.runs import archive, ceiling, kill, offline, reader, reconnect, steady
 from bench.scenarios import (
+    ARCHIVE,
     SCENARIOS,
+    ArchiveScenario,
     CeilingScenario,
     KillScenario,
     OfflineQueryScenario,
     OpenLoopScenario,
+    ReaderScenario,
     ReconnectScenario,
     Scenario,
 )
+from nexhb import log
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
 _SIGNS: Final = {"at_most": "≤", "at_least": "≥"}
@@ -36,15 +41,20 @@ def run_one(scenario: Scenario) -> Finding:
     """Run a scenario by its kind."""
     match scenario:
         case OpenLoopScenario():
-            return steady.run(scenario)
+            finding = steady.run(scenario)
         case OfflineQueryScenario():
-            return offline.run(scenario)
+            finding = offline.run(scenario)
         case ReconnectScenario():
-            return reconnect.run(scenario)
+            finding = reconnect.run(scenario)
         case CeilingScenario():
-            return ceiling.run(scenario)
+            finding = ceiling.run(scenario)
         case KillScenario():
-            return kill.run(scenario)
+            finding = kill.run(scenario)
+        case ArchiveScenario():
+            finding = archive.run(scenario)
+        case ReaderScenario():
+            finding = reader.run(scenario)
+    return finding
 
 
 def run_all(
@@ -61,6 +71,23 @@ def run_all(
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
+def run_archive(
+    devices: Annotated[int, typer.Option(min=1, help="Devices of the old day, and of the load.")] = ARCHIVE.devices,
+    rows_per_device: Annotated[
+        int, typer.Option(min=1, max=2880, help="Heartbeats of each in that day.")
+    ] = ARCHIVE.beats,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+) -> None:
+    """Archive a day under load and one alone. Exit 0: every limit was kept."""
+    console = progress.console()
+    chosen = replace(ARCHIVE, devices=devices, beats=rows_per_device)
+    if chosen != ARCHIVE:
+        chosen = replace(chosen, title=f"days of {devices:,} devices, {rows_per_device:,} rows each")
+    finding = _run(chosen, out, console, quick=False)
+    write_summary(out)
+    raise typer.Exit(0 if finding.ok else 1)
+
+
 def _chosen(only: Sequence[str] | None) -> list[Scenario]:
     found = [each for each in SCENARIOS if not only or any(each.name.startswith(name) for name in only)]
     if only and not all(any(each.name.startswith(name) for each in SCENARIOS) for name in only):
@@ -70,6 +97,8 @@ def _chosen(only: Sequence[str] | None) -> list[Scenario]:
 
 def _run(scenario: Scenario, out: Path, console: Console, *, quick: bool) -> Finding:
     """Run one, say what came of it, and keep it. A daemon that fails is a broken scenario, not the end of all."""
+    # the days that a run makes are no news to whoever watches
+    log.setup("warning")
     console.print(f"\n[bold]{scenario.name}[/]  {scenario.title}", highlight=False)
     try:
         finding = run_one(scenario.quicker() if quick else scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from array import array
@@ -22,6 +23,8 @@ from bench.report import Outcome, percentiles
 # connections a device may have at once: its own, and spares while that one waits for an answer
 _PER_LANE: Final = 4
 _CONNECTING_AT_ONCE: Final = 64
+# stands for a send that is none: the first request of a connection that is opened beforehand
+_GREETING: Final = -2
 # sends between two looks at the sockets, when the generator has fallen behind
 _BURST: Final = 64
 
@@ -50,6 +53,7 @@ class OpenLoop(Sender):
         connections: int | None,
         timeout_s: float,
         alarm: Alarm,
+        until: asyncio.Event | None,
     ) -> None:
         """Prepare; a number of `connections` is shared by the devices, None gives each its own and spares."""
         super().__init__(to, timeout_s)
@@ -57,6 +61,7 @@ class OpenLoop(Sender):
         self._heads = [to.head(device) for device in fleet]
         self._plan = plan
         self._alarm = alarm
+        self._until = until
         files = raise_open_files() - 128
         self._lanes = [_Lane() for _ in range(max(1, min(connections or len(fleet), len(fleet), files)))]
         spares = max(1, min(_PER_LANE, files // len(self._lanes)))
@@ -64,6 +69,10 @@ class OpenLoop(Sender):
         # sends without an answer so far, oldest first; None while one waits for a connection
         self._inflight: dict[int, Connection | None] = {}
         self._settled = asyncio.Event()
+        # while connections are opened beforehand: how many greetings have no answer yet
+        self._opening = False
+        self._greetings = 0
+        self._all_greeted = asyncio.Event()
         self._dispatched = False
         self._start_s = 0.0
         self._base_us = 0
@@ -77,11 +86,17 @@ class OpenLoop(Sender):
         lane.connecting -= 1
         lane.open += 1
         self._made(conn)
-        self._free(conn, lane)
+        if not self._opening:
+            self._free(conn, lane)
+            return
+        self._greetings += 1
+        self._all_greeted.clear()
+        conn.send(_GREETING, self._to.greeting())
 
     def answered(self, conn: Connection, send_no: int, head: Head, deduplicated: bool) -> None:
         """Settle a send and use the connection for the next."""
         now = time.monotonic()
+        self._greeted(send_no)
         if self._inflight.pop(send_no, self) is not self:
             outcome = self.tally.outcome(head, deduplicated)
             self.log.outcome[send_no] = outcome
@@ -96,6 +111,7 @@ class OpenLoop(Sender):
         """Count the send that was on it as failed, and replace the connection if sends wait."""
         lane = self._lanes[conn.lane]
         lane.open -= 1
+        self._greeted(send_no)
         self._connections.discard(conn)
         if conn in lane.idle:
             lane.idle.remove(conn)
@@ -107,8 +123,13 @@ class OpenLoop(Sender):
     # sending
 
     async def preconnect(self) -> None:
-        """Open every lane's connection before the start; what fails is tried again by the first send."""
+        """Open every lane's connection before the start; what fails is tried again by the first send.
+
+        Each asks for something at once: a server may cut a connection on which nothing comes for a while, and some
+        devices' first send is a minute away.
+        """
         slots = asyncio.Semaphore(_CONNECTING_AT_ONCE)
+        self._opening = True
 
         async def one(lane_no: int) -> None:
             async with slots:
@@ -116,6 +137,16 @@ class OpenLoop(Sender):
                 await self._connect(lane_no)
 
         await asyncio.gather(*(one(lane_no) for lane_no in range(len(self._lanes))))
+        self._opening = False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._timeout_s if self._greetings else 0):
+                await self._all_greeted.wait()
+
+    def _greeted(self, send_no: int) -> None:
+        if send_no == _GREETING:
+            self._greetings -= 1
+            if self._greetings == 0:
+                self._all_greeted.set()
 
     async def run(self, start_s: float, base_us: int, progress: Progress | None) -> None:
         """Send all from `start_s` (monotonic) on, timestamps from `base_us`, and wait for the answers."""
@@ -131,7 +162,7 @@ class OpenLoop(Sender):
 
     async def _dispatch_all(self) -> None:
         offsets, count, at = self._plan.offset_us, len(self._plan), 0
-        while at < count:
+        while at < count and not (self._until and self._until.is_set()):
             due_us = int((time.monotonic() - self._start_s) * MICROS)
             burst_end = min(count, at + _BURST)
             while at < burst_end and offsets[at] <= due_us:
@@ -228,21 +259,23 @@ async def open_loop(
     pid: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    until: asyncio.Event | None = None,
 ) -> LoadRun:
     """Send a schedule in open loop, and its replayed queues beside it as agents do.
 
     Latencies count from the intended send times and cover the scheduled sends only. `connections` shares that
     many among the devices (default: one each, and up to three spares while it waits for an answer); they are
-    opened beforehand, `settle_s` before the start. `pid` is the server's, for its CPU time.
+    opened beforehand, `settle_s` before the start. `pid` is the server's, for its CPU time. Once `until` is set nothing
+    more is sent, and the run counts as one of what was sent by then.
     """
     async with measured_run() as alarm:
-        loop = OpenLoop(to, fleet, plan, connections=connections, timeout_s=timeout_s, alarm=alarm)
+        loop = OpenLoop(to, fleet, plan, connections=connections, timeout_s=timeout_s, alarm=alarm, until=until)
         if preconnect:
             await loop.preconnect()
             # the kernel shakes hands before the server accepts: thousands still lie in its backlog
             await asyncio.sleep(settle_s)
         base_us, before = bucket_start_us(), cost_now(pid)
-        start_s = time.monotonic()
+        start_s, began_at_s = time.monotonic(), time.time()
         agents = Agents(to, fleet, timeout_s=timeout_s, seed=seed)
         drain = asyncio.create_task(
             agents.run(arrivals_of(plan.replays), start_s, base_us, bound_s=plan.duration_s + timeout_s)
@@ -256,6 +289,8 @@ async def open_loop(
             await asyncio.gather(drain, return_exceptions=True)
             await agents.close()
             await loop.close()
+    if len(loop.log) < len(plan):
+        plan = plan.head(len(loop.log), elapsed_s)
     extra: dict[str, float | int | None] = {"expected_rows": plan.distinct_buckets()}
     if plan.replays:
         extra |= {f"replay_{key}": value for key, value in agents.figures().items()}
@@ -273,4 +308,4 @@ async def open_loop(
         late_us=loop.late_us,
         extra=extra,
     )
-    return LoadRun(result, loop.log)
+    return LoadRun(result, loop.log, began_at_s)

@@ -73,6 +73,8 @@ class LoadRun:
 
     result: Result
     sends: SendLog
+    # seconds since 1970 at its start, from which an open loop's intended times count
+    began_at_s: float = 0.0
 
 
 @contextlib.asynccontextmanager

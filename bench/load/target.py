@@ -32,6 +32,11 @@ class Target:
             "Connection: Keep-Alive\r\nUser-Agent: okhttp/4.12.0\r\nContent-Length: "
         ).encode()
 
+    def greeting(self) -> bytes:
+        """A request that any server answers, if only with a 404."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"GET /healthz HTTP/1.1\r\nHost: {host}:{self.port}\r\n\r\n".encode()
+
 
 def target(url: str) -> Target:
     """Read a base URL; anything but plain http on a loopback address is refused."""

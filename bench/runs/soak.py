@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import linear_regression, mean
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
 import typer
 import uvloop
 
 from bench import progress, stack, suite
-from bench.cost import memory_of
+from bench.cost import Sample, watched
 from bench.finding import Finding, of_trial
 from bench.fleet import make_fleet, schedule
 from bench.load import open_loop, target
@@ -30,13 +27,6 @@ _SETTLED_S: Final = 180.0
 _AVERAGED: Final = 6
 _GROWTH: Final = Limit("growth from the 3rd minute to the end, MB", "growth_mb", 5)
 _TREND: Final = Limit("the same by least squares, MB", "trend_mb", 5)
-
-
-class Sample(NamedTuple):
-    """Resident memory at an instant of the run."""
-
-    at_s: float
-    rss_mb: float
 
 
 def soak(
@@ -86,19 +76,8 @@ async def _trial(own: stack.Stack, duration_s: float, samples: list[Sample]) -> 
     fleet = make_fleet(STEADY_2000.devices, _SEED)
     scenario = replace(STEADY_2000, duration_s=duration_s)
     plan = schedule(scenario.devices, scenario.interval_s, scenario.jitter_s, duration_s, _SEED)
-    watching = asyncio.create_task(_watch(own.pid, samples))
-    try:
+    async with watched(own.pid, _EVERY_S) as seen:
         with progress.line(len(plan), "heartbeats acknowledged") as show:
             sent = await open_loop(target(own.url), fleet, plan, pid=own.pid, seed=_SEED, progress=show)
-    finally:
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
+    samples.extend(seen)
     return await examine(own, fleet, sent, scenario.limits)
-
-
-async def _watch(pid: int, samples: list[Sample]) -> None:
-    began = time.monotonic()
-    while True:
-        samples.append(Sample(round(time.monotonic() - began, 1), memory_of(pid).rss_mb))
-        await asyncio.sleep(_EVERY_S)

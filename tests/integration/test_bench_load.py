@@ -270,6 +270,52 @@ async def test_an_answer_may_come_in_pieces_and_after_a_100_continue() -> None:
     assert (run.result.ok, run.result.deduplicated, run.result.failed) == (1, 1, 0)
 
 
+async def test_a_load_that_is_told_to_end_counts_what_was_sent_by_then() -> None:
+    done, seen = asyncio.Event(), 0
+
+    async def ends_after_three(number: int) -> tuple[bytes, bool]:
+        nonlocal seen
+        seen = number + 1
+        if seen == 3:
+            done.set()
+        return answer(), True
+
+    plan = plan_of(*((100 * n, n % len(FLEET)) for n in range(600)))
+    async with raw_server(ends_after_three) as to:
+        run = await open_loop(to, FLEET, plan, timeout_s=5, settle_s=0, preconnect=False, until=done)
+    assert 3 <= run.result.sent == run.result.ok == run.result.extra["expected_rows"] == seen < 20
+    assert run.result.duration_s < 5
+    assert time.time() - 10 < run.began_at_s < time.time()
+    add_up(run)
+
+
+async def test_a_connection_that_is_opened_beforehand_has_asked_for_something_and_it_counts_as_no_send() -> None:
+    daemon = Daemon()
+    async with daemon_server(daemon) as to:
+        run = await open_loop(to, FLEET, plan_of((0, 0), (10, 1)), timeout_s=5, settle_s=0)
+    # each was answered 404, and is used all the same
+    assert (run.result.sent, run.result.ok, run.result.statuses) == (2, 2, {"200": 2})
+    assert run.result.connections_opened == len(FLEET)
+    add_up(run)
+
+
+async def test_a_greeting_without_an_answer_holds_up_the_start_no_longer_than_the_timeout() -> None:
+    async def only_posts(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if head.startswith(b"POST"):
+                    await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
+                    writer.write(answer())
+        writer.close()
+
+    server = await asyncio.start_server(only_posts, "127.0.0.1", 0)
+    async with server:
+        to = Target("127.0.0.1", server.sockets[0].getsockname()[1])
+        run = await open_loop(to, FLEET[:3], plan_of((0, 0), (10, 1)), timeout_s=0.3, settle_s=0)
+    assert run.result.ok == 2
+    add_up(run)
+
+
 async def test_what_is_recorded_is_what_the_server_got() -> None:
     daemon = Daemon()
     plan = schedule(20, 1, 0.2, 1, seed=2, duplicate_factor=3, replay_fraction=0.5, replay_queue=8)
