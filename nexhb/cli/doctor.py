@@ -1,0 +1,32 @@
+"""nexhb doctor: is all well?"""
+
+from __future__ import annotations
+
+import typer
+
+from nexhb import cli, daemon
+from nexhb import doctor as practice
+
+
+async def _visit() -> list[practice.Line]:
+    settings = cli.settings()
+    async with daemon.open_database(settings) as database:
+        conn = await database.connect(application="nexhb doctor", command_timeout_s=30, lock_timeout="5000")
+        try:
+            return await practice.examine(conn, settings, daemon.utc_now())
+        finally:
+            await conn.close(timeout=5)
+
+
+@cli.app.command()
+def doctor(as_json: cli.Json = False) -> None:
+    """A line a question, good or bad, with what mends it. Exit code 1 where one is bad: made for cron."""
+    lines = cli.run(_visit())
+    if as_json:
+        cli.show(practice.shown(lines))
+    else:
+        for line in lines:
+            typer.echo(f"{'good' if line.good else 'BAD '}  {line.name:15}  {line.said}")
+            if not line.good and line.remedy:
+                typer.echo(f"{'':23}→ {line.remedy}")
+    raise typer.Exit(0 if all(line.good for line in lines) else cli.EXIT_FAILED)

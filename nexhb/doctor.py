@@ -1,0 +1,189 @@
+"""Is all well? One line a question, good or bad, with what mends it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from nexhb import db, migrate, partitions, sql
+from nexhb.config import Settings
+from nexhb.db import Connection
+from nexhb.jobs import schedule
+from nexhb.locks import Lock
+
+_Q = sql.queries("doctor")
+
+LATE_FOR = timedelta(days=2)  # late heartbeats are carried away nightly
+DRILL_WITHIN = timedelta(days=8)
+DRIFT_MOST = 0.01
+LOCK_MOST_S = 6 * 3600
+HOT_LEAST, HOT_SAMPLE = 0.5, 10_000
+DAYS_AHEAD_LEAST = 3
+DISK_DAYS_LEAST = 7
+
+
+@dataclass(frozen=True)
+class Line:
+    """One answer."""
+
+    name: str
+    good: bool
+    said: str
+    remedy: str = ""  # a command, or where to read on
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What the doctor works with."""
+
+    conn: Connection
+    settings: Settings
+    now: datetime
+
+
+async def examine(conn: Connection, settings: Settings, now: datetime) -> list[Line]:
+    """Every line, in the order in which one would look. `now` in UTC. A question that cannot be answered is bad."""
+    visit = Visit(conn, settings, now)
+    lines: list[Line] = []
+    for name, ask in _QUESTIONS.items():
+        try:
+            lines.append(await ask(visit))
+        except Exception as error:
+            lines.append(Line(name, False, f"cannot be told: {error or type(error).__name__}", "see the daemon's log"))
+    return lines
+
+
+async def _database(visit: Visit) -> Line:
+    found = await db.unsafe_settings(visit.conn)
+    version = ".".join(map(str, visit.conn.get_server_version()[:2]))
+    if found:
+        return Line("database", False, "; ".join(one.what for one in found), "; ".join(one.remedy for one in found))
+    return Line("database", True, f"PostgreSQL {version} keeps what it commits")
+
+
+async def _schema(visit: Visit) -> Line:
+    applied, known = await visit.conn.fetchval(_Q["migrations"]), migrate.find()[-1].version
+    return Line("schema", applied == known, f"at migration {applied} of {known}", "nexhb migrate")
+
+
+async def _days_ahead(visit: Visit) -> Line:
+    attached = await partitions.attached(visit.conn)
+    ahead, day = -1, visit.now.date()
+    while any(p.covers(day) and not p.detach_pending for p in attached):
+        ahead, day = ahead + 1, day + timedelta(days=1)
+    wanted = min(DAYS_AHEAD_LEAST, visit.settings.partitions.days_ahead)
+    return Line("days ahead", ahead >= wanted, f"{max(ahead, 0)} days without a gap", "nexhb nightly")
+
+
+async def _pending(visit: Visit) -> Line:
+    names = [p.name for p in await partitions.attached(visit.conn) if p.detach_pending]
+    said = f"pending: {', '.join(names)}" if names else "none is pending"
+    return Line("detaches", not names, said, "nexhb nightly, once no long reader of device_heartbeats is left")
+
+
+async def _old_days(visit: Visit) -> Line:
+    kept = visit.now.date() - timedelta(days=visit.settings.partitions.retention_days + 1)
+    rows = await partitions.known(visit.conn)
+    old = [r for r in rows if r["present"] and not r["restored_at"] and r["range_end"].date() <= kept]
+    failed = await visit.conn.fetch(_Q["failed_days"])
+    if failed:
+        said = "; ".join(f"{row['partition_name']}: {row['reason']}" for row in failed[:3])
+        return Line(
+            "archive", False, f"{len(failed)} days could not be archived: {said}", "mend the reason; nexhb nightly"
+        )
+    return Line("archive", not old, f"{len(old)} days are older than the retention", "nexhb nightly")
+
+
+async def _late(visit: Visit) -> Line:
+    row = await visit.conn.fetchrow(_Q["late"])
+    assert row is not None  # noqa: S101 - an aggregate has one row
+    old = row["since"] is not None and visit.now - row["since"] > LATE_FOR
+    return Line("late heartbeats", not old, f"{row['rows']} wait for the nightly run", "nexhb nightly")
+
+
+def _job(name: str) -> Callable[[Visit], Awaitable[Line]]:
+    async def ask(visit: Visit) -> Line:
+        cron: str = getattr(visit.settings.jobs, name)
+        row = await visit.conn.fetchrow(_Q["last_good"], name)
+        assert row is not None  # noqa: S101 - a SELECT without FROM has one row
+        if not cron:
+            return Line(
+                name, row["good"] is not None, f"no schedule; last good run {_at(row['good'])}", f"nexhb {name}"
+            )
+        # The run that is due now may be under way: the one before it must have been good.
+        before = schedule.due_since(cron, visit.now - timedelta(hours=1), row["good"])
+        why = f" ({row['reason']})" if row["reason"] else ""
+        return Line(name, before is None, f"last good run {_at(row['good'])}{why}", f"nexhb {name}")
+
+    return ask
+
+
+async def _drill(visit: Visit) -> Line:
+    row = await visit.conn.fetchrow(_Q["drills"])
+    assert row is not None  # noqa: S101 - an aggregate has one row
+    if not row["archives"]:
+        return Line("restore drill", True, "nothing is archived yet")
+    good = row["drilled_at"] is not None and visit.now - row["drilled_at"] <= DRILL_WITHIN
+    return Line("restore drill", good, f"last good one {_at(row['drilled_at'])}", "nexhb archive verify --all")
+
+
+async def _drift(visit: Visit) -> Line:
+    row = await visit.conn.fetchrow(_Q["drift"])
+    if row is None or not row["checked"]:
+        return Line("drift", True, "nothing was checked yet")
+    good = row["wrong"] / row["checked"] <= DRIFT_MOST
+    return Line("drift", good, f"{row['wrong']} of {row['checked']} rows were wrong", "nexhb reconcile, until it is 0")
+
+
+async def _locks(visit: Visit) -> Line:
+    rows = await visit.conn.fetch(_Q["lock_holders"], int(min(Lock)), int(max(Lock)))
+    held = [f"{Lock(row['lock']).name.lower()} by pid {row['pid']} for {row['seconds']} s" for row in rows]
+    good = all(row["seconds"] <= LOCK_MOST_S for row in rows)
+    remedy = f"SELECT pg_terminate_backend({rows[0]['pid']})" if rows else ""
+    return Line("locks", good, ", ".join(held) or "nobody holds one", remedy)
+
+
+async def _hot(visit: Visit) -> Line:
+    row = await visit.conn.fetchrow(_Q["hot"])
+    if row is None or row["updates"] < HOT_SAMPLE:
+        return Line("HOT updates", True, "too few updates to tell")
+    share = row["hot"] / row["updates"]
+    return Line(
+        "HOT updates", share >= HOT_LEAST, f"{share:.0%} of device_last_status", "VACUUM FULL device_last_status"
+    )
+
+
+async def _disk(visit: Visit) -> Line:
+    if visit.settings.database.url is not None:
+        return Line("disk", True, "the database's own disk is not ours to see")
+    free = shutil.disk_usage(visit.settings.data_dir).free
+    day = await visit.conn.fetchval(_Q["day_bytes"], partitions.midnight(visit.now.date())) or 0
+    left = free / day if day else float("inf")
+    good = left >= DISK_DAYS_LEAST and db.disk_low(free, visit.settings.database.disk_reserve_bytes) is None
+    days = f", {left:,.0f} days at the present rate" if day else ""
+    return Line("disk", good, f"{free >> 30} GiB are free{days}", "make room, or shorten partitions.retention_days")
+
+
+def _at(moment: datetime | None) -> str:
+    return f"{moment:%Y-%m-%d %H:%MZ}" if moment else "never"
+
+
+_QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
+    "database": _database, "schema": _schema, "days ahead": _days_ahead, "detaches": _pending, "archive": _old_days,
+    "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"), "restore drill": _drill,
+    "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
+}  # fmt: skip
+
+
+def shown(lines: list[Line]) -> dict[str, Any]:
+    """For machines."""
+    return {
+        "good": all(line.good for line in lines),
+        "lines": [
+            {"name": line.name, "good": line.good, "said": line.said, "remedy": "" if line.good else line.remedy}
+            for line in lines
+        ],
+    }

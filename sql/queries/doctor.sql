@@ -1,0 +1,48 @@
+-- What an operator would look at, one question a query. $1 is the moment of the visit where one is needed.
+
+-- name: migrations
+SELECT max(version) AS version FROM schema_migrations;
+
+-- name: failed_days
+-- Days that could not be archived, with the reason.
+SELECT partition_name, reason, failed_at FROM hb_partitions WHERE state = 'archive_failed' ORDER BY range_start;
+
+-- name: late
+-- Late heartbeats that still wait, and since when.
+SELECT count(*) AS rows, min(received_at) AS since FROM late_heartbeats;
+
+-- name: last_good
+-- $1 job. When it last did all of its work, and what its last run said.
+SELECT (SELECT max(started_at) FROM job_runs WHERE job = $1 AND status = 'completed') AS good,
+       (SELECT reason FROM job_runs WHERE job = $1 AND status IN ('completed', 'failed')
+        ORDER BY run_no DESC LIMIT 1) AS reason;
+
+-- name: drills
+-- How many archives there are, and when one was last restored as a drill.
+SELECT count(*) AS archives, max(drilled_at) AS drilled_at
+FROM (SELECT drilled_at FROM hb_partitions WHERE archive_url IS NOT NULL
+      UNION ALL SELECT drilled_at FROM archive_supplements) a;
+
+-- name: drift
+-- Of the last reconciliation.
+SELECT (counts ->> 'checked')::bigint AS checked, (counts ->> 'wrong')::bigint AS wrong
+FROM job_runs WHERE job = 'reconcile' AND status = 'completed'
+ORDER BY run_no DESC LIMIT 1;
+
+-- name: lock_holders
+-- $1 the lowest of our lock numbers, $2 the highest. Who holds one, and for how long its connection has been busy.
+SELECT ((l.classid::bigint << 32) + l.objid::bigint) AS lock, a.pid, a.application_name,
+       extract(epoch FROM clock_timestamp() - coalesce(a.query_start, a.backend_start))::bigint AS seconds
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+  AND (l.classid::bigint << 32) + l.objid::bigint BETWEEN $1 AND $2
+ORDER BY seconds DESC;
+
+-- name: hot
+-- Of device_last_status: how many updates touched no index.
+SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relname = 'device_last_status';
+
+-- name: day_bytes
+-- $1 the start of today. The largest of the last seven closed days.
+SELECT max(pg_total_relation_size(to_regclass(quote_ident(partition_name)))) FROM hb_partitions
+WHERE range_end <= $1 AND range_end > $1 - interval '7 days' AND to_regclass(quote_ident(partition_name)) IS NOT NULL;

@@ -1,0 +1,160 @@
+"""nexhb doctor: each thing that can be wrong is said, with what mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
+
+import pytest
+from pydantic import SecretStr
+
+from nexhb import config, doctor, partitions
+from nexhb.config import Settings
+from nexhb.db import Connection
+from nexhb.doctor import Line
+from nexhb.jobs import board, runner
+from nexhb.locks import Lock, held
+from tests.integration.test_nightly import NOW, OLD, House
+
+VISIT = NOW + timedelta(minutes=30)
+
+
+async def lines(house: House, now: datetime = VISIT, **settings: object) -> dict[str, Line]:
+    """The doctor's lines by name."""
+    found = Settings(
+        data_dir=house.folder, **({"database": config.Database(url=SecretStr("postgresql://x"))} | settings)
+    )  # type: ignore[arg-type]
+    return {line.name: line for line in await doctor.examine(house.conn, found, now)}
+
+
+@pytest.fixture
+async def well(database: object, conn: Connection, tmp_path: object) -> House:
+    """A house in which all is well: its jobs have run."""
+    house = House(database, conn, tmp_path)  # type: ignore[arg-type]
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    await runner.run(house.database, board.reconcile_job(), NOW)
+    return house
+
+
+async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
+    found = await lines(well)
+    assert [line for line in found.values() if not line.good] == []
+    assert doctor.shown(list(found.values()))["good"] is True
+    assert set(found) == {
+        "database", "schema", "days ahead", "detaches", "archive", "late heartbeats", "nightly", "reconcile",
+        "restore drill", "drift", "locks", "HOT updates", "disk",
+    }  # fmt: skip
+
+
+async def a_missing_day(house: House) -> None:
+    name = partitions.name_of(NOW.date() + timedelta(days=2))
+    await house.conn.execute(f"DROP TABLE {name}")
+
+
+async def a_failed_archive(house: House) -> None:
+    await house.fill(OLD - timedelta(days=1))
+    house.store.refuse = "day-0000"
+    assert (await house.nightly()).status == "failed"
+
+
+async def an_old_day(house: House) -> None:
+    await house.fill(OLD - timedelta(days=1))
+
+
+async def a_late_heartbeat(house: House) -> None:
+    await house.conn.execute(
+        """INSERT INTO late_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong, reason)
+           VALUES ($1, $1, 1, 1, 1, false, 'dropped')""",
+        NOW - timedelta(days=3),
+    )
+
+
+async def drift(house: House) -> None:
+    await house.fill(NOW.date(), rows=5)
+    await runner.run(house.database, board.reconcile_job(), NOW)
+
+
+async def an_old_migration(house: House) -> None:
+    await house.conn.execute("DELETE FROM schema_migrations WHERE version = 3")
+
+
+async def no_drill(house: House) -> None:
+    await house.conn.execute("UPDATE hb_partitions SET drilled_at = $1", NOW - timedelta(days=9))
+
+
+async def cold_updates(house: House) -> None:
+    await house.conn.execute("SELECT pg_stat_force_next_flush()")
+    await house.conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) "
+                             "SELECT n, n::text, now(), now() FROM generate_series(1, 3000) n")  # fmt: skip
+    for hours in range(5):
+        await house.conn.execute(
+            "UPDATE device_last_status SET last_ts = last_ts + make_interval(hours => $1)", hours + 1
+        )
+    await house.conn.execute("SELECT pg_stat_force_next_flush()")
+
+
+WRONG: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
+    "a missing day": (a_missing_day, "days ahead", "nexhb nightly"),
+    "a failed archive": (a_failed_archive, "archive", "The disk is full."),
+    "an old day": (an_old_day, "archive", "nexhb nightly"),
+    "a late heartbeat": (a_late_heartbeat, "late heartbeats", "nexhb nightly"),
+    "drift": (drift, "drift", "nexhb reconcile"),
+    "an old migration": (an_old_migration, "schema", "nexhb migrate"),
+    "no drill": (no_drill, "restore drill", "archive verify"),
+    "cold updates": (cold_updates, "HOT updates", "VACUUM"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_what_is_wrong_is_said_with_what_mends_it(well: House, wrong: str) -> None:
+    plant, name, told = WRONG[wrong]
+    await plant(well)
+    found = await lines(well)
+    assert not found[name].good
+    assert told in f"{found[name].said} {found[name].remedy}"
+    others = {line.name for line in found.values() if not line.good} - {name}
+    assert others <= ({"nightly"} if wrong == "a failed archive" else set())
+
+
+async def test_jobs_that_did_not_run_are_overdue_an_hour_after_they_were_due(well: House) -> None:
+    found = await lines(well, NOW + timedelta(hours=24, minutes=30))
+    assert found["nightly"].good
+    found = await lines(well, NOW + timedelta(hours=25, minutes=30))
+    assert not found["nightly"].good
+    assert not found["reconcile"].good
+    assert "last good run 2026-06-15 03:00Z" in found["nightly"].said
+
+
+async def test_a_reader_that_keeps_a_detach_pending_and_a_lock_that_is_held_are_named(
+    well: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partitions, "LOCK_TIMEOUT_MS", 100)
+    monkeypatch.setattr(partitions, "ATTEMPTS", 1)
+    await well.fill(OLD - timedelta(days=1))
+    reader = await well.database.connect(application="a long report")
+    await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM device_heartbeats")
+    await well.nightly()
+    async with held(reader, Lock.NIGHTLY, wait=False):
+        found = await lines(well)
+    assert not found["detaches"].good
+    assert partitions.name_of(OLD - timedelta(days=1)) in found["detaches"].said
+    assert "nightly by pid" in found["locks"].said
+    await reader.close()
+
+
+async def test_a_question_that_cannot_be_answered_is_bad_and_the_others_are_asked(well: House) -> None:
+    await well.conn.execute("ALTER TABLE late_heartbeats RENAME TO gone")
+    found = await lines(well)
+    assert not found["late heartbeats"].good
+    assert "gone" in found["late heartbeats"].said or "does not exist" in found["late heartbeats"].said
+    assert found["nightly"].good
+
+
+async def test_the_disk_of_the_embedded_database_is_counted_in_days(well: House) -> None:
+    await well.fill(NOW.date() - timedelta(days=1))
+    found = await lines(well, database=config.Database())
+    assert "GiB are free, " in found["disk"].said
+    assert found["disk"].good
+    found = await lines(well, database=config.Database(disk_reserve_bytes=2**60))
+    assert not found["disk"].good
