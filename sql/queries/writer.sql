@@ -24,7 +24,8 @@ TRUNCATE hb_stage;
 
 -- name: upsert_last_status
 -- $1..$17: one array a column, sorted by device_no, each device once. Only newer wins: late data never moves
--- a status back. A revoked device stays revoked. $18 day[], $19 written[], $20 deduplicated[]: the ledger, in the same
+-- a status back, unless it lies further ahead than any device's clock may be (ingest.accept_future is a day at most):
+-- then a daemon's clock was wrong, and nothing would be newer until then. A revoked device stays revoked. $18 day[], $19 written[], $20 deduplicated[]: the ledger, in the same
 -- transaction. Answers how many rows were written, and this transaction's id.
 WITH ledger AS (
     INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
@@ -58,7 +59,7 @@ written AS (
         agent_version = excluded.agent_version,
         clock_wrong = excluded.clock_wrong,
         status = CASE s.status WHEN 'revoked' THEN 'revoked' ELSE 'ok' END
-    WHERE excluded.last_ts > s.last_ts
+    WHERE excluded.last_ts > s.last_ts OR s.last_ts > excluded.received_at + interval '25 hours'
     RETURNING 1
 )
 SELECT count(*) AS written, pg_current_xact_id()::text AS xid FROM written;

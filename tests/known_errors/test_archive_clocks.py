@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nexhb.db import Connection, Database
 from nexhb.jobs import runner
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import due_since
+from tests.conftest import StartDaemon
 from tests.integration.test_jobs import job
 
 NOW = datetime(2026, 6, 15, 12, 0, tzinfo=UTC)
@@ -50,3 +52,18 @@ async def test_a_run_of_a_clock_that_was_ahead_does_not_stop_the_schedule(databa
     assert due is not None
     assert (await runner.run(database, job(), NOW, unless_since=due)).status == "completed"
     assert (await runner.run(database, job(), NOW, unless_since=due)).reason == "already_ran"
+
+
+async def test_a_status_of_a_clock_that_was_ahead_gives_way(start_daemon: StartDaemon, now: datetime) -> None:
+    """A heartbeat that a daemon 200 days ahead had taken was its device's last status for 200 days.
+
+    Only newer wins, and nothing was: the device was online however long it was silent. What no clock of a device may
+    say is not believed.
+    """
+    wrong = await start_daemon(now=now + timedelta(days=200))
+    agent = await wrong.agent()
+    assert (await agent.send(now)).status == 200
+    right = await start_daemon()
+    assert (await replace(agent, nexhb=right).send(now)).status == 200
+    [row] = await right.rows("SELECT last_ts, clock_wrong FROM device_last_status")
+    assert (row["last_ts"], row["clock_wrong"]) == (now, False)
