@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from nexhb import config, doctor, partitions
 from nexhb.config import Settings
-from nexhb.db import Connection
+from nexhb.db import Connection, Database
 from nexhb.doctor import Line
 from nexhb.jobs import board, runner
 from nexhb.locks import Lock, held
 from tests.integration.test_nightly import NOW, OLD, House
 
+ELSEWHERE = config.Database(url=SecretStr("postgresql://x"))
 VISIT = NOW + timedelta(minutes=30)
 
 
-async def lines(house: House, now: datetime = VISIT, **settings: object) -> dict[str, Line]:
+async def lines(house: House, now: datetime = VISIT, of: config.Database = ELSEWHERE) -> dict[str, Line]:
     """The doctor's lines by name."""
-    found = Settings(
-        data_dir=house.folder, **({"database": config.Database(url=SecretStr("postgresql://x"))} | settings)
-    )  # type: ignore[arg-type]
-    return {line.name: line for line in await doctor.examine(house.conn, found, now)}
+    settings = Settings(data_dir=house.folder, database=of)
+    return {line.name: line for line in await doctor.examine(house.conn, settings, now)}
 
 
 @pytest.fixture
-async def well(database: object, conn: Connection, tmp_path: object) -> House:
+async def well(database: Database, conn: Connection, tmp_path: Path) -> House:
     """A house in which all is well: its jobs have run."""
-    house = House(database, conn, tmp_path)  # type: ignore[arg-type]
+    house = House(database, conn, tmp_path)
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
     await runner.run(house.database, board.reconcile_job(), NOW)
@@ -153,8 +153,8 @@ async def test_a_question_that_cannot_be_answered_is_bad_and_the_others_are_aske
 
 async def test_the_disk_of_the_embedded_database_is_counted_in_days(well: House) -> None:
     await well.fill(NOW.date() - timedelta(days=1))
-    found = await lines(well, database=config.Database())
+    found = await lines(well, of=config.Database())
     assert "GiB are free, " in found["disk"].said
     assert found["disk"].good
-    found = await lines(well, database=config.Database(disk_reserve_bytes=2**60))
+    found = await lines(well, of=config.Database(disk_reserve_bytes=2**60))
     assert not found["disk"].good
