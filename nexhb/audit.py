@@ -43,15 +43,15 @@ async def audit(conn: Connection, day: date) -> Audit:
         row = await conn.fetchrow(_Q["day"], midnight(day))
         if row is None:
             raise BadInput(f"There is no day {day}.", hint="`nexhb partitions` lists them.")
-        # While its table is there, the table counts: what is archived of it is the same rows.
+        # While its table is there, the table counts: what is archived of it, supplements too, is the same rows.
         in_table = await partitions.count(conn, row["partition_name"]) if row["present"] else 0
-        archived = 0 if row["present"] else row["row_count"] or 0
+        archived = 0 if row["present"] else (row["row_count"] or 0) + row["supplements"]
     return Audit(
         partition=row["partition_name"],
         state=row["state"],
         written=row["written"] or 0,
         deduplicated=row["deduplicated"] or 0,
         in_table=in_table,
-        in_archive=archived + row["supplements"],
+        in_archive=archived,
         late=row["late"],
     )

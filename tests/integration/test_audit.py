@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import orjson
 import pytest
 
 from nexhb import partitions
+from nexhb.archive import catalog, restore
+from nexhb.archive.file import FolderStore
 from nexhb.audit import audit
 from nexhb.db import Connection
 from nexhb.errors import BadInput
@@ -89,6 +92,19 @@ async def test_the_ledger_holds_through_archive_late_heartbeats_and_supplement(
     await run_nightly(nexhb)
     found = await audit(conn, made.date())
     assert (found.written, found.deduplicated, found.missing) == (4, 2, 0)
+
+
+async def test_a_restored_day_has_no_row_twice(nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path) -> None:
+    agent, made = await nexhb.agent(), now - BACK
+    assert (await agent.send(made)).status == 200
+    await gone(nexhb, conn, made)
+    await run_nightly(nexhb)
+    assert (await agent.send(made + timedelta(minutes=1))).status == 200
+    await run_nightly(nexhb)  # the second is in a supplement now
+    store = FolderStore(tmp_path / "archive", timeout_s=30)
+    assert await restore.restore_day(conn, store, await catalog.find(conn, made.date()), now) == 2
+    found = await audit(conn, made.date())
+    assert (found.written, found.in_table, found.in_archive, found.missing) == (2, 2, 0, 0)
 
 
 async def test_closed_days_are_folded_into_one_row(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
