@@ -170,11 +170,16 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _suffixed(name: str, suffix: str) -> str:
+    """A name made of a table's that ends so still where PostgreSQL cuts it, at 63 bytes."""
+    return name.encode()[: 63 - len(suffix)].decode(errors="ignore") + suffix
+
+
 def create_statement(name: str) -> str:
     """A day's table, beside the parent."""
     return f"""
         CREATE TABLE {quoted(name)} (LIKE {PARENT} INCLUDING ALL);
-        CREATE UNIQUE INDEX {quoted(name + "_key")} ON {quoted(name)} (device_no, bucket);
+        CREATE UNIQUE INDEX {quoted(_suffixed(name, "_key"))} ON {quoted(name)} (device_no, bucket);
     """
 
 
@@ -243,7 +248,7 @@ async def _seal(conn: Connection, name: str, start: datetime, end: datetime) -> 
         await conn.execute(f"LOCK TABLE {quoted(name)} IN ACCESS EXCLUSIVE MODE")
         merged = await _merge(conn, name, start, end)
         await conn.execute(
-            f"ALTER TABLE {quoted(name)} ADD CONSTRAINT {quoted(name + '_sealed')} CHECK (false) NOT VALID"
+            f"ALTER TABLE {quoted(name)} ADD CONSTRAINT {quoted(_suffixed(name, '_sealed'))} CHECK (false) NOT VALID"
         )
     return merged
 
@@ -301,7 +306,7 @@ async def is_sealed(conn: Connection, name: str) -> bool:
 
 async def unseal(conn: Connection, name: str) -> None:
     """Let a detached day's table take rows again. Inside the caller's transaction."""
-    await conn.execute(f"ALTER TABLE {quoted(name)} DROP CONSTRAINT IF EXISTS {quoted(name + '_sealed')}")
+    await conn.execute(f"ALTER TABLE {quoted(name)} DROP CONSTRAINT IF EXISTS {quoted(_suffixed(name, '_sealed'))}")
 
 
 async def drop(conn: Connection, name: str, now: datetime) -> None:

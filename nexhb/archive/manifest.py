@@ -77,9 +77,15 @@ def decode(raw: bytes) -> Manifest:
 
 def object_name(partition: str, kind: str, number: int, sha256: str) -> str:
     """The name of an object, by what is in it."""
-    return f"{partition}/{kind}-{number:04d}-{sha256[:16]}.csv.zst"
+    return f"{_folder(partition)}/{kind}-{number:04d}-{sha256[:16]}.csv.zst"
 
 
 def manifest_name(partition: str, kind: str, sha256: str) -> str:
     """The name of a manifest, by what is in it."""
-    return f"{partition}/{kind}-manifest-{sha256[:16]}.json"
+    return f"{_folder(partition)}/{kind}-manifest-{sha256[:16]}.json"
+
+
+def _folder(partition: str) -> str:
+    """A table may have any name; a folder has one part, and is not hidden. What is in it says whose it is."""
+    name = partition.replace("/", "_")
+    return f"_{name}" if name.startswith(".") else name

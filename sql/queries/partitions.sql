@@ -5,7 +5,8 @@
 SELECT c.relname AS name,
        pg_get_expr(c.relpartbound, c.oid) AS bounds,
        i.inhdetachpending AS detach_pending,
-       EXISTS (SELECT FROM pg_constraint s WHERE s.conrelid = c.oid AND s.conname = c.relname || '_sealed') AS sealed
+       EXISTS (SELECT FROM pg_constraint s
+               WHERE s.conrelid = c.oid AND s.contype = 'c' AND s.conname LIKE '%\_sealed') AS sealed
 FROM pg_inherits i
 JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'device_heartbeats'::regclass
@@ -85,7 +86,7 @@ SELECT EXISTS (SELECT FROM pg_inherits
 -- name: is_sealed
 -- $1 name.
 SELECT EXISTS (SELECT FROM pg_constraint
-               WHERE conrelid = to_regclass(quote_ident($1)) AND conname = $1 || '_sealed');
+               WHERE conrelid = to_regclass(quote_ident($1)) AND contype = 'c' AND conname LIKE '%\_sealed');
 
 -- name: blockers
 -- Who holds or has seen device_heartbeats for so long that a detach waits for it.

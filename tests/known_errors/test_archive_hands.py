@@ -209,3 +209,22 @@ async def test_a_spool_without_room_fails_the_day_and_leaves_nothing(
     assert run.counts["created"] > 0
     assert (await house.nightly()).counts["dropped"] == 1
     assert list((house.folder / "spool").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["p" * 63, "é" * 31, "a/b", "..", ".hidden/x"])
+async def test_a_partition_may_have_any_name(house: House, name: str) -> None:
+    """Somebody's own name of a partition: as long as PostgreSQL takes, or none that a folder may have.
+
+    The seal's name was cut, and its writers' errors were not known for what they are; a slash made the archive's
+    objects lie elsewhere than its manifest said. Such a day was kept, and failed every night.
+    """
+    await house.conn.execute(f"CREATE TABLE {partitions.quoted(name)} (LIKE device_heartbeats INCLUDING ALL)")
+    await house.conn.execute(f"CREATE UNIQUE INDEX ON {partitions.quoted(name)} (device_no, bucket)")
+    await house.conn.execute(partitions.attach_statement(name, START, START + timedelta(days=1)))
+    await house.fill(OLD)
+    before = await house.rows(OLD)
+    await house.killed_at("recorded")
+    assert (await house.nightly()).counts["dropped"] == 1
+    assert len(await house.archived(OLD)) == 150
+    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
+    assert await house.rows(OLD) == before
