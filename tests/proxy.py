@@ -1,12 +1,25 @@
-"""A TCP proxy before PostgreSQL's socket that can be told to misbehave."""
+"""A TCP proxy that can be told to misbehave: before PostgreSQL's socket, or before anything else that listens."""
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import socket
+import struct
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+_CHUNK = 65_536
+
+
+class Way(enum.Enum):
+    """Which way a message goes."""
+
+    THERE = "there"
+    BACK = "back"
 
 
 class Trick(enum.Enum):
@@ -18,27 +31,29 @@ class Trick(enum.Enum):
     HANG = "hang"  # it arrives nowhere, and the line stays open
 
 
-class Proxy:
-    """Between a daemon and PostgreSQL."""
+class Line(NamedTuple):
+    """One connection through a relay."""
 
-    def __init__(self, dsn: str) -> None:
-        parts = urlsplit(dsn)
-        self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
-        self._user, self._database = parts.username, parts.path.lstrip("/")
-        self.trick = Trick.NONE
-        self.played = asyncio.Event()
-        self.refusing = False
+    ends: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+    deaf: asyncio.Event  # set: what comes back is thrown away, and the line cut
+
+
+class Relay:
+    """Between somebody who connects and somebody who listens; `_open` says who that is."""
+
+    def __init__(self) -> None:
         self.port = 0
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.refusing = False
+        self.delay_s = 0.0  # for each piece, either way
+        self.half: set[Way] = set()  # of the next message that way half arrives, and the line is cut
+        self.played = asyncio.Event()
+        self._passing = asyncio.Event()
+        self._passing.set()
+        self._lines: set[Line] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def dsn(self) -> str:
-        """The way through the proxy."""
-        return f"postgresql://{self._user}@127.0.0.1:{self.port}/{self._database}?sslmode=disable"
-
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[Proxy]:
+    async def serving(self) -> AsyncIterator[Self]:
         """Listen for the block."""
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
@@ -53,11 +68,26 @@ class Proxy:
 
     def cut(self) -> None:
         """Cut every line."""
-        for writer in list(self._writers):
-            writer.transport.abort()
+        for line in list(self._lines):
+            _abort(line)
+
+    def reset(self) -> None:
+        """Cut every line with a RST, which throws away what was on its way."""
+        for line in list(self._lines):
+            for end in line.ends:
+                with suppress(OSError):
+                    end.get_extra_info("socket").setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+            _abort(line)
+
+    def deafen(self) -> None:
+        """What is sent now arrives, and what is answered does not: each line is cut when an answer comes."""
+        for line in self._lines:
+            line.deaf.set()
 
     def take_away(self) -> None:
-        """The database is gone: lines cut, new ones refused."""
+        """Who listens is gone: lines cut, new ones refused."""
         self.refusing = True
         self.cut()
 
@@ -65,46 +95,107 @@ class Proxy:
         """It is there again."""
         self.refusing = False
 
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """For the block nothing passes, and no line is cut."""
+        self._passing.clear()
+        try:
+            yield
+        finally:
+            self._passing.set()
+
+    def heal(self) -> None:
+        """Nothing is wrong any more with what is sent from now on."""
+        self.refusing, self.delay_s = False, 0.0
+        self.half.clear()
+        self._passing.set()
+
+    async def _open(self) -> Streams:
+        """A connection to who listens."""
+        raise NotImplementedError
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refusing:
             writer.transport.abort()
             return
-        to_reader, to_writer = await asyncio.open_unix_connection(self._socket)
-        self._writers |= {writer, to_writer}
-        swallow = asyncio.Event()
+        try:
+            to_reader, to_writer = await self._open()
+        except OSError:
+            writer.transport.abort()
+            return
+        line = Line((writer, to_writer), asyncio.Event())
+        self._lines.add(line)
         pair = [
-            asyncio.create_task(self._forward(reader, to_writer, swallow)),
-            asyncio.create_task(self._back(to_reader, writer, swallow)),
+            asyncio.create_task(self._forward(reader, to_writer, line, Way.THERE)),
+            asyncio.create_task(self._forward(to_reader, writer, line, Way.BACK)),
         ]
         self._tasks.update(pair)
         try:
             await asyncio.wait(pair, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in (writer, to_writer):
-                one.transport.abort()
-                self._writers.discard(one)
+            self._lines.discard(line)
+            _abort(line)
             for task in pair:
                 task.cancel()
                 self._tasks.discard(task)
 
-    async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, swallow: asyncio.Event
-    ) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Line, way: Way) -> None:
+        """Pass on until somebody closes, or until the line is to be cut."""
         with suppress(ConnectionError):
-            while data := await reader.read(65536):
-                if b"COMMIT;" in data and self.trick is not Trick.NONE:
-                    trick, self.trick = self.trick, Trick.NONE
+            while data := await reader.read(_CHUNK):
+                await self._passing.wait()
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                if not await self._look(data, line, way):
+                    return
+                if way in self.half:
+                    self.half.discard(way)
+                    writer.write(data[: max(1, len(data) // 2)])
+                    await writer.drain()
                     self.played.set()
-                    if trick is Trick.CUT_BEFORE:
-                        return
-                    if trick is Trick.HANG:
-                        await asyncio.sleep(60)
-                    swallow.set()
-                writer.write(data)
-
-    async def _back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, swallow: asyncio.Event) -> None:
-        with suppress(ConnectionError):
-            while data := await reader.read(65536):
-                if swallow.is_set():
                     return
                 writer.write(data)
+
+    async def _look(self, _data: bytes, line: Line, way: Way) -> bool:
+        """Whether the piece may pass; else the line is cut."""
+        return way is Way.THERE or not line.deaf.is_set()
+
+
+class Proxy(Relay):
+    """Between a daemon and PostgreSQL."""
+
+    def __init__(self, dsn: str) -> None:
+        super().__init__()
+        parts = urlsplit(dsn)
+        self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
+        self._user, self._database = parts.username, parts.path.lstrip("/")
+        self.trick = Trick.NONE
+
+    @property
+    def dsn(self) -> str:
+        """The way through the proxy."""
+        return f"postgresql://{self._user}@127.0.0.1:{self.port}/{self._database}?sslmode=disable"
+
+    def heal(self) -> None:
+        """See Relay."""
+        super().heal()
+        self.trick = Trick.NONE
+
+    async def _open(self) -> Streams:
+        return await asyncio.open_unix_connection(self._socket)
+
+    async def _look(self, data: bytes, line: Line, way: Way) -> bool:
+        if way is Way.THERE and b"COMMIT;" in data and self.trick is not Trick.NONE:
+            trick, self.trick = self.trick, Trick.NONE
+            self.played.set()
+            if trick is Trick.CUT_BEFORE:
+                return False
+            if trick is Trick.HANG:
+                await asyncio.sleep(60)
+            line.deaf.set()
+        return await super()._look(data, line, way)
+
+
+def _abort(line: Line) -> None:
+    for end in line.ends:
+        end.transport.abort()

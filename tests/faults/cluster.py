@@ -1,0 +1,157 @@
+"""A PostgreSQL of a run's own, on a small disk of its own where that can be had; its postmaster is started again
+whenever it ends, as an init system would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import asyncpg
+
+from nexhb import embedded, migrate
+from nexhb.daemon import utc_now
+from nexhb.db import Database
+from nexhb.errors import NexhbError
+from tests.faults.guard import Guard
+from tests.faults.processes import ended
+
+DISK = "768m"
+START_S = 60.0
+
+
+class Cluster:
+    """A running PostgreSQL."""
+
+    def __init__(self, folder: Path, guard: Guard, *, small_disk: bool) -> None:
+        self._data_dir = folder / "data"
+        self.small_disk = small_disk
+        self._ballast = folder / "ballast"
+        self._server = embedded.start(self._data_dir)
+        self._guard = guard
+        guard.tell("postmaster", self._server.pgdata)
+        self.dsn = self._server.dsn
+        self.starts = 1
+        self._may_start = asyncio.Event()
+        self._may_start.set()
+        self.up = asyncio.Event()
+        self.up.set()
+
+    @property
+    def pid(self) -> int:
+        """The postmaster; 0 where there is none."""
+        with suppress(OSError, ValueError, IndexError):
+            return int((self._server.pgdata / "postmaster.pid").read_text().splitlines()[0])
+        return 0
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[Cluster]:
+        """For the block it is started whenever it is not there."""
+        keeper = asyncio.create_task(self._keep())
+        try:
+            yield self
+        finally:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+            await asyncio.to_thread(self._server.stop)
+
+    def kill(self) -> None:
+        """SIGKILL the postmaster; its children notice it by themselves."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """A fast stop, and no start until `may_start`."""
+        self._may_start.clear()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGINT)
+
+    def may_start(self) -> None:
+        """It may come back."""
+        self._may_start.set()
+
+    async def backend(self) -> int:
+        """A backend of the daemon's writer; 0 where there is none."""
+        with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+            conn = await asyncpg.connect(self.dsn, timeout=3, command_timeout=3)
+            try:
+                query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb writer' LIMIT 1"
+                return int(await conn.fetchval(query) or 0)
+            finally:
+                conn.terminate()
+        return 0
+
+    def fill_disk(self) -> None:
+        """Not a byte is left."""
+        file = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        for block in (b"\0" * (1 << 24), b"\0" * (1 << 12)):
+            with suppress(OSError):
+                while os.write(file, block) == len(block):
+                    pass
+        os.close(file)
+
+    def free_disk(self) -> None:
+        """There is room again."""
+        self._ballast.unlink(missing_ok=True)
+
+    async def _keep(self) -> None:
+        while True:
+            if pid := self.pid:
+                await ended(pid)
+            self.up.clear()
+            await self._may_start.wait()
+            with suppress(NexhbError, OSError):
+                await asyncio.to_thread(self._server.stop)
+                self._server = await asyncio.to_thread(embedded.start, self._data_dir, start_timeout_s=START_S)
+                self.starts += 1
+                self.up.set()
+                continue
+            await asyncio.sleep(0.2)  # the disk is full
+
+
+@asynccontextmanager
+async def running(guard: Guard) -> AsyncIterator[Cluster]:
+    """A cluster for the block, with nexhb's schema."""
+    folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
+    guard.tell("folder", folder)
+    small = await asyncio.to_thread(_mount, folder)
+    if small:
+        guard.tell("mount", folder)
+    cluster = await asyncio.to_thread(Cluster, folder, guard, small_disk=small)
+    async with cluster.kept():
+        conn = await Database(cluster.dsn).connect(application="faults")
+        await migrate.migrate(conn, utc_now())
+        await conn.close()
+        yield cluster
+
+
+def _mount(folder: Path) -> bool:
+    """A disk that can be filled; only root can have one."""
+    folder.chmod(0o711)  # as root, PostgreSQL's own user must pass
+    if os.geteuid() != 0:
+        return False
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=711", "nexhb-faults", folder],
+        check=False,
+        capture_output=True,
+    )
+    return done.returncode == 0
+
+
+async def until_up(cluster: Cluster, bound_s: float) -> float:
+    """Wait until it takes connections; the seconds. Raises TimeoutError."""
+    began = time.monotonic()
+    async with asyncio.timeout(bound_s):
+        while True:
+            await cluster.up.wait()
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                conn = await asyncpg.connect(cluster.dsn, timeout=3)
+                conn.terminate()
+                return time.monotonic() - began
+            await asyncio.sleep(0.05)

@@ -1,0 +1,126 @@
+"""Processes that end, stand still, or are there twice; and the disk below them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+
+import asyncpg
+
+from tests.faults.cluster import Cluster
+from tests.faults.daemon import Daemon
+from tests.faults.nemesis import Fault, Kind, Unable
+from tests.faults.tables import held_up
+from tests.faults.world import World
+
+READY_S = 15.0  # what the next fault on the lane waits for; whether it is ready in the end is checked behind the run
+
+
+async def _kill(world: World, _fault: Fault) -> None:
+    await _hit(world.daemons[0], signal.SIGKILL)
+
+
+async def _kill_in_transaction(world: World, fault: Fault) -> None:
+    async with held_up(world, "device_last_status", fault.lasts_s):
+        if not world.daemons[0].send_signal(signal.SIGKILL):
+            raise Unable("the daemon does not run")
+    await world.daemons[0].comes_back(READY_S)
+
+
+async def _freeze(world: World, fault: Fault) -> None:
+    daemon = world.daemons[0]
+    if not daemon.send_signal(signal.SIGSTOP):
+        raise Unable("the daemon does not run")
+    try:
+        await asyncio.sleep(fault.lasts_s)
+    finally:
+        daemon.send_signal(signal.SIGCONT)
+
+
+async def _stop(world: World, _fault: Fault) -> None:
+    await _hit(world.daemons[0], signal.SIGTERM)
+
+
+async def _stop_in_transaction(world: World, fault: Fault) -> None:
+    async with held_up(world, "device_last_status", fault.lasts_s):
+        if not world.daemons[0].send_signal(signal.SIGTERM):
+            raise Unable("the daemon does not run")
+        await asyncio.sleep(fault.lasts_s / 2)
+    await world.daemons[0].comes_back(READY_S)
+
+
+async def _hit(daemon: Daemon, number: signal.Signals) -> None:
+    if not daemon.send_signal(number):
+        raise Unable("the daemon does not run")
+    await daemon.comes_back(READY_S)
+
+
+async def _second(world: World, fault: Fault) -> None:
+    """Both take heartbeats, also one that a device has sent to the other."""
+    second = world.daemons[1]
+    second.want()
+    try:
+        await second.ready(READY_S)
+        await asyncio.sleep(fault.lasts_s)
+    finally:
+        await second.stop(signal.SIGKILL if fault.dice < 0.5 else signal.SIGTERM)
+
+
+def _cluster(world: World) -> Cluster:
+    assert world.cluster is not None  # such kinds are drawn only where there is one
+    return world.cluster
+
+
+async def _kill_backend(world: World, _fault: Fault) -> None:
+    """PostgreSQL takes it for a crash and starts anew, with every other backend."""
+    if not (pid := await _cluster(world).backend()):
+        raise Unable("the writer has no backend")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    await world.daemons[0].ready(READY_S)
+
+
+async def _kill_postmaster(world: World, _fault: Fault) -> None:
+    _cluster(world).kill()
+    await world.daemons[0].ready(READY_S)
+
+
+async def _restart(world: World, fault: Fault) -> None:
+    cluster = _cluster(world)
+    cluster.stop()
+    try:
+        await asyncio.sleep(fault.lasts_s)
+    finally:
+        cluster.may_start()
+    await world.daemons[0].ready(READY_S)
+
+
+async def _fill_disk(world: World, fault: Fault) -> None:
+    """The tables cannot grow; with the next segment of the WAL due, PostgreSQL panics and cannot recover either."""
+    cluster = _cluster(world)
+    try:
+        await asyncio.to_thread(cluster.fill_disk)
+        if fault.dice < 0.5:
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+                async with world.connection() as conn:
+                    await conn.execute("SELECT pg_switch_wal()")
+        await asyncio.sleep(fault.lasts_s)
+    finally:
+        cluster.free_disk()
+    await world.daemons[0].ready(READY_S)
+
+
+KINDS = (
+    Kind("daemon killed", "processes", (0.8, 1.2), _kill, weight=2),
+    Kind("daemon killed in mid-transaction", "processes", (0.3, 1.0), _kill_in_transaction),
+    Kind("daemon frozen", "processes", (0.3, 5.0), _freeze),
+    Kind("daemon stopped in order", "processes", (0.8, 1.2), _stop),
+    Kind("daemon stopped in mid-transaction", "processes", (0.5, 2.0), _stop_in_transaction),
+    Kind("two daemons at once", "processes", (0.5, 2.5), _second),
+    Kind("backend killed", "processes", (0.5, 1.0), _kill_backend, own_cluster=True),
+    Kind("postmaster killed", "processes", (1.0, 1.5), _kill_postmaster, own_cluster=True),
+    Kind("database restarted", "processes", (0.2, 4.0), _restart, own_cluster=True),
+    Kind("disk full", "processes", (0.5, 2.5), _fill_disk, own_cluster=True, small_disk=True),
+)

@@ -1,0 +1,52 @@
+"""What others do in the database meanwhile: locks, an operator's pg_terminate_backend, jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+from tests.faults.nemesis import Fault, Kind, Unable
+from tests.faults.tables import held_up
+from tests.faults.world import World
+
+Act = Callable[[World, Fault], Awaitable[None]]
+
+
+def _locked(table: Callable[[], str]) -> Act:
+    async def act(world: World, fault: Fault) -> None:
+        async with held_up(world, table(), fault.lasts_s):
+            await asyncio.sleep(fault.lasts_s)
+
+    return act
+
+
+def _day() -> str:
+    """The day that most of the devices' clocks are in now."""
+    return f"device_heartbeats_{datetime.now(UTC):%Y%m%d}"
+
+
+async def _terminate(world: World, fault: Fault) -> None:
+    """The writer's backend, while it waits within its transaction."""
+    async with held_up(world, "device_last_status", fault.lasts_s) as backends, world.connection() as conn:
+        if not backends:
+            raise Unable("no writer in a transaction")
+        for pid in backends:
+            await conn.execute("SELECT pg_terminate_backend($1)", pid)
+
+
+def _called(path: str) -> Act:
+    async def act(world: World, _fault: Fault) -> None:
+        if not await world.daemons[0].post(path):
+            raise Unable("the daemon did not answer")
+
+    return act
+
+
+KINDS = (
+    Kind("last status locked", "tables", (0.3, 5.0), _locked(lambda: "device_last_status")),
+    Kind("the day's partition locked", "tables", (0.3, 5.0), _locked(_day)),
+    Kind("backend terminated in mid-transaction", "tables", (0.5, 1.0), _terminate, weight=3),
+    Kind("nightly run", "tables", (0.5, 1.0), _called("/ops/nightly")),
+    Kind("reconciliation", "tables", (0.2, 0.5), _called("/ops/reconcile")),
+)

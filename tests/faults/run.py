@@ -1,0 +1,113 @@
+"""One seed: devices send, the nemesis works, all is healed, the devices drain, everything is read once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.faults import kinds_lines, kinds_processes, kinds_tables
+from tests.faults.check import Violation, check
+from tests.faults.cluster import until_up
+from tests.faults.nemesis import Kind, Struck, schedule, unleash
+from tests.faults.record import What
+from tests.faults.world import World
+
+KINDS: tuple[Kind, ...] = (*kinds_processes.KINDS, *kinds_lines.KINDS, *kinds_tables.KINDS)
+FIRST_S = 60.0  # for the first start
+READY_S = 15.0  # from the healing until the daemon can commit
+DRAIN_S = 30.0  # and from then until no device holds anything
+LOOK_S = 0.02
+_SETTLED = ("hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total", "nexhb_heartbeats_failed_total")
+
+
+@dataclass
+class Outcome:
+    """What came of one seed."""
+
+    seed: int
+    seconds: float = 0.0  # of faults
+    struck: list[Struck] = field(default_factory=list)
+    violations: list[Violation] = field(default_factory=list)
+    counts: Counter[What] = field(default_factory=Counter)
+    ready_s: float = 0.0
+    drained_s: float = 0.0
+    starts: int = 0  # of daemons
+    ended_by_itself: list[int] = field(default_factory=list)
+
+    def count(self, what: str) -> int:
+        """Violations by their word."""
+        return sum(one.what == what for one in self.violations)
+
+
+def possible(world: World, kinds: Sequence[Kind]) -> list[Kind]:
+    """The kinds that can be carried out here."""
+    cluster = world.cluster
+    return [
+        kind
+        for kind in kinds
+        if (cluster is not None or not kind.own_cluster) and (not kind.small_disk or (cluster and cluster.small_disk))
+    ]
+
+
+async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> Outcome:
+    """The whole of it."""
+    outcome = Outcome(world.seed)
+    if await world.daemons[0].ready(FIRST_S) is None:
+        return _stuck(outcome, f"the daemon was not ready within {FIRST_S:.0f} s of its first start")
+    began = time.monotonic()
+    outcome.struck = await unleash(world, schedule(world.seed, possible(world, kinds), seconds))
+    outcome.seconds = time.monotonic() - began
+    await _heal(world, outcome)
+    if not outcome.violations:
+        await _counters(world, outcome)
+    for daemon in world.daemons:
+        code = await daemon.stop(signal.SIGTERM)
+        if code != 0:
+            _stuck(outcome, f"the daemon was told to stop and ended with {code}")
+    outcome.violations += await check(world)
+    outcome.counts = world.record.counts
+    outcome.starts = sum(daemon.starts for daemon in world.daemons)
+    outcome.ended_by_itself = [code for daemon in world.daemons for code in daemon.ended_by_itself]
+    return outcome
+
+
+def _stuck(outcome: Outcome, why: str) -> Outcome:
+    outcome.violations.append(Violation("stuck", -1, None, why))
+    return outcome
+
+
+async def _heal(world: World, outcome: Outcome) -> None:
+    """Nothing is broken any more; everything must come back by itself, within its bound."""
+    for relay in (world.front, *world.proxies):
+        relay.heal()
+    if world.cluster is not None:
+        await until_up(world.cluster, FIRST_S)
+    for kiosk in world.kiosks:
+        kiosk.stop_making()
+    ready_s = await world.daemons[0].ready(READY_S)
+    if ready_s is None:
+        _stuck(outcome, f"the daemon was not ready within {READY_S:.0f} s of the healing")
+        return
+    outcome.ready_s = ready_s
+    began = time.monotonic()
+    while not all(kiosk.is_empty for kiosk in world.kiosks):
+        if time.monotonic() - began > DRAIN_S:
+            held = {kiosk.number: kiosk.held for kiosk in world.kiosks if not kiosk.is_empty}
+            _stuck(outcome, f"{DRAIN_S:.0f} s after the healing devices still hold heartbeats: {held}")
+            return
+        await asyncio.sleep(LOOK_S)
+    outcome.drained_s = time.monotonic() - began
+
+
+async def _counters(world: World, outcome: Outcome) -> None:
+    """The ledger of the daemon that lives at the end: received is what was settled, and what is unanswered."""
+    found = await world.daemons[0].metrics()
+    received, unanswered = found["heartbeats_ingested_total"], found["nexhb_intake_items"]
+    settled = {name: found.get(name, 0.0) for name in _SETTLED}
+    if received != sum(settled.values()) + unanswered:
+        story = f"{received:.0f} received are not {settled} and {unanswered:.0f} unanswered"
+        outcome.violations.append(Violation("wrong", -1, None, f"the counters do not add up: {story}"))

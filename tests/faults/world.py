@@ -1,0 +1,137 @@
+"""All that a run consists of: devices, the lines between them and the daemons, daemons, the lines to the database, the
+database; and which of it is broken just now."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+
+from bench.fleet import Device, make_fleet, write_csv
+from nexhb import devices as store
+from tests.faults.cluster import Cluster
+from tests.faults.daemon import Daemon
+from tests.faults.devices import Habits, Kiosk
+from tests.faults.guard import Guard
+from tests.faults.record import Record
+from tests.proxy import Proxy, Relay, Streams
+
+REAL = ("-m", "nexhb")
+
+
+class Front(Relay):
+    """Between the devices and whichever daemons run."""
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__()
+        self._rng = rng
+        self.daemons: list[Daemon] = []
+
+    async def _open(self) -> Streams:
+        running = [daemon for daemon in self.daemons if daemon.is_running]
+        if not running:
+            raise ConnectionRefusedError
+        return await asyncio.open_connection("127.0.0.1", self._rng.choice(running).port)
+
+
+@dataclass
+class World:
+    """Everything, by name."""
+
+    seed: int
+    folder: Path
+    dsn: str
+    cluster: Cluster | None  # None: the database is somebody else's, and only what lies before it is broken
+    fleet: Sequence[Device]
+    kiosks: list[Kiosk]
+    record: Record
+    front: Front
+    proxies: list[Proxy]
+    daemons: list[Daemon]  # the second one runs only now and then
+    process_lane: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without an answer."""
+        return sum(kiosk.waiting for kiosk in self.kiosks)
+
+    @property
+    def held(self) -> int:
+        """Heartbeats that devices hold."""
+        return sum(kiosk.held for kiosk in self.kiosks)
+
+    @asynccontextmanager
+    async def connection(self, **settings: str) -> AsyncIterator[asyncpg.Connection]:
+        """One of one's own, past the proxies."""
+        conn = await asyncpg.connect(
+            self.dsn, timeout=10, command_timeout=30, server_settings={"timezone": "UTC"} | settings
+        )
+        try:
+            yield conn
+        finally:
+            conn.terminate()
+
+
+@asynccontextmanager
+async def living(
+    guard: Guard,
+    dsn: str,
+    *,
+    seed: int,
+    devices: int,
+    cluster: Cluster | None = None,
+    command: tuple[str, ...] = REAL,
+    habits: Habits | None = None,
+) -> AsyncIterator[World]:
+    """A world for the block: its devices are known and send, its daemon serves."""
+    folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-"))
+    guard.tell("folder", folder)
+    fleet = make_fleet(devices, seed)
+    rng = random.Random(f"nexhb front:{seed}")  # noqa: S311 - a simulation
+    async with AsyncExitStack() as stack:
+        front = await stack.enter_async_context(Front(rng).serving())
+        proxies = [await stack.enter_async_context(Proxy(dsn).serving()) for _ in range(2)]
+        record = await stack.enter_async_context(Record(folder / "devices.log").open())
+        settings = {"NEXHB_ARCHIVE__URL": f"file://{folder}/archive"}
+        daemons = []
+        for name, proxy in zip("ab", proxies, strict=True):
+            (folder / name).mkdir()
+            daemon = Daemon(folder / name, guard, settings | {"NEXHB_DATABASE__URL": proxy.dsn}, command)
+            daemons.append(await stack.enter_async_context(daemon.kept()))
+        front.daemons = daemons
+        kiosks = [Kiosk(fleet, number, record, habits or Habits(), seed) for number in range(devices)]
+        world = World(seed, folder, dsn, cluster, fleet, kiosks, record, front, proxies, daemons)
+        await _make_known(world)
+        daemons[0].want()
+        async with _sending(world):
+            yield world
+
+
+async def _make_known(world: World) -> None:
+    text = io.StringIO()
+    write_csv(world.fleet, text)
+    file = world.folder / "fleet.csv"
+    file.write_text(text.getvalue())
+    async with world.connection() as conn:
+        await store.import_csv(conn, file)
+
+
+@asynccontextmanager
+async def _sending(world: World) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(kiosk.make()) for kiosk in world.kiosks]
+    tasks += [asyncio.create_task(kiosk.send(world.front.port)) for kiosk in world.kiosks]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(error, Exception):
+                raise error
