@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := tests/requirements.lock
 SWIFT  := .venv-swift
 
-.PHONY: help run demo test lint bench lock clean
+.PHONY: help run demo test lint fuzz bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,9 @@ lint: $(VENV)/.test ## ruff, mypy strict, import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+fuzz: $(VENV)/.test ## a million malformed bodies against a real daemon (BODIES=, SEED=)
+	@$(BIN)/python -m tests.fuzz --bodies $(or $(BODIES),1000000) --seed $(or $(SEED),1)
 
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all

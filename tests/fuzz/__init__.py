@@ -1,0 +1,1 @@
+"""Malformed bodies by the million, against a real daemon: no 5xx, no leak."""
