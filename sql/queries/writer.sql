@@ -59,7 +59,7 @@ written AS (
         agent_version = excluded.agent_version,
         clock_wrong = excluded.clock_wrong,
         status = CASE s.status WHEN 'revoked' THEN 'revoked' ELSE 'ok' END
-    WHERE excluded.last_ts > s.last_ts OR s.last_ts > excluded.received_at + interval '25 hours'
+    WHERE excluded.last_ts > s.last_ts OR s.last_ts > now() + interval '25 hours'
     RETURNING 1
 )
 SELECT count(*) AS written, pg_current_xact_id()::text AS xid FROM written;
