@@ -1,0 +1,79 @@
+"""Known vulnerabilities in what tests/requirements.lock pins: `python -m tests.audit`. Fails only on one that is found.
+
+Where the advisory service cannot be reached, or knows nothing, it says so. To pip-audit a package that the service does
+not know has no vulnerability, so it is first asked for one that is known to have some.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PIP_AUDIT = "pip-audit==2.10.1"
+LOCK = Path(__file__).with_name("requirements.lock")
+VULNERABLE = "jinja2==2.10"  # CVE-2019-10906, and more since
+IGNORED: dict[str, str] = {}  # id: why it does not concern nexhb
+
+Report = dict[str, Any]  # what pip-audit says as JSON; empty where it says nothing
+
+
+def found(report: Report) -> list[str]:
+    """Every vulnerability of a report, a line each."""
+    return [
+        f"{package['name']} {package['version']}: {one['id']}, mended in {', '.join(one['fix_versions']) or 'none yet'}"
+        for package in report.get("dependencies", [])
+        for one in package.get("vulns", [])
+        if one["id"] not in IGNORED
+    ]
+
+
+def skipped(report: Report) -> list[str]:
+    """What the report says nothing of."""
+    return [package["name"] for package in report.get("dependencies", []) if "skip_reason" in package]
+
+
+def ask(folder: Path, requirements: Path) -> Report:
+    """What pip-audit, installed in `folder`, finds in pinned requirements."""
+    command = [
+        *(sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--no-deps", "--disable-pip"),
+        *("--format", "json", "--progress-spinner", "off", "--timeout", "5", "--cache-dir", str(folder / "cache")),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    try:
+        said = subprocess.run(command, env=environment, capture_output=True, check=False, timeout=300).stdout
+        report: Report = json.loads(said)
+    except (ValueError, subprocess.TimeoutExpired):
+        return {}
+    return report
+
+
+def install(folder: Path) -> None:
+    """pip-audit into `folder`, where nothing but this sees it."""
+    subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "--target", str(folder), PIP_AUDIT], check=True)
+
+
+def main() -> int:
+    """The exit code."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        install(folder)
+        known = folder / "vulnerable.txt"
+        known.write_text(f"{VULNERABLE}\n")
+        report = ask(folder, LOCK) if found(ask(folder, known)) else {}
+    if not report:
+        print("audit: not checked: the advisory service cannot be reached")
+        return 0
+    for line in found(report):
+        print(line)
+    left_out = f"; not known there: {', '.join(skipped(report))}" if skipped(report) else ""
+    print(f"audit: {len(found(report))} known vulnerabilities{left_out}")
+    return 1 if found(report) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What the audit makes of pip-audit's word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import audit
+
+VULNERABLE = {"name": "jinja2", "version": "2.10", "vulns": [{"id": "CVE-2019-10906", "fix_versions": ["2.10.1"]}]}
+CLEAN = {"name": "orjson", "version": "3.13.0", "vulns": []}
+NOT_THERE = {"name": "uvloop", "skip_reason": "Dependency not found on PyPI and could not be audited"}
+
+
+def heard(monkeypatch: pytest.MonkeyPatch, *reports: audit.Report) -> list[str]:
+    """Have pip-audit give these reports in turn; what it is asked about."""
+    asked: list[str] = []
+
+    def ask(_folder: Path, requirements: Path) -> audit.Report:
+        asked.append(requirements.read_text())
+        return reports[len(asked) - 1]
+
+    monkeypatch.setattr(audit, "ask", ask)
+    monkeypatch.setattr(audit, "install", lambda _folder: None)
+    return asked
+
+
+@pytest.mark.parametrize("silence", [{}, {"dependencies": [NOT_THERE]}, {"dependencies": [CLEAN]}])
+def test_a_service_that_does_not_know_the_vulnerable_one_has_checked_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silence: audit.Report
+) -> None:
+    asked = heard(monkeypatch, silence)
+    assert audit.main() == 0
+    assert asked == [f"{audit.VULNERABLE}\n"]
+    assert capsys.readouterr().out == "audit: not checked: the advisory service cannot be reached\n"
+
+
+def test_a_service_that_falls_silent_has_checked_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard(monkeypatch, {"dependencies": [VULNERABLE]}, {})
+    assert audit.main() == 0
+    assert "not checked" in capsys.readouterr().out
+
+
+def test_a_known_vulnerability_fails_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = heard(monkeypatch, {"dependencies": [VULNERABLE]}, {"dependencies": [CLEAN, VULNERABLE, NOT_THERE]})
+    assert audit.main() == 1
+    assert asked[1] == audit.LOCK.read_text()
+    out = capsys.readouterr().out
+    assert "jinja2 2.10: CVE-2019-10906, mended in 2.10.1" in out
+    assert "1 known vulnerabilities; not known there: uvloop" in out
+
+
+def test_one_that_is_ignored_for_a_reason_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert audit.found({"dependencies": [VULNERABLE]})
+    monkeypatch.setitem(audit.IGNORED, "CVE-2019-10906", "nexhb renders nothing")
+    assert not audit.found({"dependencies": [VULNERABLE]})
