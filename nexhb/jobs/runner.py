@@ -85,10 +85,12 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
         if job.dry_run:
             return await _work(conn, job, now)
         async with locks.held(conn, job.lock, wait=False):
-            if unless_since and await _ran_between(conn, job, unless_since, now):
+            if unless_since and await _ran_since(conn, job, unless_since, now):
                 return Run(job.name, "skipped", "already_ran")
             return await _written_down(database, conn, job, now)
     except LockHeld:
+        if unless_since:  # the schedule looks again and again while another daemon's run is under way
+            return Run(job.name, "skipped", "lock_held")
         await conn.execute(_Q["skipped"], job.name, now, "lock_held", socket.gethostname())
         return _ended(job, Run(job.name, "skipped", "lock_held"))
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
@@ -106,8 +108,9 @@ async def _close(conn: Connection) -> None:
         conn.terminate()
 
 
-async def _ran_between(conn: Connection, job: Job, since: datetime, now: datetime) -> bool:
-    return bool(await conn.fetchval(_Q["ran_since"], job.name, since, now + CLOCKS_DIFFER))
+async def _ran_since(conn: Connection, job: Job, since: datetime, now: datetime) -> bool:
+    last = await last_started(conn, job.name, now)
+    return last is not None and last >= since
 
 
 async def _written_down(database: Database, conn: Connection, job: Job, now: datetime) -> Run:
@@ -163,7 +166,8 @@ async def last_runs(conn: asyncpg.pool.PoolConnectionProxy | Connection, limit: 
 
 
 async def last_started(conn: Connection, job: str, now: datetime) -> datetime | None:
-    """When the job last began, whoever ran it and however it ended; None where it never did. A run of a clock that was
-    far ahead does not count: nothing would be due until then."""
+    """When the job last began, whoever ran it; None where it never did. A run that its daemon did not live to end does
+    not count, unless that is what it always comes to; nor one of a clock that was far ahead: nothing would be due until
+    then."""
     found: datetime | None = await conn.fetchval(_Q["last_started"], job, now + CLOCKS_DIFFER)
     return found

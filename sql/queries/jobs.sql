@@ -21,14 +21,17 @@ INSERT INTO job_runs (job, started_at, ended_at, status, reason, host) VALUES ($
 UPDATE job_runs SET ended_at = $2, status = 'failed', reason = 'its daemon ended in the middle of it'
 WHERE job = $1 AND status = 'running';
 
--- name: ran_since
--- $1 job, $2 since, $3 until. A run that was skipped is none.
-SELECT EXISTS (SELECT FROM job_runs
-               WHERE job = $1 AND started_at >= $2 AND started_at <= $3 AND status IN ('completed', 'failed'));
-
 -- name: last_started
--- $1 job, $2 until.
-SELECT max(started_at) FROM job_runs WHERE job = $1 AND started_at <= $2 AND status <> 'skipped';
+-- $1 job, $2 until. When the job last began, to be gone through with: a run that was skipped is none, nor is one whose
+-- daemon was killed in the middle of it, unless that happened three times within half a day: then it is the job itself.
+SELECT max(r.started_at) FROM job_runs r
+WHERE r.job = $1 AND r.started_at <= $2
+  AND (r.status = 'completed'
+       OR r.status = 'failed' AND r.reason IS DISTINCT FROM 'its daemon ended in the middle of it'
+       OR r.status <> 'skipped' AND 3 <= (
+           SELECT count(*) FROM job_runs i
+           WHERE i.job = r.job AND i.started_at <= r.started_at AND i.started_at > r.started_at - interval '12 hours'
+             AND (i.status = 'running' OR i.reason = 'its daemon ended in the middle of it')));
 
 -- name: last_runs
 -- $1: how many of each job.

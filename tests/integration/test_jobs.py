@@ -218,6 +218,31 @@ async def _either(jobs: list[Recorder]) -> str:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("killed", "again"), [(1, True), (2, True), (3, False)])
+async def test_a_run_whose_daemon_was_killed_is_made_up_unless_it_is_the_job_that_kills(
+    database: Database, conn: Connection, tmp_path: Path, killed: int, again: bool
+) -> None:
+    for minutes in range(killed):
+        await conn.execute(
+            "INSERT INTO job_runs (job, started_at, status, reason, host) VALUES ('nightly', $1, $2, $3, 'dead')",
+            datetime(2026, 6, 15, 3, minutes, tzinfo=UTC),
+            *(("running", None) if minutes == killed - 1 else ("failed", "its daemon ended in the middle of it")),
+        )
+    settings = Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0, reconcile=""))
+    jobs = Recorder(database, settings, Clock())
+    task = asyncio.create_task(Schedule(database, jobs, settings.jobs, Clock()).run())
+    try:
+        async with asyncio.timeout(10 if again else 0.5):
+            assert await jobs.called.get() == "nightly"
+        assert again
+    except TimeoutError:
+        assert not again
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.usefixtures("quick")
 async def test_a_schedule_outlives_the_databases_absence(tmp_path: Path, database: Database) -> None:
     clock, settings = Clock(), Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0))
     away = Database("postgresql://nobody@127.0.0.1:1/nowhere")
