@@ -108,7 +108,7 @@ async def unsafe_settings(conn: Connection) -> list[Finding]:
     elif row["timezone"] != "UTC" or row["synchronous_commit"] not in ("on", "remote_apply"):
         found.append(
             Finding(
-                f"TimeZone is {row['timezone']}, synchronous_commit {row['synchronous_commit']}, though asked otherwise",
+                f"TimeZone is {row['timezone']}, synchronous_commit {row['synchronous_commit']}, against our wish",
                 "remove what overrides them: ALTER ROLE or ALTER DATABASE … SET, or an extension",
             )
         )
