@@ -50,6 +50,7 @@ class Daemon:
         }  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted = asyncio.Event()
+        self._started = asyncio.Condition()
         self._expected = False  # its next end is somebody's will
         (folder / "nexhb.toml").touch()
 
@@ -98,13 +99,11 @@ class Daemon:
             return None
         return process.wait()
 
-    async def comes_back(self, bound_s: float) -> None:
-        """Wait until the process that was told to end has ended, and the next one is ready; not for ever."""
-        if self._process is not None:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(STOP_S):
-                    await ended(self._process.pid)
-        await asyncio.sleep(AGAIN_S)
+    async def comes_back(self, starts: int, bound_s: float) -> None:
+        """Wait until it was started more than `starts` times, and is ready; not for ever."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S), self._started:
+                await self._started.wait_for(lambda: self.starts > starts)
         await self.ready(bound_s)
 
     async def ready(self, bound_s: float) -> float | None:
@@ -162,6 +161,8 @@ class Daemon:
         while True:
             await self._wanted.wait()
             self._spawn()
+            async with self._started:
+                self._started.notify_all()
             assert self._process is not None
             await ended(self._process.pid)
             code = self._process.wait()

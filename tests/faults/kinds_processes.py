@@ -23,10 +23,12 @@ async def _kill(world: World, _fault: Fault) -> None:
 
 
 async def _kill_in_transaction(world: World, fault: Fault) -> None:
+    daemon = world.daemons[0]
+    starts = daemon.starts
     async with held_up(world, "device_last_status", fault.lasts_s):
-        if not world.daemons[0].send_signal(signal.SIGKILL):
+        if not daemon.send_signal(signal.SIGKILL):
             raise Unable("the daemon does not run")
-    await world.daemons[0].comes_back(READY_S)
+    await daemon.comes_back(starts, READY_S)
 
 
 async def _freeze(world: World, fault: Fault) -> None:
@@ -44,17 +46,20 @@ async def _stop(world: World, _fault: Fault) -> None:
 
 
 async def _stop_in_transaction(world: World, fault: Fault) -> None:
+    daemon = world.daemons[0]
+    starts = daemon.starts
     async with held_up(world, "device_last_status", fault.lasts_s):
-        if not world.daemons[0].send_signal(signal.SIGTERM):
+        if not daemon.send_signal(signal.SIGTERM):
             raise Unable("the daemon does not run")
         await asyncio.sleep(fault.lasts_s / 2)
-    await world.daemons[0].comes_back(READY_S)
+    await daemon.comes_back(starts, READY_S)
 
 
 async def _hit(daemon: Daemon, number: signal.Signals) -> None:
+    starts = daemon.starts
     if not daemon.send_signal(number):
         raise Unable("the daemon does not run")
-    await daemon.comes_back(READY_S)
+    await daemon.comes_back(starts, READY_S)
 
 
 async def _second(world: World, fault: Fault) -> None:

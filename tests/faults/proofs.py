@@ -1,0 +1,58 @@
+"""For each broken writer the faults that reveal it, and what the check must then say. The real writer lives through the
+same faults, and nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.faults import kinds_lines, kinds_processes, kinds_tables
+from tests.faults.nemesis import Kind
+from tests.faults.run import Outcome, live
+from tests.faults.world import World
+
+_KINDS = {kind.name: kind for kind in (*kinds_processes.KINDS, *kinds_lines.KINDS, *kinds_tables.KINDS)}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One variant, and how it is caught."""
+
+    variant: str
+    faults: tuple[str, ...]
+    caught_as: str
+    saying: str
+    keyless: bool = False  # the key of the rows is taken away: it would hide what the writer does
+
+
+_NOT_THERE = "acknowledged, and not there"
+PROOFS = (
+    Proof("answers-before-commit", ("daemon killed in mid-transaction",), "lost", _NOT_THERE),
+    # With the key the rows are right whatever the writer does; what it says of them is not.
+    Proof("retries-commit-blindly", ("COMMIT's answer swallowed",), "wrong", "called a duplicate at its first attempt"),
+    Proof("retries-commit-blindly", ("COMMIT's answer swallowed",), "doubled", "2 rows", keyless=True),
+    Proof("drops-a-failed-batch", ("backend terminated in mid-transaction", "database line cut"), "lost", _NOT_THERE),
+    # No fault is needed: devices send behind newer ones what they held back.
+    Proof("status-moves-back", ("devices' line cut",), "wrong", "its last status is"),
+    Proof("forgets-at-the-stop", ("daemon stopped in mid-transaction",), "lost", _NOT_THERE),
+)
+
+
+def kinds_of(proof: Proof) -> Sequence[Kind]:
+    """Its faults."""
+    return [_KINDS[name] for name in proof.faults]
+
+
+async def undergo(world: World, proof: Proof, seconds: float) -> Outcome:
+    """Live through the proof's faults."""
+    if proof.keyless:
+        await world.daemons[0].ready(60.0)
+        async with world.connection() as conn:
+            for name in await conn.fetch(_KEYS):
+                await conn.execute(f"DROP INDEX {name[0]}")
+    return await live(world, seconds, kinds_of(proof))
+
+
+_KEYS = (
+    "SELECT indexrelid::regclass::text FROM pg_index WHERE indexrelid::regclass::text ~ '^device_heartbeats_.*_key$'"
+)

@@ -1,0 +1,57 @@
+"""The machine finds what it is there to find: each broken writer is caught, and the real one lives through the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+
+from tests.conftest import TEMPLATE, dsn_of
+from tests.faults.guard import Guard, guarding
+from tests.faults.proofs import PROOFS, Proof, undergo
+from tests.faults.run import Outcome
+from tests.faults.variants import VARIANTS
+from tests.faults.world import REAL, living
+
+SECONDS = 4.0
+DEVICES = 24
+_BROKEN = ("-m", "tests.faults.variants")
+
+
+@asynccontextmanager
+async def scratch(cluster: str, name: str) -> AsyncIterator[str]:
+    """A database with the schema; its DSN."""
+    conn = await asyncpg.connect(cluster)
+    try:
+        await conn.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await conn.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+        yield dsn_of(cluster, name)
+        await conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await conn.close()
+
+
+async def lived(guard: Guard, dsn: str, proof: Proof, command: tuple[str, ...]) -> Outcome:
+    """What came of the proof's faults, for one writer."""
+    async with living(guard, dsn, seed=1, devices=DEVICES, command=command) as world:
+        return await undergo(world, proof, SECONDS)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: f"{proof.variant} is {proof.caught_as}")
+async def test_a_broken_writer_is_caught_and_the_real_one_passes(cluster: str, proof: Proof) -> None:
+    with guarding() as guard:
+        async with scratch(cluster, "faults_broken") as broken_dsn, scratch(cluster, "faults_real") as real_dsn:
+            broken, real = await asyncio.gather(
+                lived(guard, broken_dsn, proof, (*_BROKEN, proof.variant)), lived(guard, real_dsn, proof, REAL)
+            )
+    assert [str(one) for one in real.violations] == []
+    assert any(not one.failed for one in real.struck)
+    assert any(one.what == proof.caught_as and proof.saying in one.story for one in broken.violations)
+
+
+def test_every_variant_has_its_proof() -> None:
+    assert {proof.variant for proof in PROOFS} == set(VARIANTS)

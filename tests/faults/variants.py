@@ -1,0 +1,117 @@
+"""Writers that break the promise, kept so that the machine can be seen to find each: the proof that it can fail.
+
+`python -m tests.faults.variants NAME serve` is `nexhb serve` with one of them in its place. `proofs.py` says which
+fault reveals it, and which word of the check it must be caught by.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from nexhb import cli, daemon, writer
+from nexhb.daemon import State
+from nexhb.db import Connection
+from nexhb.intake import WRITTEN, Ticket, Verdict
+from nexhb.wire import Heartbeat
+from nexhb.writer import Writer, _InDoubt
+
+_ONLY_NEWER = "WHERE excluded.last_ts > s.last_ts"
+
+
+class AnswersFirst(Writer):
+    """Answers before the commit: what then does not come about was promised."""
+
+    async def _write(self, tickets: list[Ticket]) -> None:
+        self._intake.settle(tickets, [WRITTEN] * len(tickets))
+        await super()._write(tickets)
+
+
+class RetriesBlindly(Writer):
+    """Writes once more what may be in already, without asking. The key makes that harmless for the rows; it shows in
+    the verdict (a duplicate at its first attempt), and without the key in every row that is there twice."""
+
+    async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
+        self._doubt = None
+        return None
+
+
+class DropsAndAnswers(Writer):
+    """A batch that fails is forgotten, and answered as if it were in."""
+
+    async def _patiently(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        try:
+            return await self._attempt(heartbeats)
+        except Exception:
+            return [WRITTEN] * len(heartbeats)
+
+
+class Forgets(Writer):
+    """When the daemon is to stop, answers what it holds, and holds it no more."""
+
+    _all: list[Forgets] = []  # noqa: RUF012 - the one of this process, for `_stopping`
+    _stopped = False
+
+    async def run(self) -> None:
+        """See Writer."""
+        self._all.append(self)
+        await super().run()
+
+    def forget(self) -> None:
+        """All that is unanswered."""
+        self._stopped = True
+        unanswered = list(self._intake._unanswered)
+        self._intake.settle(unanswered, [WRITTEN] * len(unanswered))
+        if self._conn is not None:
+            self._conn.terminate()
+
+    async def _attempt(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        if self._stopped:
+            raise NotImplementedError
+        return await super()._attempt(heartbeats)
+
+
+def _put(kind: type[Writer]) -> Callable[[], None]:
+    def patch() -> None:
+        setattr(daemon, "Writer", kind)  # noqa: B010 - it is an import there, and no export
+
+    return patch
+
+
+def _status_moves_back() -> None:
+    """Whatever comes last is the last status, however old."""
+    statement = writer._Q["upsert_last_status"]
+    assert _ONLY_NEWER in statement
+    broken = statement.replace(_ONLY_NEWER, _ONLY_NEWER.replace("WHERE", "WHERE true OR"))
+    writer._Q = {**writer._Q, "upsert_last_status": broken}
+
+
+def _forgets() -> None:
+    stopping = daemon._stopping
+
+    def patched(state: State) -> None:
+        stopping(state)
+        for one in Forgets._all:
+            one.forget()
+
+    daemon._stopping = patched
+    _put(Forgets)()
+
+
+VARIANTS: dict[str, Callable[[], None]] = {
+    "answers-before-commit": _put(AnswersFirst),
+    "retries-commit-blindly": _put(RetriesBlindly),
+    "drops-a-failed-batch": _put(DropsAndAnswers),
+    "status-moves-back": _status_moves_back,
+    "forgets-at-the-stop": _forgets,
+}
+
+
+def main() -> None:
+    """Run nexhb with the variant that the first argument names."""
+    VARIANTS[sys.argv.pop(1)]()
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
