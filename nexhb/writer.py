@@ -40,10 +40,12 @@ LABELS_HELD = 100_000
 class _InDoubt(DatabaseUnavailable):
     """The connection went away around COMMIT: the transaction may be in."""
 
-    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan) -> None:
+    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan, heartbeats: Sequence[Heartbeat]) -> None:
         self.xid = xid
         self.verdicts = verdicts
         self.plan = plan
+        written = (h for h, verdict in zip(heartbeats, verdicts, strict=True) if verdict is WRITTEN)
+        self.witness = next(written, None)  # a row of it: if that is in, all of it is
         super().__init__("A COMMIT was not answered.")
 
 
@@ -185,7 +187,7 @@ class Writer:
             await transaction.commit()
         except Exception as error:
             if classify(error) is Kind.LOST:
-                raise _InDoubt(row["xid"], verdicts, plan) from error
+                raise _InDoubt(row["xid"], verdicts, plan, heartbeats) from error
             raise
         self._remember(plan, changed)
         self._count_late(written, plan)
@@ -315,16 +317,29 @@ class Writer:
 
         Raises the doubt again while the transaction is still in progress.
         """
-        outcome = await conn.fetchval(_Q["xact_status"], doubt.xid)
+        outcome = await self._outcome(conn, doubt)
         metrics.commits_in_doubt.labels(outcome=str(outcome)).inc()
         _log.warning("commit.in_doubt", xid=doubt.xid, outcome=outcome)
         if outcome == "in progress":
             raise doubt
         self._doubt = None
         if outcome != "committed":
-            return None  # aborted; or too old to know, and then the key makes a second writing harmless
+            return None  # aborted, or forgotten; or too old to know, and then the key makes a second writing harmless
         self._remember(doubt.plan, [])
         return doubt.verdicts
+
+    async def _outcome(self, conn: Connection, doubt: _InDoubt) -> str | None:
+        """What PostgreSQL says of the transaction, as far as it can be believed. A crash forgets the number of one of
+        which nothing was on disk: it is one of the future then, or another's, whose COMMIT is not ours."""
+        try:
+            outcome: str | None = await conn.fetchval(_Q["xact_status"], doubt.xid)
+        except asyncpg.InvalidParameterValueError:
+            return "forgotten"
+        witness = doubt.witness
+        if outcome == "committed" and witness is not None:
+            key = (witness.device_no, witness.bucket, witness.ts, witness.received_at)
+            return outcome if await conn.fetchval(_Q["is_stored"], *key) else "forgotten"
+        return outcome
 
     def _close_intake(self, error: Exception) -> None:
         if not self._intake.closed_because:

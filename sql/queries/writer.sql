@@ -101,5 +101,11 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[])
 JOIN heartbeat_labels l USING (agent_version, unity_pkg_version, network_type, ssid);
 
 -- name: xact_status
--- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know).
+-- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know). An error
+-- (22023) where PostgreSQL has not given out such an id: it crashed, and had nothing of that transaction on disk.
 SELECT pg_xact_status($1::text::xid8);
+
+-- name: is_stored
+-- $1 device_no, $2 bucket, $3 ts, $4 received_at. Whether this very arrival of a heartbeat is a row, and no other's.
+SELECT EXISTS (SELECT FROM device_heartbeats WHERE device_no = $1 AND bucket = $2 AND ts = $3 AND received_at = $4)
+    OR EXISTS (SELECT FROM late_heartbeats WHERE device_no = $1 AND bucket = $2 AND ts = $3 AND received_at = $4);
