@@ -142,6 +142,10 @@ class Writer:
             verdicts = await self._transact(conn, possible) if possible else []
             if impossible:
                 verdicts = _merge(impossible, verdicts)
+        except _InDoubt as doubt:
+            doubt.verdicts = _merge(impossible, doubt.verdicts) if impossible else doubt.verdicts
+            await self._after(doubt)
+            raise
         except Exception as error:
             await self._after(error)
             raise

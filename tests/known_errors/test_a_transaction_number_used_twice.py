@@ -1,6 +1,6 @@
 """PostgreSQL crashed around a COMMIT, and forgot that transaction's number: it had written nothing of it to disk.
-Asked after it, PostgreSQL called it one of the future, and a good heartbeat was refused with 422 (found by `make faults`);
-or it had meanwhile given the number to somebody else, who committed, and a heartbeat that was not in was acknowledged."""
+Asked after it, PostgreSQL called it one of the future, and a good heartbeat was refused with 422 (`make faults` found
+that); or it had given the number to somebody else, who committed: a heartbeat that was not in was acknowledged."""
 
 from __future__ import annotations
 
