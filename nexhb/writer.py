@@ -244,7 +244,7 @@ class Writer:
 
     async def _connection(self) -> Connection:
         if self._conn is None or self._conn.is_closed():
-            self._conn = await self._database.connect(
+            conn = await self._database.connect(
                 application="nexhb writer",
                 command_timeout_s=STATEMENT_TIMEOUT_S,
                 timeout_s=STATEMENT_TIMEOUT_S,
@@ -253,8 +253,13 @@ class Writer:
                 # A daemon that is stopped in mid-transaction must not hold its locks for ever.
                 idle_in_transaction_session_timeout="10000",
             )
-            self._conn.add_termination_listener(lambda _: self._intake.wake())
-            await db.use_packed_inet(self._conn)
+            try:
+                await db.use_packed_inet(conn)
+            except BaseException:
+                conn.terminate()  # half ready, it would take every address for a bad one
+                raise
+            conn.add_termination_listener(lambda _: self._intake.wake())
+            self._conn = conn
         return self._conn
 
     async def _without_missing_days(
