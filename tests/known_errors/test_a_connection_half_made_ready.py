@@ -1,6 +1,6 @@
-"""The writer's new connection stalled while it was being made ready, and was kept as it was: it took addresses in another
-form than it was then given. Every heartbeat with an address, and that is every one, was refused with 422 until the
-connection was lost."""
+"""The writer's new connection stalled while it was being made ready, and was kept as it was: it took addresses in
+another form than it was then given. Every heartbeat with an address, and that is every one, was refused with 422 until
+the connection was lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ async def test_a_connection_that_was_not_made_ready_is_not_used(
     async with Proxy(database.dsn).serving() as proxy:
         nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
         agent = await nexhb.agent()
-        packed, stalled = db.use_packed_inet, []
+        packed = db.use_packed_inet
+        stalled: list[Connection] = []
 
         async def stalls_once(conn: Connection) -> None:
             if not stalled:
