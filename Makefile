@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := tests/requirements.lock
 SWIFT  := .venv-swift
 
-.PHONY: help run demo test lint fuzz bench lock clean
+.PHONY: help run demo test lint fuzz faults bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ lint: $(VENV)/.test ## ruff, mypy strict, import rules
 
 fuzz: $(VENV)/.test ## a million malformed bodies against a real daemon (BODIES=, SEED=)
 	@$(BIN)/python -m tests.fuzz --bodies $(or $(BODIES),1000000) --seed $(or $(SEED),1)
+
+faults: $(VENV)/.test ## break everything under simulated devices and compare (SEED= the first, SEEDS= how many)
+	@$(BIN)/python -m tests.faults --seeds $(or $(SEED),1)-$$(($(or $(SEED),1) + $(or $(SEEDS),1) - 1))
 
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all

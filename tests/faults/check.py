@@ -78,7 +78,7 @@ async def check(world: World) -> list[Violation]:
     """Everything that does not hold."""
     words = words_of(world.record.path)
     async with world.connection() as conn:
-        found = await stored.read(conn, world.fleet, world.folder)
+        found = await stored.read(conn, world.fleet, world.archive)
     return [
         *_history(world.fleet, words, found),
         *_status(world.fleet, found),

@@ -38,6 +38,7 @@ class Cluster:
         guard.tell("postmaster", self._server.pgdata)
         self.dsn = self._server.dsn
         self.starts = 1
+        self._start = asyncio.Condition()
         self._may_start = asyncio.Event()
         self._may_start.set()
         self.up = asyncio.Event()
@@ -60,6 +61,11 @@ class Cluster:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
             await asyncio.to_thread(self._server.stop)
+
+    async def started_again(self, starts: int) -> None:
+        """Wait until it was started more than `starts` times."""
+        async with self._start:
+            await self._start.wait_for(lambda: self.starts > starts)
 
     def kill(self) -> None:
         """SIGKILL the postmaster; its children notice it by themselves."""
@@ -111,6 +117,8 @@ class Cluster:
                 self._server = await asyncio.to_thread(embedded.start, self._data_dir, start_timeout_s=START_S)
                 self.starts += 1
                 self.up.set()
+                async with self._start:
+                    self._start.notify_all()
                 continue
             await asyncio.sleep(0.2)  # the disk is full
 

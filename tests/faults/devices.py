@@ -33,7 +33,7 @@ class Habits:
 
     every_s: float = 0.12  # between two heartbeats, a device's minute
     step_s: tuple[int, int] = (11, 45)  # what passes on the device's clock meanwhile; each beat has a bucket of its own
-    back: timedelta = timedelta(hours=20)  # how far in the past the device's time begins
+    back_h: tuple[int, int] = (20, 70)  # how far in the past a device's time begins: three days fill at once
     again: float = 0.03  # of what was acknowledged: sent once more
     forgotten: float = 0.02  # of what failed: the device's storage is gone
     held_back: float = 0.05  # sent behind newer ones
@@ -50,7 +50,7 @@ class Kiosk:
         self._rng = random.Random(f"nexhb faults:{seed}:{number}")  # noqa: S311 - a simulation
         self._queue: deque[Beat] = deque()
         self._aside: list[Beat] = []
-        self._clock = datetime.now(UTC) - habits.back + timedelta(seconds=self._rng.random() * 3600)
+        self._clock = datetime.now(UTC) - timedelta(hours=self._rng.uniform(*habits.back_h))
         self._attempt = 0
         self._stopped = asyncio.Event()
         self._more = asyncio.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from contextlib import suppress
 
@@ -12,8 +13,9 @@ import asyncpg
 from tests.faults.cluster import Cluster
 from tests.faults.daemon import Daemon
 from tests.faults.nemesis import Fault, Kind, Unable
-from tests.faults.tables import held_up
-from tests.faults.world import World
+from tests.faults.tables import UNREACHABLE, held_up
+from tests.faults.world import REAL, World
+from tests.proxy import Trick
 
 READY_S = 15.0  # what the next fault on the lane waits for; whether it is ready in the end is checked behind the run
 
@@ -92,6 +94,45 @@ async def _kill_postmaster(world: World, _fault: Fault) -> None:
     await world.daemons[0].ready(READY_S)
 
 
+async def _kill_at_commit(world: World, fault: Fault) -> None:
+    """Nothing of the transaction is on disk, and PostgreSQL gives its number to the next who wants one: to others."""
+    cluster, proxy = _cluster(world), world.proxies[0]
+    starts = cluster.starts
+    proxy.played.clear()
+    proxy.trick = Trick.CUT_BEFORE
+    try:
+        async with asyncio.timeout(fault.lasts_s + READY_S):
+            await proxy.played.wait()
+            cluster.kill()
+            proxy.take_away()
+            await cluster.started_again(starts)
+            async with world.connection() as conn:
+                for _ in range(200):
+                    await conn.execute("SELECT pg_current_xact_id()")
+    except (TimeoutError, *UNREACHABLE) as error:
+        raise Unable(f"nothing came along, or another fault came first: {error}") from error
+    finally:
+        proxy.trick = Trick.NONE
+        proxy.give_back()
+    await world.daemons[0].ready(READY_S)
+
+
+async def _step_clock(world: World, fault: Fault) -> None:
+    """So far that received_at is far off, and no heartbeat falls out of the accept window."""
+    daemon = world.daemons[0]
+    file = world.folder / "clock"
+    daemon.command = ("-m", "tests.faults.clock", str(file))
+    try:
+        await _hit(daemon, signal.SIGTERM)
+        for hours in random.Random(fault.dice).sample((90.0, 3.0, -3.0, -14.0), 3):  # noqa: S311 - a simulation
+            file.write_text(f"{hours}")
+            await asyncio.sleep(fault.lasts_s / 3)
+    finally:
+        file.write_text("0")
+        daemon.command = REAL
+    await _hit(daemon, signal.SIGTERM)
+
+
 async def _restart(world: World, fault: Fault) -> None:
     cluster = _cluster(world)
     cluster.stop()
@@ -126,6 +167,8 @@ KINDS = (
     Kind("two daemons at once", "processes", (0.5, 2.5), _second),
     Kind("backend killed", "processes", (0.5, 1.0), _kill_backend, own_cluster=True),
     Kind("postmaster killed", "processes", (1.0, 1.5), _kill_postmaster, own_cluster=True),
+    Kind("postmaster killed at a COMMIT", "processes", (1.5, 2.5), _kill_at_commit, own_cluster=True),
+    Kind("clock stepped", "processes", (1.0, 3.0), _step_clock, own_cluster=True),
     Kind("database restarted", "processes", (0.2, 4.0), _restart, own_cluster=True),
     Kind("disk full", "processes", (0.5, 2.5), _fill_disk, own_cluster=True, small_disk=True),
 )

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
 from tests.faults.nemesis import Fault, Kind, Unable
+from tests.faults.processes import ended
 from tests.faults.tables import held_up
 from tests.faults.world import World
 
@@ -43,7 +44,31 @@ def _called(path: str) -> Act:
     return act
 
 
+SENT_AWAY = "days sent away"
+SHORT = {"NEXHB_PARTITIONS__RETENTION_DAYS": "1", "NEXHB_INGEST__ACCEPT_PAST": "1d"}
+
+
+async def _send_away(world: World, _fault: Fault) -> None:
+    """An operator with a shorter retention in mind: days that still fill are detached, archived and dropped."""
+    await send_days_away(world, 20.0)
+
+
+async def send_days_away(world: World, bound_s: float) -> int | None:
+    """A nightly run by such a command; its exit code, None where it had to be killed."""
+    process = world.daemons[0].run("nightly", **SHORT)
+    try:
+        async with asyncio.timeout(bound_s):
+            await ended(process.pid)
+    except TimeoutError:
+        process.kill()
+        await ended(process.pid)
+        process.wait()
+        return None
+    return process.wait()
+
+
 KINDS = (
+    Kind(SENT_AWAY, "tables", (1.0, 2.0), _send_away, own_cluster=True),
     Kind("last status locked", "tables", (0.3, 5.0), _locked(lambda: "device_last_status")),
     Kind("the day's partition locked", "tables", (0.3, 5.0), _locked(_day)),
     Kind("backend terminated in mid-transaction", "tables", (0.5, 1.0), _terminate, weight=3),

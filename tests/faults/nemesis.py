@@ -48,7 +48,8 @@ class Struck:
     failed: str = ""  # why it could not be carried out
 
 
-PAUSE_S = (0.2, 1.2)
+PAUSE_S = (0.1, 0.9)
+GRACE_S = 0.2  # behind a fault: what it did to devices is heard by then
 
 
 def schedule(seed: int, kinds: Sequence[Kind], seconds: float) -> dict[str, list[Fault]]:
@@ -67,7 +68,7 @@ def schedule(seed: int, kinds: Sequence[Kind], seconds: float) -> dict[str, list
             kind = bag.pop()
             pause_s, lasts_s = round(rng.uniform(*PAUSE_S), 3), round(rng.uniform(*kind.lasts_s), 3)
             lasts_s = min(lasts_s, max(kind.lasts_s[0], round(seconds - at_s - pause_s, 3)))
-            at_s += pause_s + lasts_s
+            at_s += pause_s + lasts_s + GRACE_S
             if at_s > seconds:
                 break
             faults.append(Fault(kind, pause_s, lasts_s, rng.random()))
@@ -97,6 +98,7 @@ async def _lane(world: World, faults: Sequence[Fault]) -> list[Struck]:
             await fault.kind.act(world, fault)
         except Unable as error:
             failed = str(error)
+        await asyncio.sleep(GRACE_S)
         now = world.record.counts
         struck.append(
             Struck(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tests.faults import kinds_lines, kinds_processes, kinds_tables
 from tests.faults.check import Violation, check
 from tests.faults.cluster import until_up
+from tests.faults.kinds_tables import SENT_AWAY, send_days_away
 from tests.faults.nemesis import Kind, Struck, schedule, unleash
 from tests.faults.record import What
 from tests.faults.world import World
@@ -20,6 +21,7 @@ KINDS: tuple[Kind, ...] = (*kinds_processes.KINDS, *kinds_lines.KINDS, *kinds_ta
 FIRST_S = 60.0  # for the first start
 READY_S = 15.0  # from the healing until the daemon can commit
 DRAIN_S = 30.0  # and from then until no device holds anything
+NIGHT_S = 30.0  # a nightly run, when all is well again
 LOOK_S = 0.02
 _SETTLED = ("hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total", "nexhb_heartbeats_failed_total")
 
@@ -68,6 +70,10 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> O
         code = await daemon.stop(signal.SIGTERM)
         if code != 0:
             _stuck(outcome, f"the daemon was told to stop and ended with {code}")
+    if any(one.fault.kind.name == SENT_AWAY for one in outcome.struck):
+        code = await send_days_away(world, NIGHT_S)
+        if code != 0:
+            _stuck(outcome, f"a nightly run behind the healing ended with {code}")
     outcome.violations += await check(world)
     outcome.counts = world.record.counts
     outcome.starts = sum(daemon.starts for daemon in world.daemons)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
+from typing import Any
 
 import asyncpg
 
 from bench.fleet import Device
-from tests.faults.beats import COLUMNS, Row
+from nexhb import partitions
+from nexhb.archive import catalog, verify
+from nexhb.archive.manifest import COLUMNS as ARCHIVED_COLUMNS
+from nexhb.archive.store import open_store
+from nexhb.config import Archive
+from tests.faults.beats import COLUMNS, Row, float32
 
 Key = tuple[int, int]  # the device's number in the fleet, and the bucket
 
@@ -27,15 +33,47 @@ class Stored:
     facts: dict[int, Row]
 
 
-async def read(conn: asyncpg.Connection, fleet: Sequence[Device], _folder: Path) -> Stored:
-    """Everything."""
+_LATE = """
+SELECT bucket, device_id, ts, clock_wrong, battery_pct, plugged, temp_c, nullif(network_type, '') AS network_type,
+       nullif(ssid, '') AS ssid, ip, signal_dbm, uptime_s, ram_used_mb,
+       nullif(unity_pkg_version, '') AS unity_pkg_version, unity_running, nullif(agent_version, '') AS agent_version
+FROM late_heartbeats JOIN devices USING (device_no) JOIN heartbeat_labels USING (label_no)
+"""
+_NUMBERS = ("battery_pct", "signal_dbm", "uptime_s", "ram_used_mb")
+_OF_TEXT: dict[str, Callable[[str], Any]] = {
+    **{name: lambda text: text == "t" for name in ("clock_wrong", "plugged", "unity_running")},
+    **dict.fromkeys(_NUMBERS, int),
+    "ts": datetime.fromisoformat,
+    "temp_c": lambda text: float32(float(text)),
+}
+
+
+async def _archived(conn: asyncpg.Connection, archive: str) -> AsyncIterator[tuple[str, int, Row]]:
+    """What lies in archives and nowhere else: device_id, bucket and row."""
+    attached = {one.name for one in await partitions.attached(conn)}
+    async with open_store(f"file://{archive}", Archive()) as store:
+        for one in await catalog.every(conn):
+            if one.partition in attached:
+                continue
+            manifest = await verify.load(store, store.name_of(one.url), one.sha256)
+            async for rows in verify.rows(store, manifest):
+                for texts in rows:
+                    said = dict(zip(ARCHIVED_COLUMNS, texts, strict=True))
+                    row = tuple(_OF_TEXT.get(name, str)(said[name]) if said[name] else None for name in COLUMNS)
+                    yield said["device_id"], int(said["bucket"]), row
+
+
+async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str) -> Stored:
+    """Everything: the days, what came late for days that are gone, and the archives."""
     numbers = {device.device_id: number for number, device in enumerate(fleet)}
     rows: dict[Key, list[Row]] = {}
     async with conn.transaction(isolation="repeatable_read"):
-        for record in await conn.fetch(_HISTORY):
+        for record in [*await conn.fetch(_HISTORY), *await conn.fetch(_LATE)]:
             rows.setdefault((numbers[record["device_id"]], record["bucket"]), []).append(_row(record))
         statuses = {numbers[record["device_id"]]: _row(record) for record in await conn.fetch(_STATUS)}
         facts = {numbers[record["device_id"]]: tuple(record)[1:] for record in await conn.fetch(_FACTS)}
+    async for device_id, bucket, row in _archived(conn, archive):
+        rows.setdefault((numbers[device_id], bucket), []).append(row)
     return Stored(rows, statuses, facts)
 
 

@@ -58,6 +58,11 @@ class World:
     process_lane: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
+    def archive(self) -> str:
+        """The folder of the archives."""
+        return f"{self.folder}/archive"
+
+    @property
     def waiting(self) -> int:
         """Requests without an answer."""
         return sum(kiosk.waiting for kiosk in self.kiosks)

@@ -33,8 +33,7 @@ async def crash_before_commit(proxy: Proxy, cluster: Cluster) -> None:
     cluster.kill()
     proxy.take_away()
     async with asyncio.timeout(10):
-        while cluster.starts < 2:
-            await asyncio.sleep(0.01)
+        await cluster.started_again(1)
     await until_up(cluster, 10)
 
 
