@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.fleet import Device
+from nexhb import audit
 from tests.faults import stored
 from tests.faults.beats import COLUMNS, Beat, Row, facts_of, row_of
 from tests.faults.record import ACKNOWLEDGED, What, read
@@ -79,7 +80,9 @@ async def check(world: World) -> list[Violation]:
     words = words_of(world.record.path)
     async with world.connection() as conn:
         found = await stored.read(conn, world.fleet, world.archive)
+        audits = [await audit.audit(conn, day) for day in found.days]
     return [
+        *_ledger(found, audits),
         *_history(world.fleet, words, found),
         *_status(world.fleet, found),
         *(_violation("wrong", b, f"a healthy device heard {said}", words) for b, said in words.turned_away),
@@ -88,6 +91,14 @@ async def check(world: World) -> list[Violation]:
             for b in words.duplicates_from_nothing
         ),
     ]
+
+
+def _ledger(found: Stored, audits: Sequence[audit.Audit]) -> Iterable[Violation]:
+    """What was committed of each day, by the ledger that was written with it, is what is there."""
+    for day, held in zip(found.days, audits, strict=True):
+        rows = sum(len(rows) for rows in found.rows.values() if rows[0][1].date() == day)
+        if held.written != rows or held.missing:
+            yield Violation("wrong", -1, None, f"the ledger of {day}: {held}, and {rows} rows are there")
 
 
 def _violation(what: str, beat: Beat, why: str, words: Words) -> Violation:

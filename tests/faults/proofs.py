@@ -22,6 +22,7 @@ class Proof:
     faults: tuple[str, ...]
     caught_as: str
     saying: str
+    crashes: bool = False  # PostgreSQL does, so that it must be the run's own
     keyless: bool = False  # the key of the rows is taken away: it would hide what the writer does
 
 
@@ -31,6 +32,7 @@ PROOFS = (
     # With the key the rows are right whatever the writer does; what it says of them is not.
     Proof("retries-commit-blindly", ("COMMIT's answer swallowed",), "wrong", "called a duplicate at its first attempt"),
     Proof("retries-commit-blindly", ("COMMIT's answer swallowed",), "doubled", "2 rows", keyless=True),
+    Proof("believes-the-number", ("postmaster killed at a COMMIT",), "lost", _NOT_THERE, crashes=True),
     Proof("drops-a-failed-batch", ("backend terminated in mid-transaction", "database line cut"), "lost", _NOT_THERE),
     # No fault is needed: devices send behind newer ones what they held back.
     Proof("status-moves-back", ("devices' line cut",), "wrong", "its last status is"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import asyncpg
@@ -31,6 +31,11 @@ class Stored:
     rows: dict[Key, list[Row]]
     statuses: dict[int, Row]
     facts: dict[int, Row]
+
+    @property
+    def days(self) -> list[date]:
+        """Those of which there is a row."""
+        return sorted({rows[0][1].date() for rows in self.rows.values()})
 
 
 _LATE = """

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import asyncpg
 import pytest
 
 from tests.conftest import TEMPLATE, dsn_of
+from tests.faults.cluster import running
 from tests.faults.guard import Guard, guarding
 from tests.faults.proofs import PROOFS, Proof, undergo
 from tests.faults.run import Outcome
@@ -23,7 +24,7 @@ _BROKEN = ("-m", "tests.faults.variants")
 
 @asynccontextmanager
 async def scratch(cluster: str, name: str) -> AsyncIterator[str]:
-    """A database with the schema; its DSN."""
+    """A database with the schema on the session's cluster; its DSN."""
     conn = await asyncpg.connect(cluster)
     try:
         await conn.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
@@ -34,20 +35,23 @@ async def scratch(cluster: str, name: str) -> AsyncIterator[str]:
         await conn.close()
 
 
-async def lived(guard: Guard, dsn: str, proof: Proof, command: tuple[str, ...]) -> Outcome:
+async def lived(cluster: str, guard: Guard, proof: Proof, name: str, command: tuple[str, ...]) -> Outcome:
     """What came of the proof's faults, for one writer."""
-    async with living(guard, dsn, seed=1, devices=DEVICES, command=command) as world:
-        return await undergo(world, proof, SECONDS)
+    async with AsyncExitStack() as stack:
+        own = await stack.enter_async_context(running(guard)) if proof.crashes else None
+        dsn = own.dsn if own else await stack.enter_async_context(scratch(cluster, f"faults_{name}"))
+        world = living(guard, dsn, seed=1, devices=DEVICES, cluster=own, command=command)
+        return await undergo(await stack.enter_async_context(world), proof, SECONDS)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: f"{proof.variant} is {proof.caught_as}")
 async def test_a_broken_writer_is_caught_and_the_real_one_passes(cluster: str, proof: Proof) -> None:
     with guarding() as guard:
-        async with scratch(cluster, "faults_broken") as broken_dsn, scratch(cluster, "faults_real") as real_dsn:
-            broken, real = await asyncio.gather(
-                lived(guard, broken_dsn, proof, (*_BROKEN, proof.variant)), lived(guard, real_dsn, proof, REAL)
-            )
+        broken, real = await asyncio.gather(
+            lived(cluster, guard, proof, "broken", (*_BROKEN, proof.variant)),
+            lived(cluster, guard, proof, "real", REAL),
+        )
     assert [str(one) for one in real.violations] == []
     assert any(not one.failed for one in real.struck)
     assert any(one.what == proof.caught_as and proof.saying in one.story for one in broken.violations)

@@ -36,6 +36,14 @@ class RetriesBlindly(Writer):
         return None
 
 
+class BelievesTheNumber(Writer):
+    """Takes "committed" for its own transaction's, as nexhb did once: a crash gives the number to another."""
+
+    async def _outcome(self, conn: Connection, doubt: _InDoubt) -> str | None:
+        doubt.witness = None
+        return await super()._outcome(conn, doubt)
+
+
 class DropsAndAnswers(Writer):
     """A batch that fails is forgotten, and answered as if it were in."""
 
@@ -101,6 +109,7 @@ def _forgets() -> None:
 VARIANTS: dict[str, Callable[[], None]] = {
     "answers-before-commit": _put(AnswersFirst),
     "retries-commit-blindly": _put(RetriesBlindly),
+    "believes-the-number": _put(BelievesTheNumber),
     "drops-a-failed-batch": _put(DropsAndAnswers),
     "status-moves-back": _status_moves_back,
     "forgets-at-the-stop": _forgets,
