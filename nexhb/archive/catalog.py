@@ -54,7 +54,7 @@ async def everything(conn: Connection) -> Sequence[asyncpg.Record]:
 
 
 async def every(conn: Connection) -> list[Archived]:
-    """Every archive and supplement, oldest first."""
+    """Every archive and supplement that counts, oldest first: not those of a day whose table is there (again)."""
     return [_archived(row) for row in await conn.fetch(_Q["every"])]
 
 

@@ -98,12 +98,18 @@ WHERE p.range_start <= $1 AND p.range_end > $1
 ORDER BY supplement_no;
 
 -- name: every
+-- Archives that count. That of a day whose table is there, restored or found rotten before its drop, is of the past: the
+-- rows are in the table, and are archived anew.
+WITH days AS (
+    SELECT * FROM hb_partitions
+    WHERE state IN ('archived', 'dropped') OR to_regclass(quote_ident(partition_name)) IS NULL
+)
 SELECT p.partition_name, p.range_start, p.range_end, p.state, p.archive_url, p.checksum_sha256,
        0::bigint AS supplement_no
-FROM hb_partitions p WHERE p.archive_url IS NOT NULL
+FROM days p WHERE p.archive_url IS NOT NULL
 UNION ALL
 SELECT p.partition_name, p.range_start, p.range_end, p.state, s.archive_url, s.checksum_sha256, s.supplement_no
-FROM hb_partitions p JOIN archive_supplements s USING (partition_name)
+FROM days p JOIN archive_supplements s USING (partition_name)
 ORDER BY range_start, supplement_no;
 
 -- name: drilled

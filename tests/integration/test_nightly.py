@@ -447,3 +447,18 @@ async def test_archives_of_a_former_place_are_read_where_they_were_written(house
         moved = FolderStore(house.folder / "archive" / "elsewhere", timeout_s=5)
         with pytest.raises(StoreError):
             await verify.verify(moved, moved.name_of(archived.url), archived.sha256)
+
+
+async def test_a_restored_days_old_archive_is_neither_drilled_nor_verified(house: House) -> None:
+    await house.fill(OLD)
+    await house.nightly()
+    archives = await catalog.find(house.conn, OLD)
+    await restore.restore_day(house.conn, house.store, archives, NOW)
+    for path in (house.folder / "archive").rglob("*.zst"):
+        path.write_bytes(b"rotten since")
+    run = await house.nightly()
+    assert (run.status, run.reason) == ("completed", "")  # its rows are in the table: nothing is lost
+    await catalog.release(house.conn, OLD)
+    run = await house.nightly()
+    assert (run.status, run.counts["archived"], run.counts["drilled"]) == ("completed", 1, 1)
+    assert len(await catalog.every(house.conn)) == 1
