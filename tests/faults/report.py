@@ -53,6 +53,7 @@ def totals(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "seconds_of_faults": round(sum(outcome.seconds for outcome in outcomes), 1),
         "faults": sum(line.times for line in lines(outcomes)),
         "daemon_starts": sum(outcome.starts for outcome in outcomes),
+        "daemons_ended_by_themselves": sum(len(outcome.ended_by_itself) for outcome in outcomes),
         "ready_s_most": round(max((outcome.ready_s for outcome in outcomes), default=0.0), 2),
         "drained_s_most": round(max((outcome.drained_s for outcome in outcomes), default=0.0), 2),
         "attempts": {what.value: counts[what] for what in What},
@@ -78,11 +79,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """One sentence of figures."""
     found = totals(outcomes)
     attempts = found["attempts"]
+    known = attempts["acknowledged"] + attempts["deduplicated"]
     return (
         f"{len(outcomes)} seeds, {found['seconds_of_faults']:,.0f} s of faults, {found['faults']:,} faults, "
-        f"{found['daemon_starts']:,} starts of a daemon; {attempts['sent']:,} attempts to send, of them "
-        f"{attempts['acknowledged'] + attempts['deduplicated']:,} acknowledged, {attempts['refused']:,} refused, "
-        f"{attempts['unknown']:,} unknown; {attempts['given up']:,} heartbeats given up by their device. "
+        f"{found['daemon_starts']:,} starts of a daemon ({found['daemons_ended_by_themselves']:,} behind an end of its "
+        f"own); {attempts['sent']:,} attempts to send, of them {known:,} acknowledged, {attempts['refused']:,} "
+        f"refused, {attempts['unknown']:,} unknown; {attempts['given up']:,} heartbeats given up by their device. "
         f"Ready at most {found['ready_s_most']} s after the healing, drained {found['drained_s_most']} s later. "
         + ", ".join(f"{found[word]:,} {word}" for word in WORDS)
         + "."
