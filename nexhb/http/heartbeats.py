@@ -38,7 +38,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
         raise Problem(refused.status, "The heartbeat is not valid.", errors=refused.errors) from None
     except Overloaded as error:
         metrics.heartbeats_failed.labels(reason="overloaded").inc()
-        raise _come_back(parts, str(error)) from None
+        raise await _refusal_in_turn(parts, error) from None
     verdict = await ticket.future
     if verdict.outcome is Outcome.WRITTEN:
         return parts.answer(deduplicated=False).to(request)
@@ -119,7 +119,7 @@ async def _receive(request: web.Request, parts: Parts, most: int, types: tuple[s
     try:
         parts.intake.check()
     except Overloaded as error:
-        raise _come_back(parts, str(error)) from None
+        raise await _refusal_in_turn(parts, error) from None
     device = await auth.device_of(request, parts)
     _hold_to_rate(parts, device, 1)
     body.check_headers(request, most=most, types=types)
@@ -135,6 +135,13 @@ def _hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
         raise Problem(
             429, "This device sends too often.", headers={"Retry-After": str(1 + int(wait_s))}, close=heartbeats == 1
         )
+
+
+async def _refusal_in_turn(parts: Parts, error: Overloaded) -> Problem:
+    """A 503 at its time: refusals by the thousand would leave the writer no turn of the event loop."""
+    if wait_s := parts.refusals.wait_s(time.monotonic()):
+        await asyncio.sleep(wait_s)
+    return _come_back(parts, str(error))
 
 
 def _come_back(parts: Parts, detail: str) -> Problem:

@@ -44,6 +44,7 @@ class Parts:
     rules: wire.Rules = field(init=False)
     failures: Allowance = field(init=False)  # wrong keys, by address
     device_rate: Allowance = field(init=False)  # heartbeats, by device_no
+    refusals: pace.Turns = field(init=False)  # of an intake that admits nothing
     _answers: dict[tuple[int, bool], QuickAnswer] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +56,8 @@ class Parts:
         object.__setattr__(self, "failures", failures)
         device_rate = Allowance(burst=ingest.device_burst, per_second=ingest.device_per_minute / 60)
         object.__setattr__(self, "device_rate", device_rate)
+        turns = pace.Turns(per_s=pace.REFUSALS_PER_S, at_once=pace.REFUSALS_AT_ONCE, within_s=pace.REFUSAL_WITHIN_S)
+        object.__setattr__(self, "refusals", turns)
 
     def next_heartbeat_s(self) -> int:
         """When the device that is answered now should come again."""

@@ -85,3 +85,33 @@ def test_a_filling_queue_slows_the_fleet_down_and_spreads_it() -> None:
 def test_nobody_is_asked_to_look_offline(usual_s: int, offline_s: int, filled: float, fraction: float) -> None:
     asked = pace.interval_s(usual_s, offline_s, filled, fraction)
     assert usual_s <= asked <= max(usual_s, offline_s // 2)
+
+
+# ---- the pace of refusals -----------------------------------------------------------------------------------------
+
+
+def test_a_few_refusals_are_heard_at_once_and_the_others_one_after_another() -> None:
+    turns = pace.Turns(per_s=10, at_once=3, within_s=5)
+    assert [turns.wait_s(100.0) for _ in range(5)] == pytest.approx([0, 0, 0, 0.1, 0.2])
+    # what was waited for is over, and a quiet while gives the first ones back
+    assert turns.wait_s(100.2) == pytest.approx(0.1)
+    assert turns.wait_s(200.0) == 0.0
+
+
+def test_nobody_waits_longer_for_a_refusal_than_the_bound() -> None:
+    turns = pace.Turns(per_s=10, at_once=3, within_s=5)
+    waits = [turns.wait_s(100.0) for _ in range(1000)]
+    assert max(waits) == pytest.approx(5)
+    # nor do those who come after them
+    assert turns.wait_s(101.0) == pytest.approx(4.1)
+
+
+@given(st.lists(st.floats(0, 2), max_size=80))
+def test_turns_are_as_many_as_said(pauses: list[float]) -> None:
+    turns, now, at = pace.Turns(per_s=10, at_once=3, within_s=1e9), 0.0, []
+    for pause in pauses:
+        now += pause
+        at.append(now + turns.wait_s(now))
+    for first in range(len(at)):
+        within = [each for each in at[first:] if each <= at[first] + 1]
+        assert len(within) <= 10 + 3 + 1
