@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import asyncpg
 
+from tests.faults.asking import ANSWER_S
 from tests.faults.cluster import Cluster
 from tests.faults.daemon import Daemon
 from tests.faults.nemesis import Fault, Kind, Unable
@@ -65,13 +66,17 @@ async def _hit(daemon: Daemon, number: signal.Signals) -> None:
 
 
 async def _second(world: World, fault: Fault) -> None:
-    """Both take heartbeats, also one that a device has sent to the other."""
-    second = world.daemons[1]
+    """Both take heartbeats, also one that a device has sent to the other; and one stands still with what it holds,
+    while devices send the same and newer ones to the other."""
+    first, second = world.daemons
     second.want()
     try:
         await second.ready(READY_S)
-        await asyncio.sleep(fault.lasts_s)
+        await asyncio.sleep(fault.lasts_s / 2)
+        first.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(fault.lasts_s / 2 + 2 * ANSWER_S * (fault.dice % 0.5))
     finally:
+        first.send_signal(signal.SIGCONT)
         await second.stop(signal.SIGKILL if fault.dice < 0.5 else signal.SIGTERM)
 
 
