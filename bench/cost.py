@@ -7,10 +7,14 @@ import contextlib
 import os
 import resource
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from statistics import linear_regression, mean
+from typing import Final, NamedTuple
+
+# samples at either end of a stretch
+_AVERAGED: Final = 6
 
 
 def own_cpu_s() -> float:
@@ -157,3 +161,15 @@ async def watched(pid: int, every_s: float) -> AsyncIterator[list[Sample]]:
         looking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await looking
+
+
+def growth_of(samples: Sequence[Sample]) -> float:
+    """MB between the first six samples and the last six, each averaged."""
+    first, last = samples[:_AVERAGED], samples[-_AVERAGED:]
+    return round(mean(each.rss_mb for each in last) - mean(each.rss_mb for each in first), 2)
+
+
+def trend_of(samples: Sequence[Sample]) -> float:
+    """MB that a straight line through all samples rises by."""
+    slope, _ = linear_regression([each.at_s for each in samples], [each.rss_mb for each in samples])
+    return round(slope * (samples[-1].at_s - samples[0].at_s), 2)

@@ -162,6 +162,51 @@ class ReaderScenario:
         return replace(self, before_s=2.0, after_s=1.0)
 
 
+@dataclass(frozen=True, slots=True)
+class OverloadScenario:
+    """A rate that nobody can take, between two stretches of one that is easy."""
+
+    name: str
+    title: str
+    devices: int
+    # of the generator; more than the queue takes, or nothing would ever be refused
+    connections: int
+    queue_items: int
+    # as fast as it goes, to know what the machine takes
+    capacity_s: float
+    # of what it takes
+    normal: float
+    times: float
+    before_s: float
+    overload_s: float
+    after_s: float
+    # of a second of full service
+    calm_ms: float
+    limits: tuple[Limit, ...]
+
+    def quicker(self) -> OverloadScenario:
+        """A shorter one."""
+        return replace(self, before_s=5.0, overload_s=15.0, after_s=15.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OutageScenario:
+    """Agents, and a database that is away for minutes."""
+
+    name: str
+    title: str
+    devices: int
+    interval_s: float
+    jitter_s: float
+    before_s: float
+    outage_s: float
+    # heartbeats go on for so long after it
+    after_s: float
+    # and nothing is waited for any longer than this: an agent's longest wait is 375 s
+    drain_s: float
+    limits: tuple[Limit, ...]
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -170,6 +215,7 @@ Scenario = (
     | KillScenario
     | ArchiveScenario
     | ReaderScenario
+    | OverloadScenario
 )
 
 STEADY_500: Final = OpenLoopScenario(
@@ -298,6 +344,61 @@ READER: Final = ReaderScenario(
     limits=ALL_ACKNOWLEDGED,
 )
 
+OVERLOAD: Final = OverloadScenario(
+    name="overload",
+    title="twice what the machine takes for two minutes, and what comes after",
+    devices=2000,
+    # A connection has one request at a time, so the default queue of 20,000 would want more connections than that, and
+    # as many descriptors, of the daemon and of the generator.
+    connections=8000,
+    queue_items=5000,
+    capacity_s=6,
+    normal=0.1,
+    times=2,
+    before_s=10,
+    overload_s=120,
+    after_s=30,
+    calm_ms=150,
+    limits=(
+        Limit("sends without an answer", "failed", 0),
+        Limit("answers other than 200 and 503", "other_answers", 0),
+        Limit("refused, at least", "refused", 1, "at_least"),
+        Limit("the generator's own lateness, p99 below 250 ms", "late_sends_p99_ms", 250),
+        # a floor: ingest.answer_within_seconds; the queue holds 0.6 s of work on two idle cores
+        Limit("p99 of what is accepted, below 10 s", "accepted_p99_ms", 10_000),
+        Limit("p99 of what is refused, below 10 s", "refused_p99_ms", 10_000),
+        Limit("accepted during it, of the capacity", "goodput", 0.4, "at_least"),
+        Limit("different Retry-After", "retry_after_values", 8, "at_least"),
+        Limit("longest next_heartbeat_seconds during it", "next_most_s", 61, "at_least"),
+        Limit("longest next_heartbeat_seconds at the end", "next_after_s", 60),
+        Limit("seconds until full service", "recovered_s", 5),
+        Limit("growth of the daemon's memory, below 150 MB", "growth_mb", 150),
+        Limit("growth in the second half, below 15 MB", "second_half_mb", 15),
+    ),
+)
+OUTAGE: Final = OutageScenario(
+    name="outage",
+    title="2,000 agents at 60 s ± 15 s, PostgreSQL away for ten minutes",
+    devices=2000,
+    interval_s=60,
+    jitter_s=15,
+    before_s=60,
+    outage_s=600,
+    after_s=60,
+    drain_s=420,
+    limits=(
+        Limit("every heartbeat acknowledged", "left", 0),
+        Limit("no queue overflowed", "dropped", 0),
+        Limit("sends without an answer", "failed", 0),
+        Limit("answers other than 200 and 503", "other_answers", 0),
+        Limit("503 heard meanwhile, at least", "refused", 1, "at_least"),
+        # the agent waits 30 s
+        Limit("longest wait for an answer, below 15 s", "waited_most_s", 15),
+        Limit("ready again within 10 s", "ready_s", 10),
+        Limit("growth of the daemon's memory, below 50 MB", "growth_mb", 50),
+    ),
+)
+
 SCENARIOS: Final[tuple[Scenario, ...]] = (
     STEADY_500,
     STEADY_2000,
@@ -308,4 +409,5 @@ SCENARIOS: Final[tuple[Scenario, ...]] = (
     DEDUP,
     ARCHIVE,
     READER,
+    OVERLOAD,
 )

@@ -26,6 +26,8 @@ from bench.fleet import Device, write_csv
 from nexhb import embedded, keys
 from nexhb.pgaccount import USER
 
+# what a run sets to have its daemon use a PostgreSQL that the run itself starts and stops
+DATABASE_URL: Final = "NEXHB_DATABASE__URL"
 _HOST: Final = "127.0.0.1"
 # initdb and the first migration take 2 s, crash recovery after a kill some more
 _READY_S: Final = 90.0
@@ -92,7 +94,7 @@ class Stack:
                 # Ctrl-C at the terminal is for the bench, which then stops the daemon in order
                 start_new_session=True,
             )
-        while not self._ready():
+        while not self.ready():
             if self._process.poll() is not None:
                 raise StackError(f"the daemon ended with {self._process.returncode}:\n{self._last_words()}")
             if time.monotonic() - began > _READY_S:
@@ -126,7 +128,8 @@ class Stack:
         finally:
             self._process = None
 
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
+        """Whether it says that it can commit."""
         connection = http.client.HTTPConnection(_HOST, self.port, timeout=5)
         try:
             connection.request("GET", "/readyz")
@@ -210,7 +213,9 @@ class Stack:
 
     @property
     def dsn(self) -> str:
-        """How to reach the embedded PostgreSQL: by the socket that it says it listens on."""
+        """How to reach its PostgreSQL: the one it was told of, or the embedded one, by the socket that it names."""
+        if told := self._settings.get(DATABASE_URL):
+            return told
         socket_dir = self._postmaster_file()[4]
         return f"postgresql://{USER}@/{USER}?host={quote(socket_dir)}&port=5432"
 

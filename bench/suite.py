@@ -18,15 +18,17 @@ from rich.table import Table
 from bench import progress, stack
 from bench.finding import Finding
 from bench.report import Limit, Verdict, hold, write_text
-from bench.runs import archive, ceiling, kill, offline, reader, reconnect, steady
+from bench.runs import archive, ceiling, kill, offline, overload, reader, reconnect, steady
 from bench.scenarios import (
     ARCHIVE,
+    OVERLOAD,
     SCENARIOS,
     ArchiveScenario,
     CeilingScenario,
     KillScenario,
     OfflineQueryScenario,
     OpenLoopScenario,
+    OverloadScenario,
     ReaderScenario,
     ReconnectScenario,
     Scenario,
@@ -54,6 +56,8 @@ def run_one(scenario: Scenario) -> Finding:
             finding = archive.run(scenario)
         case ReaderScenario():
             finding = reader.run(scenario)
+        case OverloadScenario():
+            finding = overload.run(scenario)
     return finding
 
 
@@ -84,6 +88,21 @@ def run_archive(
     if chosen != ARCHIVE:
         chosen = replace(chosen, title=f"days of {devices:,} devices, {rows_per_device:,} rows each")
     finding = _run(chosen, out, console, quick=False)
+    write_summary(out)
+    raise typer.Exit(0 if finding.ok else 1)
+
+
+def run_overload(
+    seconds: Annotated[float, typer.Option(min=5, help="How long.")] = OVERLOAD.overload_s,
+    connections: Annotated[int, typer.Option(min=100, help="Connections of the generator.")] = OVERLOAD.connections,
+    queue_items: Annotated[int, typer.Option(min=1, help="ingest.queue_items of the daemon.")] = OVERLOAD.queue_items,
+    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+) -> None:
+    """Send twice what the machine takes. Exit 0: every limit was kept."""
+    chosen = replace(OVERLOAD, overload_s=seconds, connections=connections, queue_items=queue_items)
+    if chosen != OVERLOAD:
+        chosen = replace(chosen, title=f"twice what the machine takes for {seconds:g} s, {connections:,} connections")
+    finding = _run(chosen, out, progress.console(), quick=False)
     write_summary(out)
     raise typer.Exit(0 if finding.ok else 1)
 

@@ -9,7 +9,7 @@ import random
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TextIO
@@ -37,6 +37,9 @@ class Backoff:
         own = min(self.cap_s, self.base_s * 2.0 ** min(attempt, 20))
         return max(own * (1 + rng.random() * self.jitter), retry_after_s)
 
+
+# told of each answer: the heartbeat's number in the log, the HTTP status, the seconds that it was waited for
+Heard = Callable[[int, int, float], None]
 
 AGENT_BACKOFF: Final = Backoff()
 # the agent's own bound: beyond it the oldest are given up
@@ -87,12 +90,14 @@ class Agents(Sender):
         backoff: Backoff = AGENT_BACKOFF,
         ack_file: TextIO | None = None,
         seed: int = 0,
+        heard: Heard | None = None,
     ) -> None:
         """Prepare; `ack_file` gets a line `device_id,ts_us` per acknowledged heartbeat."""
         super().__init__(to, timeout_s)
         self._fleet = fleet
         self._backoff = backoff
         self._ack_file = ack_file
+        self._heard = heard
         self._rng = random.Random(f"nexhb agents:{seed}")
         self._agents: dict[int, _Agent] = {}
         # devices whose answer is awaited → when it was asked, in order of time
@@ -160,7 +165,9 @@ class Agents(Sender):
     def answered(self, conn: Connection, send_no: int, head: Head, deduplicated: bool) -> None:
         """Forget an acknowledged heartbeat and send the next; keep a refused one."""
         device, agent = conn.lane, self._agents[conn.lane]
-        self._asked_s.pop(device, None)
+        asked_s = self._asked_s.pop(device, math.nan)
+        if self._heard is not None:
+            self._heard(send_no, head.status, time.monotonic() - asked_s)
         agent.busy = False
         if conn.closing:
             agent.conn = None
@@ -301,6 +308,7 @@ async def agents(
     pid: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    heard: Heard | None = None,
 ) -> LoadRun:
     """Let agents send their queues and a schedule's beats until all is acknowledged, or `bound_s` has passed.
 
@@ -311,8 +319,8 @@ async def agents(
     async with measured_run():
         with contextlib.ExitStack() as files:
             ack_file = files.enter_context(ack_log.open("a", buffering=1)) if ack_log else None
-            loop = Agents(to, fleet, timeout_s=timeout_s, backoff=backoff, ack_file=ack_file, seed=seed)
-            base_us, before, start_s = bucket_start_us(), cost_now(pid), time.monotonic()
+            loop = Agents(to, fleet, timeout_s=timeout_s, backoff=backoff, ack_file=ack_file, seed=seed, heard=heard)
+            base_us, before, start_s, began_at_s = bucket_start_us(), cost_now(pid), time.monotonic(), time.time()
             try:
                 await loop.run(arrivals_of(queues, plan), start_s, base_us, bound_s=bound_s, progress=progress)
                 elapsed_s, cost = time.monotonic() - start_s, cost_now(pid).since(before)
@@ -329,4 +337,4 @@ async def agents(
         late_us=loop.late_us,
         extra=loop.figures(),
     )
-    return LoadRun(result, loop.log)
+    return LoadRun(result, loop.log, began_at_s)

@@ -66,7 +66,7 @@ class Owner(Protocol):
 class Connection(asyncio.Protocol):
     """An HTTP/1.1 client connection with one request at a time and a parser for small answers."""
 
-    __slots__ = ("_rest", "_transport", "closing", "lane", "owner", "reason", "send_no")
+    __slots__ = ("_rest", "_transport", "body", "closing", "lane", "owner", "reason", "send_no")
 
     def __init__(self, owner: Owner, lane: int) -> None:
         """Belong to the owner's lane."""
@@ -75,6 +75,8 @@ class Connection(asyncio.Protocol):
         self.send_no = IDLE
         self.closing = False
         self.reason = "closed"
+        # of the last answer
+        self.body = b""
         self._rest = b""
         self._transport: asyncio.Transport | None = None
 
@@ -128,6 +130,7 @@ class Connection(asyncio.Protocol):
         if head.close or len(data) > stop:
             self.closing = True
             self._transport.close()  # type: ignore[union-attr]  # data came, so it is connected
+        self.body = data[end + 4 : stop]
         deduplicated = b'"deduplicated":true' in data or b'"deduplicated": true' in data
         self.owner.answered(self, send_no, head, deduplicated)
 

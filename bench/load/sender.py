@@ -1,4 +1,4 @@
-"""What the three ways to send share: counts, connections, tasks, the hunt for late answers, the result."""
+"""What the ways to send share: counts, connections, tasks, the hunt for late answers, the result."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class LoadRun:
 
     result: Result
     sends: SendLog
-    # seconds since 1970 at its start, from which an open loop's intended times count
+    # seconds since 1970 at its start, from which intended times count
     began_at_s: float = 0.0
 
 
@@ -98,7 +98,7 @@ def bucket_start_us() -> int:
 
 
 class Sender:
-    """What the three ways to send share: log, tally, connections, tasks, and the hunt for late answers."""
+    """What the ways to send share: log, tally, connections, tasks, and the hunt for late answers."""
 
     def __init__(self, to: Target, timeout_s: float) -> None:
         self._to = to

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import linear_regression, mean
 from typing import Annotated, Final
 
 import typer
 import uvloop
 
 from bench import progress, stack, suite
-from bench.cost import Sample, watched
+from bench.cost import Sample, growth_of, trend_of, watched
 from bench.finding import Finding, of_trial
 from bench.fleet import make_fleet, schedule
 from bench.load import open_loop, target
@@ -24,7 +22,6 @@ _SEED: Final = 1
 _EVERY_S: Final = 5.0
 # what a start fills (tokens, labels, devices' facts, allocator) is full by then
 _SETTLED_S: Final = 180.0
-_AVERAGED: Final = 6
 _GROWTH: Final = Limit("growth from the 3rd minute to the end, MB", "growth_mb", 5)
 _TREND: Final = Limit("the same by least squares, MB", "trend_mb", 5)
 
@@ -58,18 +55,6 @@ def run(duration_s: float) -> Finding:
     verdicts: tuple[Verdict, ...] = (*finding.verdicts, hold(_GROWTH, growth_mb), hold(_TREND, trend_mb))
     details = {**finding.details, "samples": [each._asdict() for each in samples]}
     return Finding(finding.name, finding.title, verdicts, {**finding.figures, **figures}, details)
-
-
-def growth_of(samples: Sequence[Sample]) -> float:
-    """MB between the first half minute and the last, each averaged."""
-    first, last = samples[:_AVERAGED], samples[-_AVERAGED:]
-    return round(mean(each.rss_mb for each in last) - mean(each.rss_mb for each in first), 2)
-
-
-def trend_of(samples: Sequence[Sample]) -> float:
-    """MB that a straight line through all samples rises by."""
-    slope, _ = linear_regression([each.at_s for each in samples], [each.rss_mb for each in samples])
-    return round(slope * (samples[-1].at_s - samples[0].at_s), 2)
 
 
 async def _trial(own: stack.Stack, duration_s: float, samples: list[Sample]) -> Trial:

@@ -25,11 +25,14 @@ from bench.load import (
     Backoff,
     LoadRun,
     NotLoopbackError,
+    Stage,
     Target,
     agents,
     closed_loop,
+    flood,
     open_loop,
     parse_head,
+    recent_span,
     target,
 )
 from bench.report import Limit, Outcome, SendLog, judge, percentiles
@@ -37,6 +40,7 @@ from bench.report import Limit, Outcome, SendLog, judge, percentiles
 FLEET = make_fleet(20, seed=5)
 NUMBER_OF_TOKEN = {device.token: device.index for device in FLEET}
 OK = b'{"ok":true,"next_heartbeat_seconds":60,"deduplicated":false}'
+NOW_US = time.time_ns() // 1000
 SOON = Backoff(base_s=0.01, cap_s=0.05)
 
 # ── servers ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,6 +94,7 @@ class Daemon:
         self.deduplicated = 0
         # consulted before a heartbeat is taken; an answer other than None is given instead
         self.refuse: Callable[[int], web.Response | None] = lambda _: None
+        self.slow_s = 0.0
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """The one route."""
@@ -97,6 +102,8 @@ class Daemon:
         found = json.loads(await request.read())
         assert found["device_id"] == FLEET[device].device_id
         self.received.append((device, found["timestamp_utc"]))
+        if self.slow_s:
+            await asyncio.sleep(self.slow_s)
         if (refusal := self.refuse(device)) is not None:
             return refusal
         # 2026-11-24T02:00:0|0.123456Z: without the last digit of the second, the bucket
@@ -497,6 +504,42 @@ def test_loopback_addresses_are_taken() -> None:
     assert target("http://[::1]:81/base/v1/heartbeat") == Target("::1", 81, "/base/v1/heartbeat")
     with pytest.raises(ValueError, match="no http:// URL"):
         target("https://127.0.0.1")
+
+
+async def test_a_flood_sends_at_its_rates_and_keeps_what_each_send_heard() -> None:
+    daemon = Daemon()
+    daemon.refuse = lambda device: None if device % 4 else web.Response(status=503, headers={"Retry-After": "7"})
+    stages = (Stage("easy", 50, 0.2), Stage("hard", 400, 0.5))
+    async with daemon_server(daemon) as to:
+        found = await flood(to, FLEET, stages, recent_span(400, len(FLEET), NOW_US), connections=20)
+    record = found.record
+    assert found.run.result.sent == len(record) == len(daemon.received) == 210
+    assert found.run.result.statuses == {"200": found.run.result.ok, "503": found.run.result.refused}
+    assert {(status, told) for status, told in zip(record.status, record.told_s, strict=True)} == {(200, 60), (503, 7)}
+    assert not record.held_back_us
+    assert all(0 < took < 5 for took in record.took_s)
+    assert len(found.costs) == 2
+    add_up(found.run)
+
+
+async def test_a_flood_counts_what_no_connection_was_free_for() -> None:
+    daemon = Daemon()
+    async with daemon_server(daemon) as to:
+        daemon.slow_s = 0.3
+        found = await flood(to, FLEET, (Stage("hard", 500, 0.5),), recent_span(400, len(FLEET), NOW_US), connections=2)
+    assert found.run.result.ok == len(found.record) <= 6
+    assert len(found.record.held_back_us) == found.run.result.extra["held_back"] == 250 - len(found.record)
+
+
+async def test_a_flood_fails_what_is_not_answered() -> None:
+    daemon = Daemon()
+    async with daemon_server(daemon) as to:
+        daemon.slow_s = 1.0
+        found = await flood(
+            to, FLEET, (Stage("hard", 20, 0.2),), recent_span(40, len(FLEET), NOW_US), connections=4, timeout_s=0.3
+        )
+    assert found.run.result.failures == {"timeout": 4}
+    assert list(found.record.status) == [0] * 4
 
 
 async def test_the_load_command_writes_the_contracts_json_and_exits_by_its_verdicts(tmp_path: Path) -> None:

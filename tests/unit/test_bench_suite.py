@@ -10,11 +10,10 @@ from typer.testing import CliRunner
 
 from bench import suite
 from bench.__main__ import app
-from bench.cost import Sample
+from bench.cost import Sample, growth_of, trend_of
 from bench.finding import Finding
 from bench.micro.scratch import text_table
 from bench.report import Limit, hold
-from bench.runs.soak import growth_of, trend_of
 from bench.scenarios import SCENARIOS
 from bench.stack import StackError
 
