@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 LOCK   := tests/requirements.lock
 SWIFT  := .venv-swift
 
-.PHONY: help run demo test lint fuzz faults bench lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,6 +49,9 @@ fuzz: $(VENV)/.test ## a million malformed bodies against a real daemon (BODIES=
 
 faults: $(VENV)/.test ## break everything under simulated devices and compare (SEED= the first, SEEDS= how many)
 	@$(BIN)/python -m tests.faults --seeds $(or $(SEED),1)-$$(($(or $(SEED),1) + $(or $(SEEDS),1) - 1))
+
+timelapse: $(VENV)/.test ## 200 days of a fleet in minutes, with every fault, and every heartbeat found again (SEED=)
+	@$(BIN)/python -m tests.timelapse --days 200 --seed $(or $(SEED),1)
 
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all
