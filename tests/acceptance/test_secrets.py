@@ -15,8 +15,8 @@ from tests.acceptance.test_serve import Site, site
 from tests.conftest import example
 
 __all__ = ["site"]
-S3_KEY, S3_SECRET = "AKIA-of-this-test-0123", "secret-of-this-test-with-enough-letters"
-PASSWORD = "password-of-this-test"
+S3_KEY, S3_SECRET = "key id of this test", "the other half of it"
+PASSWORD = "wordofatest"
 
 
 def every_answer(site: Site, token: str) -> str:
