@@ -32,7 +32,7 @@ from nexhb.http.parts import Parts
 from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import Schedule
-from nexhb.pgerrors import is_retryable
+from nexhb.pgerrors import Kind, classify, is_retryable
 from nexhb.reads import Reads
 from nexhb.writer import Writer
 
@@ -57,6 +57,11 @@ class State:
     """Why the daemon cannot commit, besides what the intake says; empty while it can."""
 
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def hold(self) -> str:
+        """Why no heartbeat should be taken, though one could be; empty where none is to be held off."""
+        return self.reasons.get("unsafe", "") or self.reasons.get("disk", "")
 
     def not_ready(self, intake: Intake) -> list[str]:
         """Every reason, for /readyz."""
@@ -91,6 +96,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         admin_key = keys.read_or_make(settings)
         await _prepare(database, settings, state, now())
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
+        intake.held_because = state.hold
         await stack.enter_async_context(_side_task("cluster", cluster.watch(settings.data_dir), failed))
         devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds)
         await devices.load()
@@ -106,7 +112,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
-        await stack.enter_async_context(_side_task("disk", _watch_disk(settings, intake, state), failed))
+        await stack.enter_async_context(_side_task("disk", _watch_disk(settings, state), failed))
         looking = _keep_looking_at_settings(settings, database, state)
         await stack.enter_async_context(_side_task("settings", looking, failed))
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
@@ -191,14 +197,24 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
 
 
 async def _prepare(database: Database, settings: Settings, state: State, now: datetime) -> None:
-    """Schema and partitions, and whether the database keeps what it commits."""
-    conn = await _connect_patiently(database, utc_now() + timedelta(seconds=START_PATIENCE_S))
-    try:
-        await _look_at_settings(conn, settings, state)
-        await migrate.migrate(conn, now)
-        await partitions.ensure(conn, window_days(settings, now))
-    finally:
-        await conn.close(timeout=5)
+    """Schema and partitions, and whether the database keeps what it commits. A database that goes away meanwhile is
+    waited for as one that is not there yet."""
+    until = utc_now() + timedelta(seconds=START_PATIENCE_S)
+    while True:
+        conn = await _connect_patiently(database, until)
+        try:
+            await _look_at_settings(conn, settings, state)
+            await migrate.migrate(conn, now)
+            await partitions.ensure(conn, window_days(settings, now))
+        except Exception as error:
+            if classify(error) is not Kind.LOST or utc_now() > until:
+                raise
+            _log.warning("database.waiting", error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(1)
+        else:
+            return
+        finally:
+            await conn.close(timeout=5)
 
 
 async def _look_at_settings(conn: db.Connection, settings: Settings, state: State) -> None:
@@ -226,17 +242,18 @@ async def _keep_looking_at_settings(settings: Settings, database: Database, stat
             _log.info("database.settings_not_read", error=f"{type(error).__name__}: {error}")
 
 
-async def _watch_disk(settings: Settings, intake: Intake, state: State) -> None:
+async def _watch_disk(settings: Settings, state: State) -> None:
     """Hold the intake while the embedded PostgreSQL's disk runs full: 503 is better than a PostgreSQL that panics."""
     reserve = settings.database.disk_reserve_bytes
     while settings.database.url is None:
         free = (await asyncio.to_thread(shutil.disk_usage, settings.data_dir)).free
         metrics.disk_free.set(free)
         # Once held, until a tenth more is free: else it would open and close with every file.
-        low = db.disk_low(free, reserve + (reserve // 10 if intake.held_because else 0))
-        if bool(low) != bool(intake.held_because):
+        before = state.reasons.get("disk", "")
+        low = db.disk_low(free, reserve + (reserve // 10 if before else 0))
+        if bool(low) != bool(before):
             _log.error("disk.low" if low else "disk.enough_again", free_bytes=free, reserve_bytes=reserve)
-        intake.held_because = state.reasons["disk"] = str(low) if low else ""
+        state.reasons["disk"] = str(low) if low else ""
         await asyncio.sleep(DISK_S)
     await asyncio.Event().wait()  # somebody else's disk
 
@@ -266,6 +283,7 @@ async def _sweep(settings: Settings, intake: Intake, state: State, connections: 
         await asyncio.sleep(SWEEP_S)
         intake.expire(loop.time(), settings.ingest.answer_within_seconds)
         intake.observe()
+        intake.held_because = state.hold
         connections.sweep(loop.time())
         metrics.ready.set(0 if state.not_ready(intake) else 1)
 

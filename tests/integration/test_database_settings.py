@@ -41,11 +41,17 @@ async def test_fsync_off_makes_a_daemon_not_ready_until_it_is_on(
     reasons = (await nexhb.get("/readyz", 503))["reasons"]
     assert "fsync is off" in reasons[0]
     assert "ALTER SYSTEM SET fsync = on" in reasons[0]
+    agent = await nexhb.agent()
+    refused = await agent.send(now)
+    assert (refused.status, "fsync is off" in refused.body["detail"]) == (503, True)
+    assert int(refused.headers["Retry-After"]) >= 2
     await set_fsync(conn, "on")
     async with asyncio.timeout(5):
         while (await (await nexhb.http.get(f"{nexhb.url}/readyz")).json())["reasons"]:
             await asyncio.sleep(0.02)
-    assert (await (await nexhb.agent()).send(now)).status == 200
+    async with asyncio.timeout(5):
+        while (await agent.send(now)).status != 200:
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.usefixtures("fsync_off")
