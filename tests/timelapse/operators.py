@@ -28,6 +28,8 @@ async def bring_back(world: World, day: date, nights: int) -> None:
 
 
 async def _compare(world: World, day: date) -> None:
+    if await partitions.is_sealed(world.conn, partitions.name_of(day)):
+        raise Broken(f"{day} came back, and takes no rows.")
     query = "SELECT * FROM heartbeat_history WHERE ts >= $1 AND ts < $1 + interval '1 day'"
     rows = [row_of_record(record) for record in await world.conn.fetch(query, partitions.midnight(day))]
     if strange := [row for row in rows if row not in world.ledger.rows.get(key_of(row), [])]:
