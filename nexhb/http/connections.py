@@ -30,9 +30,6 @@ class Connections:
         # Those that never showed a valid key, the oldest first: the ones to go when there are too many.
         self._unproven: dict[Guarded, None] = {}
 
-    def __len__(self) -> int:
-        return len(self._open)
-
     def factory(self, server: web.Server, **options: Any) -> Callable[[], Guarded]:
         """What asyncio calls for each connection. `options` as aiohttp's RequestHandler takes them."""
         loop = asyncio.get_running_loop()

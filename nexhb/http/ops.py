@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 from prometheus_async.aio.web import server_stats
 
-from nexhb import __version__, devices
+from nexhb import __version__, devices, metrics
 from nexhb.http import body, query
 from nexhb.http.parts import PARTS, writable_connection
 from nexhb.http.problem import SERVER, Problem, answer
@@ -31,7 +31,9 @@ async def get_readyz(request: web.Request) -> web.Response:
 
 async def get_metrics(request: web.Request) -> web.StreamResponse:
     """Prometheus, in the format that the caller accepts."""
-    request.app[PARTS].intake.observe()
+    parts = request.app[PARTS]
+    parts.intake.observe()
+    metrics.next_heartbeat.set(parts.next_heartbeat_s())  # here: a gauge's lock on each heartbeat would cost 1 µs
     response = await server_stats(request)
     response.headers.update(SERVER)
     return response

@@ -252,6 +252,7 @@ async def test_a_full_queue_slows_the_fleet_down_and_an_empty_one_does_not(
     assert all(2 <= int(answer.headers["Retry-After"]) <= 12 for answer in refused)
     assert max(accepted) > 60
     assert (await agents[0].send(now + timedelta(seconds=11))).body["next_heartbeat_seconds"] == 60
+    assert await nexhb.metric("nexhb_next_heartbeat_seconds") == 60
 
 
 # ---- TLS --------------------------------------------------------------------------------------------------------
