@@ -66,9 +66,7 @@ class State:
     def not_ready(self, intake: Intake) -> list[str]:
         """Every reason, for /readyz."""
         found = [reason for reason in self.reasons.values() if reason]
-        if intake.closed_because:
-            found.append(intake.closed_because)
-        return found
+        return found + [reason for reason in (intake.closed_because, intake.failing_because) if reason]
 
 
 @dataclass(frozen=True)
@@ -196,6 +194,13 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
         yield cluster.database
 
 
+@asynccontextmanager
+async def open_connection(settings: Settings, **how: Any) -> AsyncIterator[db.Connection]:
+    """And one connection to it, for a command that needs no more; `how` as Database.connect takes it."""
+    async with open_database(settings) as database, database.connected(**how) as conn:
+        yield conn
+
+
 async def _prepare(database: Database, settings: Settings, state: State, now: datetime) -> None:
     """Schema and partitions, and whether the database keeps what it commits. A database that goes away meanwhile is
     waited for as one that is not there yet."""
@@ -232,11 +237,8 @@ async def _keep_looking_at_settings(settings: Settings, database: Database, stat
     while True:
         await asyncio.sleep(SETTINGS_S)
         try:
-            conn = await database.connect(application="nexhb settings", command_timeout_s=10)
-            try:
+            async with database.connected(application="nexhb settings", command_timeout_s=10) as conn:
                 await _look_at_settings(conn, settings, state)
-            finally:
-                await conn.close(timeout=5)
         except Exception as error:
             # Away, or restarting: the writer finds that out by itself, and says so.
             _log.info("database.settings_not_read", error=f"{type(error).__name__}: {error}")
@@ -293,11 +295,8 @@ async def _keep_days_ahead(settings: Settings, database: Database, now: Callable
     while True:
         await asyncio.sleep(3600)
         try:
-            conn = await database.connect(application="nexhb partitions")
-            try:
+            async with database.connected(application="nexhb partitions") as conn:
                 await partitions.ensure(conn, window_days(settings, now()))
-            finally:
-                await conn.close(timeout=5)
         except Exception:
             # Days stand ahead for two weeks, and the writer makes the one it needs: an hour later is soon enough.
             _log.exception("partition.ensure_failed")

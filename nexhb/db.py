@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,18 @@ class Database:
             if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
                 raise
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+    @asynccontextmanager
+    async def connected(self, *, application: str, **how: Any) -> AsyncIterator[Connection]:
+        """The same for a block, and closed behind it."""
+        conn = await self.connect(application=application, **how)
+        try:
+            yield conn
+        finally:
+            try:
+                await conn.close(timeout=5)
+            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+                conn.terminate()
 
     async def pool(self, *, application: str, size: int, timeout_s: float) -> Pool:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""

@@ -93,11 +93,8 @@ class DeviceStore:
 
     async def load(self) -> None:
         """Read the whole store. Raises DatabaseUnavailable."""
-        conn = await self._database.connect(application="nexhb devices")
-        try:
+        async with self._database.connected(application="nexhb devices") as conn:
             await self._read_all(conn, "start")
-        finally:
-            await conn.close()
 
     async def run(self) -> None:
         """Follow the store until cancelled: notifications at once, everything again every refresh_s."""

@@ -60,6 +60,9 @@ class Intake:
         self._received_counted = 0
         self.closed_because = ""  # the writer's: set while nothing can be committed; then nothing is admitted either
         self.held_because = ""  # the daemon's: set while nothing should be
+        self.failing_because = (
+            ""  # the writer's: set while every try fails and nobody knows why; heartbeats go on trying
+        )
         self._waiting: deque[Ticket] = deque()
         self._unanswered: set[Ticket] = set()
         self._bytes = 0

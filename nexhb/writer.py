@@ -35,6 +35,8 @@ RETRY_FOR_S = 6.0  # with the last attempt's statement timeout still far inside 
 PROBE_S = 5.0  # with nothing to write, how often the connection is tried
 RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
 LABELS_HELD = 100_000
+UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
+TRACEBACKS = 3
 
 
 class _InDoubt(DatabaseUnavailable):
@@ -63,6 +65,8 @@ class Writer:
         self._tables: dict[date, str] = {}
         self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
         self._doubt: _InDoubt | None = None
+        self._unforeseen = 0  # batches in a row that failed for no known reason
+        self._failed_at = 0.0  # the last of them, by the event loop's clock
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
@@ -89,12 +93,28 @@ class Writer:
         verdicts: list[Verdict] = []
         try:
             verdicts = await self._commit([t.heartbeat for t in tickets])
-        except Exception:
-            # Nobody foresaw this one. The devices keep what they sent and come again.
-            _log.exception("batch.failed_unexpectedly", heartbeats=len(tickets))
-            await self._disconnect()
+            self._all_foreseen()
+        except Exception as error:
+            await self._not_foreseen(error, len(tickets))
         finally:
             self._intake.settle(tickets, verdicts or [Verdict(Outcome.FAILED, "internal error")] * len(tickets))
+
+    async def _not_foreseen(self, error: Exception, heartbeats: int) -> None:
+        """Nobody knows what to do about this one. The devices keep what they sent and come again."""
+        self._unforeseen += 1
+        self._failed_at = asyncio.get_running_loop().time()
+        # One that lasts would fill the log with what it said already.
+        tell = _log.exception if self._unforeseen <= TRACEBACKS else _log.error
+        tell("batch.failed_unexpectedly", heartbeats=heartbeats, error=f"{type(error).__name__}: {error}")
+        if self._unforeseen >= UNFORESEEN_MOST:
+            self._intake.failing_because = (
+                f"The last {self._unforeseen} batches failed unexpectedly: {type(error).__name__}; see the log."
+            )
+        await self._disconnect()
+
+    def _all_foreseen(self) -> None:
+        self._unforeseen = 0
+        self._intake.failing_because = ""
 
     async def _commit(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         """One verdict a heartbeat. Retries what is transient; splits a batch until a bad row stands alone."""
@@ -362,6 +382,8 @@ class Writer:
         """With nothing to write: is the database there? A fleet's first heartbeat should not have to find out."""
         try:
             await self._check_writable()
+            if asyncio.get_running_loop().time() - self._failed_at >= PROBE_S:
+                self._all_foreseen()  # whoever asks /readyz has sent the fleet elsewhere: let it try again
         except Exception as error:
             await self._disconnect()
             self._close_intake(error)

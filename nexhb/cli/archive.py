@@ -42,14 +42,11 @@ async def _house() -> AsyncIterator[_House]:
     async with (
         daemon.open_database(settings) as database,
         open_store(settings.archive_url, settings.archive) as store,
-    ):
-        conn = await database.connect(
+        database.connected(
             application="nexhb archive", command_timeout_s=STATEMENT_TIMEOUT_S, lock_timeout=f"{LOCK_TIMEOUT_MS}"
-        )
-        try:
-            yield _House(conn, store)
-        finally:
-            await conn.close(timeout=5)
+        ) as conn,
+    ):
+        yield _House(conn, store)
 
 
 def _busy(what: str) -> Any:

@@ -12,12 +12,8 @@ from nexhb import cli, daemon
 
 
 async def _audit(day: datetime) -> ledger.Audit:
-    async with daemon.open_database(cli.settings()) as database:
-        conn = await database.connect(application="nexhb audit", command_timeout_s=600)
-        try:
-            return await ledger.audit(conn, day.date())
-        finally:
-            await conn.close()
+    async with daemon.open_connection(cli.settings(), application="nexhb audit", command_timeout_s=600) as conn:
+        return await ledger.audit(conn, day.date())
 
 
 @cli.app.command()

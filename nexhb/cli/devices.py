@@ -25,14 +25,10 @@ DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id, up
 
 
 async def _with_connection(work: Callable[[Connection], Awaitable[T]]) -> T:
-    async with daemon.open_database(cli.settings()) as database:
-        conn = await database.connect(application="nexhb devices", lock_timeout="10000")
-        try:
-            # A command may come before the first daemon.
-            await migrate.migrate(conn, daemon.utc_now())
-            return await work(conn)
-        finally:
-            await conn.close()
+    async with daemon.open_connection(cli.settings(), application="nexhb devices", lock_timeout="10000") as conn:
+        # A command may come before the first daemon.
+        await migrate.migrate(conn, daemon.utc_now())
+        return await work(conn)
 
 
 def _show_token(device_id: str, token: str, as_json: bool) -> None:

@@ -10,12 +10,10 @@ from nexhb import doctor as practice
 
 async def _visit() -> list[practice.Line]:
     settings = cli.settings()
-    async with daemon.open_database(settings) as database:
-        conn = await database.connect(application="nexhb doctor", command_timeout_s=30, lock_timeout="5000")
-        try:
-            return await practice.examine(conn, settings, daemon.utc_now())
-        finally:
-            await conn.close(timeout=5)
+    async with daemon.open_connection(
+        settings, application="nexhb doctor", command_timeout_s=30, lock_timeout="5000"
+    ) as conn:
+        return await practice.examine(conn, settings, daemon.utc_now())
 
 
 @cli.app.command()

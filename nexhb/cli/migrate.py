@@ -9,12 +9,8 @@ from nexhb import migrate as migrations
 
 
 async def _migrate() -> list[str]:
-    async with daemon.open_database(cli.settings()) as database:
-        conn = await database.connect(application="nexhb migrate", lock_timeout="30000")
-        try:
-            return await migrations.migrate(conn, daemon.utc_now())
-        finally:
-            await conn.close()
+    async with daemon.open_connection(cli.settings(), application="nexhb migrate", lock_timeout="30000") as conn:
+        return await migrations.migrate(conn, daemon.utc_now())
 
 
 @cli.app.command()

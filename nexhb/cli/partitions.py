@@ -12,12 +12,8 @@ from nexhb import partitions as days
 
 
 async def _known() -> list[dict[str, Any]]:
-    async with daemon.open_database(cli.settings()) as database:
-        conn = await database.connect(application="nexhb partitions")
-        try:
-            return [dict(row) for row in await days.known(conn)]
-        finally:
-            await conn.close()
+    async with daemon.open_connection(cli.settings(), application="nexhb partitions") as conn:
+        return [dict(row) for row in await days.known(conn)]
 
 
 @cli.app.command()

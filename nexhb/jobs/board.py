@@ -79,8 +79,5 @@ class Jobs:
 
     async def last_runs(self, limit: int) -> list[dict[str, Any]]:
         """The last `limit` runs of each job, newest first. Raises DatabaseUnavailable."""
-        conn = await self._database.connect(application="nexhb jobs", command_timeout_s=10)
-        try:
+        async with self._database.connected(application="nexhb jobs", command_timeout_s=10) as conn:
             return await runner.last_runs(conn, limit)
-        finally:
-            await conn.close(timeout=5)

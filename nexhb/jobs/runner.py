@@ -71,7 +71,7 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
 
     Raises DatabaseUnavailable where there is no database; whatever else goes wrong is in the Run.
     """
-    conn = await database.connect(
+    connected = database.connected(
         application=f"nexhb {job.name}",
         command_timeout_s=STATEMENT_TIMEOUT_S,
         lock_timeout=f"{LOCK_TIMEOUT_MS}",
@@ -82,8 +82,18 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
         jit="off",  # a chunk of the reconciliation costs just over the bound from which each would be compiled
     )
     try:
-        if job.dry_run:
-            return await _work(conn, job, now)
+        async with connected as conn:
+            return await _alone(database, conn, job, now, unless_since)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        if classify(error) is not Kind.LOST:
+            raise
+        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+async def _alone(database: Database, conn: Connection, job: Job, now: datetime, unless_since: datetime | None) -> Run:
+    if job.dry_run:
+        return await _work(conn, job, now)
+    try:
         async with locks.held(conn, job.lock, wait=False):
             if unless_since and await _ran_since(conn, job, unless_since, now):
                 return Run(job.name, "skipped", "already_ran")
@@ -93,19 +103,6 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
             return Run(job.name, "skipped", "lock_held")
         await conn.execute(_Q["skipped"], job.name, now, "lock_held", socket.gethostname())
         return _ended(job, Run(job.name, "skipped", "lock_held"))
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        if classify(error) is not Kind.LOST:
-            raise
-        raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
-    finally:
-        await _close(conn)
-
-
-async def _close(conn: Connection) -> None:
-    try:
-        await conn.close(timeout=5)
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
-        conn.terminate()
 
 
 async def _ran_since(conn: Connection, job: Job, since: datetime, now: datetime) -> bool:
@@ -127,11 +124,8 @@ async def _written_down(database: Database, conn: Connection, job: Job, now: dat
         # Not asked whether it is closed: one that is just being lost does not know it yet.
         if classify(error) is not Kind.LOST:
             raise
-        other = await database.connect(application=f"nexhb {job.name}")
-        try:
+        async with database.connected(application=f"nexhb {job.name}") as other:
             await other.execute(_Q["ended"], *values)
-        finally:
-            await _close(other)
     if found.status == "completed":
         metrics.job_last_success.labels(job=job.name).set(ended.timestamp())
     return _ended(job, found)

@@ -77,22 +77,16 @@ class Schedule:
             await asyncio.sleep(LOOK_S)
 
     async def _due(self, one: _Scheduled) -> datetime | None:
-        conn = await self._database.connect(application="nexhb schedule", command_timeout_s=10)
-        try:
+        async with self._database.connected(application="nexhb schedule", command_timeout_s=10) as conn:
             now = self._now()
             return due_since(one.cron, now, await runner.last_started(conn, one.name, now))
-        finally:
-            await conn.close(timeout=5)
 
     async def _keep_metrics(self) -> None:
         """What other daemons did is good news for this one's metrics too."""
         while True:
             try:
-                conn = await self._database.connect(application="nexhb schedule", command_timeout_s=10)
-                try:
+                async with self._database.connected(application="nexhb schedule", command_timeout_s=10) as conn:
                     await _show_last_good(conn)
-                finally:
-                    await conn.close(timeout=5)
             except Exception:
                 _log.exception("job.metrics_not_read")
             await asyncio.sleep(60)

@@ -201,6 +201,23 @@ async def test_while_the_database_is_away_devices_hear_503_and_afterwards_200(
     assert (await (await nexhb.agent()).send(now)).status == 200
 
 
+async def test_what_nobody_foresaw_is_503_and_said_by_readyz_until_it_ends(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    agent = await nexhb.agent()
+    # A class of error that the classifier does not know: 42883, a function that is not there.
+    break_it = """CREATE FUNCTION breaks() RETURNS trigger LANGUAGE plpgsql AS
+                  $$ BEGIN PERFORM no_such_function(); RETURN NEW; END $$;
+                  CREATE TRIGGER breaks BEFORE INSERT ON device_last_status FOR EACH ROW EXECUTE FUNCTION breaks()"""
+    await conn.execute(break_it)
+    for minute in range(3):
+        assert (await agent.send(now - timedelta(minutes=minute))).status == 503
+    assert "failed unexpectedly" in str(await nexhb.get("/readyz", 503))
+    await conn.execute("DROP TRIGGER breaks ON device_last_status")
+    assert (await agent.send(now)).status == 200  # it went on trying
+    assert await nexhb.get("/readyz") == {"ready": True, "reasons": []}
+
+
 async def test_an_unknown_token_is_503_while_the_store_cannot_be_read(
     start_daemon: StartDaemon, proxy: Proxy, now: datetime
 ) -> None:
