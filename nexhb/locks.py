@@ -23,6 +23,8 @@ class Lock(enum.IntEnum):
     PARTITIONS = _SPACE + 2
     NIGHTLY = _SPACE + 3
     RECONCILE = _SPACE + 4
+    BACKFILL = _SPACE + 5
+    IMPORT = _SPACE + 6
 
 
 async def check(conn: asyncpg.Connection, lock: Lock) -> None:

@@ -12,6 +12,7 @@ from nexhb.archive.store import open_store
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.jobs import nightly, plan, runner
+from nexhb.jobs.backfill import Tell, backfill_job
 from nexhb.jobs.nightly import Means
 from nexhb.jobs.reconcile import reconcile
 from nexhb.jobs.runner import Done, Job, Run
@@ -76,6 +77,10 @@ class Jobs:
         """The reconciliation. Raises DatabaseUnavailable."""
         job = reconcile_job(max_rows, dry_run=dry_run)
         return await runner.run(self._database, job, self._now(), unless_since=unless_since)
+
+    async def backfill(self, days: int, tell: Tell) -> Run:
+        """device_last_status filled from the history. Raises DatabaseUnavailable."""
+        return await runner.run(self._database, backfill_job(days, tell), self._now())
 
     async def last_runs(self, limit: int) -> list[dict[str, Any]]:
         """The last `limit` runs of each job, newest first. Raises DatabaseUnavailable."""

@@ -5,6 +5,7 @@ A walk over the devices by number that the next run goes on with, so that none i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -59,6 +60,8 @@ class _Run:
     max_rows: int
     dry_run: bool
     chunk: int
+    looks_back: timedelta = LOOKS_BACK
+    tell: Callable[[int, int], None] | None = None  # hears, after each chunk: devices looked at, rows written
 
     async def walk(self, start: int, end: int, walk: _Walk) -> tuple[_Walk, bool]:
         """Look at the devices from behind `start` up to `end`; True where that was all of them, False where the
@@ -70,6 +73,8 @@ class _Run:
             metrics.reconciliation_rows_updated.inc(chunk["updated"])  # committed, whatever becomes of the run
             walk = walk.on(chunk)
             start = walk.last
+            if self.tell:
+                self.tell(walk.checked, walk.updated)
         return walk, not await self.conn.fetchval(_Q["any_between"], start, end)
 
     def _repairs_left(self, walk: _Walk) -> int:
@@ -77,7 +82,7 @@ class _Run:
         return self.max_rows - (walk.wrong if self.dry_run else walk.updated)
 
     async def _heal(self, start: int, end: int, most: int) -> Record:
-        since, until = self.now - LOOKS_BACK, self.now + LOOKS_AHEAD
+        since, until = self.now - self.looks_back, self.now + LOOKS_AHEAD
         row = await self.conn.fetchrow(_Q["heal"], start, end, self.chunk, since, until, most, not self.dry_run)
         assert row is not None  # noqa: S101 - an aggregate has one row
         return row
@@ -93,8 +98,20 @@ async def reconcile(
     are committed then, and a repeated run finds them right.
     """
     run = _Run(conn, now, max_rows, dry_run, chunk)
+    found = await _whole(run, after)
+    metrics.reconciliation_drift.set(found.wrong / found.checked if found.checked else 0)
+    return found
+
+
+async def heal(
+    conn: Connection, now: datetime, *, looks_back: timedelta, tell: Callable[[int, int], None], chunk: int = 1_000
+) -> Reconciled:
+    """The same for every device, however many are wrong, with a longer history; `tell` hears how far it is."""
+    return await _whole(_Run(conn, now, _LARGEST, dry_run=False, chunk=chunk, looks_back=looks_back, tell=tell), 0)
+
+
+async def _whole(run: _Run, after: int) -> Reconciled:
     walk, complete = await run.walk(after, _LARGEST, _Walk(after))
     if complete and after:
         walk, complete = await run.walk(0, after, walk)
-    metrics.reconciliation_drift.set(walk.wrong / walk.checked if walk.checked else 0)
     return Reconciled(walk.checked, walk.wrong, walk.updated, 0 if complete else walk.last, complete)
