@@ -33,7 +33,12 @@ from pydantic_settings import (
 from nexhb.errors import ConfigError
 
 # The seed's names, and the keys they stand for.
-ALIASES = {"DATABASE_URL": ("database", "url"), "ADMIN_KEY": ("auth", "admin_key")}
+ALIASES = {
+    "DATABASE_URL": ("database", "url"),
+    "ADMIN_KEY": ("auth", "admin_key"),
+    "READ_FROM_LAST_STATUS": ("reads", "from_last_status"),
+    "PERF_DIFF_ENABLED": ("reads", "perf_diff"),
+}
 
 _UNITS = {
     "s": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
@@ -336,6 +341,42 @@ class Jobs(_Section):
         return value.strip()
 
 
+class Reads(_Section):
+    """Whether lists and statuses come from device_last_status, or from the history as the old system read it. The first
+    three are what the flags are at the very first start; from then on `nexhb flags` switches them."""
+
+    from_last_status: bool = Field(default=True, description="false: every such read is answered from the history")
+    rollout_percent: int = Field(
+        default=100, ge=0, le=100, description="percent of devices and lists that are answered from device_last_status"
+    )
+    perf_diff: bool = Field(default=False, description="true: a share of the reads is asked both ways, and compared")
+    perf_diff_percent: int = Field(
+        default=10,
+        ge=1,
+        le=100,
+        description="percent of reads that perf_diff compares, one at a time; what comes meanwhile is only counted",
+    )
+    perf_diff_budget: int = Field(
+        default=3,
+        ge=1,
+        le=10_000,
+        description="comparisons within an hour, of all daemons, that may differ; with this many, perf_diff turns "
+        "read_from_last_status off",
+    )
+    legacy_pool_size: int = Field(
+        default=2,
+        ge=1,
+        le=20,
+        description="connections for reads from the history: each keeps a core busy for seconds, and a third one waits",
+    )
+    legacy_timeout_seconds: float = Field(
+        default=60,
+        ge=1,
+        le=3600,
+        description="seconds; a read from the history that takes longer is cancelled; a week of 500 devices takes 3",
+    )
+
+
 def _default_data_dir() -> Path:
     if state := os.environ.get("STATE_DIRECTORY"):
         return Path(state.split(":", maxsplit=1)[0])
@@ -366,6 +407,7 @@ class Settings(BaseSettings):
     partitions: Partitions = Field(default=Partitions())
     archive: Archive = Field(default=Archive())
     jobs: Jobs = Field(default=Jobs())
+    reads: Reads = Field(default=Reads())
 
     @property
     def archive_url(self) -> str:

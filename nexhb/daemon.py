@@ -19,7 +19,7 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, embedded, keys, log, metrics, migrate, partitions
+from nexhb import __version__, db, embedded, flags, keys, log, metrics, migrate, partitions
 from nexhb.config import Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
@@ -100,6 +100,9 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         await devices.load()
         stack.push_async_callback(devices.close)
         await stack.enter_async_context(_side_task("devices", devices.run(), failed))
+        store = flags.FlagStore(database, flags.first_values(settings.reads), now)
+        await store.load()
+        await stack.enter_async_context(_side_task("flags", store.run(), failed))
         pool = await database.pool(
             application="nexhb reads",
             size=settings.database.read_pool_size,
@@ -119,7 +122,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
         parts = Parts(
             settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool), jobs=jobs,
-            admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
+            flags=store, admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip
         port = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)

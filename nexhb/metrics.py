@@ -124,3 +124,5 @@ next_heartbeat = Gauge("nexhb_next_heartbeat_seconds", "What devices are asked t
 unauthorized = Counter("nexhb_unauthorized", "Calls without a valid key", ["kind"])
 devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
 device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])
+
+flag = Gauge("nexhb_flag", "The flags as they are in force: 1 or 0 where one is on or off, else its number", ["flag"])

@@ -282,13 +282,59 @@ CREATE TABLE job_runs (
 );
 CREATE INDEX job_runs_job ON job_runs (job, started_at DESC);
 
--- What operators switch while daemons run: one row a flag, the same for every daemon of the database.
+-- What operators switch while daemons run: one row a flag, the same for every daemon of the database. Its first value
+-- comes from the configuration; from then on the row counts.
 CREATE TABLE feature_flags (
     flag       text PRIMARY KEY,
     value      jsonb NOT NULL,
     changed_at timestamptz NOT NULL,
     changed_by text NOT NULL
 );
+
+-- Who switched what, and when: kept for a year.
+CREATE TABLE feature_flag_changes (
+    change_no  bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    flag       text NOT NULL,
+    value_from jsonb,                                      -- null: its first value
+    value_to   jsonb,                                      -- null: its row was deleted by hand
+    changed_at timestamptz NOT NULL,
+    changed_by text NOT NULL                               -- user@host, an address, config, perf_diff
+);
+
+-- Written by a trigger, so that a change by hand is in the history too, and in its own transaction. Every daemon hears
+-- of it at once.
+CREATE FUNCTION note_flag_change() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        INSERT INTO feature_flag_changes (flag, value_from, changed_at, changed_by)
+        VALUES (OLD.flag, OLD.value, now(), session_user || ' (DELETE)');
+    ELSIF TG_OP = 'INSERT' THEN
+        INSERT INTO feature_flag_changes (flag, value_to, changed_at, changed_by)
+        VALUES (NEW.flag, NEW.value, NEW.changed_at, NEW.changed_by);
+    ELSIF NEW.value IS DISTINCT FROM OLD.value THEN
+        INSERT INTO feature_flag_changes (flag, value_from, value_to, changed_at, changed_by)
+        VALUES (NEW.flag, OLD.value, NEW.value, NEW.changed_at, NEW.changed_by);
+    END IF;
+    PERFORM pg_notify('nexhb_flags', '');
+    RETURN NULL;
+END $$;
+CREATE TRIGGER feature_flags_changed AFTER INSERT OR UPDATE OR DELETE ON feature_flags
+    FOR EACH ROW EXECUTE FUNCTION note_flag_change();
+
+-- Reads that perf_diff asked both ways, in one snapshot: kept for eight days.
+CREATE TABLE perf_diff_comparisons (
+    comparison_no bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    query         text NOT NULL,
+    compared_at   timestamptz NOT NULL,
+    fast_ms       real NOT NULL,
+    legacy_ms     real NOT NULL,
+    fast_rows     integer NOT NULL,
+    legacy_rows   integer NOT NULL,
+    rows_differ   integer NOT NULL,
+    examples      text[] NOT NULL,                         -- a few of the devices that differ
+    host          text NOT NULL
+);
+CREATE INDEX perf_diff_comparisons_at ON perf_diff_comparisons (compared_at);
 
 -- Which migrations are in. Made by nexhb/migrate.py before the first of them; the checksum finds a file that was
 -- changed after it had been applied.

@@ -22,8 +22,8 @@ import pytest
 import uvloop
 from pydantic import SecretStr
 
+from nexhb import config, db, devices, embedded, log, migrate
 from nexhb import daemon as daemon_module
-from nexhb import db, devices, embedded, log, migrate
 from nexhb.config import Auth, Ingest, Jobs, Server, Settings
 from nexhb.config import Database as DatabaseSettings
 
@@ -40,7 +40,7 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Cal
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the machine reaches a test."""
-    for name in ("DATABASE_URL", "ADMIN_KEY", "STATE_DIRECTORY", "NEXHB_CONFIG"):
+    for name in (*config.ALIASES, "STATE_DIRECTORY", "NEXHB_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     log.setup("warning")
 

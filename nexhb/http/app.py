@@ -38,6 +38,8 @@ def make_app(parts: Parts) -> web.Application:
         ("POST", "/ops/nightly", ops.post_nightly, "admin"),
         ("POST", "/ops/reconcile", ops.post_reconcile, "admin"),
         ("GET", "/ops/jobs", ops.get_jobs, "admin"),
+        ("GET", "/ops/flags", ops.get_flags, "admin"),
+        ("PUT", "/ops/flags", ops.put_flags, "admin"),
         ("GET", "/metrics", ops.get_metrics, "admin"),
         ("GET", "/healthz", ops.get_healthz, "none"),
         ("GET", "/readyz", ops.get_readyz, "none"),

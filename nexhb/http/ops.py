@@ -9,10 +9,13 @@ import msgspec
 from aiohttp import web
 from prometheus_async.aio.web import server_stats
 
-from nexhb import __version__, devices, metrics
+from nexhb import __version__, devices, flags, metrics
+from nexhb.errors import DatabaseUnavailable
 from nexhb.http import body, query
+from nexhb.http.client import address_of
 from nexhb.http.parts import PARTS, writable_connection
 from nexhb.http.problem import SERVER, Problem, answer
+from nexhb.wire import FieldError
 
 if TYPE_CHECKING:
     from nexhb.jobs.runner import Run
@@ -64,6 +67,51 @@ async def get_jobs(request: web.Request) -> web.Response:
     for run in runs:
         by_job.setdefault(run.pop("job"), []).append(run)
     return answer({"jobs": by_job})
+
+
+async def get_flags(request: web.Request) -> web.Response:
+    """The flags as they are in force in this daemon."""
+    return answer(request.app[PARTS].flags.current.shown())
+
+
+async def put_flags(request: web.Request) -> web.Response:
+    """Change some of them, for every daemon of the database; answers all."""
+    parts = request.app[PARTS]
+    body.check_headers(request, most=4096, types=("application/json",))
+    raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
+    wanted = _object(raw or b"{}")
+    by = wanted.pop("changed_by", None)
+    changes, wrong = _checked(wanted)
+    if by is not None and not (isinstance(by, str) and 1 <= len(by) <= 100 and by.isprintable()):
+        wrong.append(FieldError("changed_by", "takes 1 to 100 printable characters"))
+    if wrong:
+        raise Problem(422, "; ".join(f"{e.path}: {e.message}" for e in wrong) + ".", errors=wrong)
+    try:
+        now = await parts.flags.change(changes, by or address_of(request, parts.settings.server.trusted_proxies))
+    except DatabaseUnavailable as error:
+        raise Problem(503, str(error), headers={"Retry-After": "5"}) from error
+    return answer(now.shown())
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"The request is not valid: {error}") from None
+    if not isinstance(found, dict):
+        raise Problem(422, "The body takes an object.")
+    return found
+
+
+def _checked(wanted: dict[str, Any]) -> tuple[dict[str, flags.Value], list[FieldError]]:
+    changes: dict[str, flags.Value] = {}
+    wrong: list[FieldError] = []
+    for flag, value in wanted.items():
+        try:
+            changes[flag] = flags.check(flag, value)
+        except ValueError as error:
+            wrong.append(FieldError(flag[:100], str(error)))
+    return changes, wrong
 
 
 class _KeyWanted(msgspec.Struct, forbid_unknown_fields=True):

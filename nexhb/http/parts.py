@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nexhb.config import Settings
     from nexhb.db import Connection, Database
     from nexhb.devices import DeviceStore
+    from nexhb.flags import FlagStore
     from nexhb.http.auth import AdminKey
     from nexhb.intake import Intake
     from nexhb.jobs.board import Jobs
@@ -38,6 +39,7 @@ class Parts:
     intake: Intake
     reads: Reads
     jobs: Jobs
+    flags: FlagStore
     admin: AdminKey
     now: Callable[[], datetime]  # UTC
     not_ready: Callable[[], list[str]]  # reasons; empty while heartbeats can be committed

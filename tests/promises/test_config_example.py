@@ -25,8 +25,9 @@ HEAD = """\
 # The file that --config names, else $NEXHB_CONFIG, else ./nexhb.toml, else /etc/nexhb/nexhb.toml, else none at all.
 #
 # Every key is here, commented out (`#key = …`), with its default. The environment comes before the file:
-# server.port is NEXHB_SERVER__PORT, data_dir is NEXHB_DATA_DIR. DATABASE_URL and ADMIN_KEY stand for database.url and
-# auth.admin_key. An unknown key or a bad value stops the start. `nexhb config check` shows what it all comes to.
+# server.port is NEXHB_SERVER__PORT, data_dir is NEXHB_DATA_DIR. DATABASE_URL, ADMIN_KEY, READ_FROM_LAST_STATUS and
+# PERF_DIFF_ENABLED stand for database.url, auth.admin_key, reads.from_last_status and reads.perf_diff. An unknown key
+# or a bad value stops the start. `nexhb config check` shows what it all comes to.
 """
 # Keys that are unset unless somebody sets them: what one might look like.
 EXAMPLES = {
@@ -156,7 +157,17 @@ def test_each_key_stands_under_its_description() -> None:
 
 
 def test_each_number_says_its_unit() -> None:
-    units = ("second", "bytes", "day", "connections", "heartbeats", "TCP port", "calls a minute")
+    units = (
+        "second",
+        "bytes",
+        "day",
+        "connections",
+        "heartbeats",
+        "TCP port",
+        "calls a minute",
+        "percent",
+        "comparisons",
+    )
     for _, path, field in fields():
         if field.annotation in (int, float):
             assert any(unit in str(field.description) for unit in units), path

@@ -1,0 +1,250 @@
+"""Flags: at once in every daemon, across restarts, and nobody changes one unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from nexhb import flags, log
+from nexhb.config import Reads, Settings
+from nexhb.db import Connection, Database
+from nexhb.flags import Flags, FlagStore
+from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
+from tests.proxy import Proxy
+
+SLOW_S = 10.0  # what a slow machine may take; that it takes less than a second, test_rollout.py shows under load
+OFF = {"read_from_last_status": False}
+
+
+async def put(nexhb: Nexhb, wanted: object, status: int = 200) -> Any:
+    """PUT /ops/flags."""
+    async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=wanted, headers={"x-admin": ADMIN_KEY}) as response:
+        body = orjson.loads(await response.read())
+        assert response.status == status, body
+        return body
+
+
+async def becomes(nexhb: Nexhb, within_s: float = SLOW_S, **wanted: object) -> None:
+    """Ask until the flags are so."""
+    found: dict[str, Any] = {}
+    try:
+        async with asyncio.timeout(within_s):
+            while not wanted.items() <= found.items():
+                found = await nexhb.get("/ops/flags")
+    except TimeoutError:
+        pytest.fail(f"after {within_s} s they are still {found}")
+
+
+async def history(nexhb: Nexhb) -> list[tuple[Any, ...]]:
+    """Who changed what, in order."""
+    rows = await nexhb.rows(
+        "SELECT flag, value_from, value_to, changed_by FROM feature_flag_changes ORDER BY change_no"
+    )
+    return [tuple(row) for row in rows]
+
+
+@pytest.fixture
+async def both(start_daemon: StartDaemon) -> list[Nexhb]:
+    """Two daemons on one database."""
+    return [await start_daemon(), await start_daemon()]
+
+
+# ---- the first value, and what counts then --------------------------------------------------------------------------
+
+
+async def test_the_configuration_gives_the_first_value_and_the_database_counts_from_then_on(
+    start_daemon: StartDaemon,
+) -> None:
+    first = await start_daemon(reads=Reads(from_last_status=False, rollout_percent=10, perf_diff=True))
+    said = {"read_from_last_status": False, "rollout_percent": 10, "perf_diff": True}
+    assert await first.get("/ops/flags") == said
+    assert await history(first) == [
+        (flag, None, orjson.dumps(value).decode(), "config") for flag, value in said.items()
+    ]
+    later = await start_daemon(reads=Reads())
+    assert await later.get("/ops/flags") == said
+    assert len(await history(first)) == 3
+
+
+async def test_a_change_outlives_the_daemon(start_daemon: StartDaemon) -> None:
+    await put(await start_daemon(), {"rollout_percent": 50})
+    assert (await (await start_daemon()).get("/ops/flags"))["rollout_percent"] == 50
+
+
+# ---- at once, everywhere --------------------------------------------------------------------------------------------
+
+
+async def test_a_change_is_in_force_here_when_it_is_answered_and_everywhere_at_once(both: list[Nexhb]) -> None:
+    here, there = both
+    for percent in (10, 50, 0, 100):
+        answered = await put(here, {"rollout_percent": percent, "changed_by": "Ada"})
+        assert answered == {"read_from_last_status": True, "rollout_percent": percent, "perf_diff": False}
+        assert await here.get("/ops/flags") == answered
+        await becomes(there, rollout_percent=percent)
+    assert (await history(here))[-1] == ("rollout_percent", "0", "100", "Ada")
+
+
+async def test_a_change_by_hand_is_in_force_and_in_the_history(both: list[Nexhb]) -> None:
+    await both[0].rows("UPDATE feature_flags SET value = 'false', changed_by = 'psql' WHERE flag = $1", *OFF)
+    for nexhb in both:
+        await becomes(nexhb, **OFF)
+    assert (await history(both[0]))[-1] == ("read_from_last_status", "true", "false", "psql")
+
+
+async def test_a_lost_notification_costs_a_poll(nexhb: Nexhb, conn: Connection) -> None:
+    await conn.execute("ALTER TABLE feature_flags DISABLE TRIGGER feature_flags_changed")
+    await conn.execute("UPDATE feature_flags SET value = 'false' WHERE flag = $1", *OFF)
+    await becomes(nexhb, **OFF)
+
+
+async def test_a_value_that_is_none_is_not_believed(nexhb: Nexhb, conn: Connection) -> None:
+    await conn.execute("""UPDATE feature_flags SET value = '"maybe"' WHERE flag = 'read_from_last_status'""")
+    await conn.execute("UPDATE feature_flags SET value = '7' WHERE flag = 'rollout_percent'")
+    await becomes(nexhb, rollout_percent=7, read_from_last_status=True)
+
+
+async def test_the_databases_absence_keeps_the_flags_and_not_the_news(
+    start_daemon: StartDaemon, database: Database, conn: Connection
+) -> None:
+    async with Proxy(database.dsn).serving() as proxy:
+        nexhb = await start_daemon(url=proxy.dsn)
+        await put(nexhb, {"rollout_percent": 10})
+        proxy.take_away()
+        await conn.execute("UPDATE feature_flags SET value = 'false' WHERE flag = $1", *OFF)
+        for _ in range(3):
+            assert (await nexhb.get("/ops/flags"))["rollout_percent"] == 10
+        await put(nexhb, {"rollout_percent": 20}, 503)
+        assert not nexhb.running.failed.done()
+        proxy.give_back()
+        await becomes(nexhb, within_s=30, rollout_percent=10, **OFF)
+        assert not nexhb.running.failed.done()
+
+
+async def test_a_follower_that_dies_stops_the_daemon(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dies(_store: FlagStore) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(FlagStore, "_follow", dies)
+    nexhb = await start_daemon()
+    assert str(await asyncio.wait_for(nexhb.running.failed, 10)) == "a defect"
+
+
+async def test_two_who_change_at_once_leave_one_history(database: Database, now: datetime) -> None:
+    async def switch(percent: int) -> None:
+        async with database.connected(application="test") as conn:
+            await flags.change(conn, {"rollout_percent": percent}, f"by {percent}", now, Flags())
+
+    await asyncio.gather(*(switch(percent) for percent in range(10)))
+    async with database.connected(application="test") as conn:
+        changes = [one for one in await flags.last_changes(conn, 100) if one["flag"] == "rollout_percent"]
+        assert (await flags.read(conn, Flags())).rollout_percent == changes[0]["to"]
+    assert len(changes) == 11
+    assert all(older["to"] == newer["from"] for newer, older in itertools.pairwise(changes))
+    assert all(one["by"] == f"by {one['to']}" for one in changes[:-1])
+
+
+# ---- seen -----------------------------------------------------------------------------------------------------------
+
+
+async def test_each_change_is_one_event_and_a_gauge(nexhb: Nexhb) -> None:
+    log.setup("info", lines := io.StringIO())
+    await put(nexhb, {"rollout_percent": 10, "perf_diff": True, "changed_by": "Ada"})
+    await put(nexhb, {"rollout_percent": 10})  # which it is
+    await put(nexhb, {"perf_diff": False})
+    async with asyncio.timeout(10):
+        while lines.getvalue().count("flags.changed") < 3:
+            await nexhb.get("/ops/flags")
+    found = [orjson.loads(line) for line in lines.getvalue().splitlines()]
+    said = [(e["flag"], e["from"], e["to"], e["by"]) for e in found if e["event"] == "flags.changed"]
+    assert said == [
+        ("rollout_percent", 100, 10, "Ada"), ("perf_diff", False, True, "Ada"), ("perf_diff", True, False, "127.0.0.1"),
+    ]  # fmt: skip
+    async with nexhb.http.get(f"{nexhb.url}/metrics", headers={"x-admin": ADMIN_KEY}) as response:
+        gauges = dict(re.findall(r'^nexhb_flag\{flag="(\w+)"\} (\S+)$', await response.text(), re.MULTILINE))
+    assert gauges == {"read_from_last_status": "1.0", "rollout_percent": "10.0", "perf_diff": "0.0"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path"),
+    [
+        ({"no_such_flag": True}, "no_such_flag"), ({"perf_diff": 1}, "perf_diff"), ({"perf_diff": None}, "perf_diff"),
+        ({"perf_diff": "on"}, "perf_diff"), ({"rollout_percent": 101}, "rollout_percent"),
+        ({"rollout_percent": -1}, "rollout_percent"), ({"rollout_percent": 1.5}, "rollout_percent"),
+        ({"rollout_percent": True}, "rollout_percent"), ({"rollout_percent": "10"}, "rollout_percent"),
+        ({"rollout_percent": 10, "changed_by": "a\nb"}, "changed_by"), ({"changed_by": 7}, "changed_by"),
+    ],
+)  # fmt: skip
+async def test_what_is_not_a_flag_or_a_value_is_named_and_nothing_is_changed(
+    nexhb: Nexhb, wanted: dict[str, object], path: str
+) -> None:
+    problem = await put(nexhb, {"read_from_last_status": False, **wanted}, 422)
+    assert [error["path"] for error in problem["errors"]] == [path]
+    assert path in problem["detail"]
+    assert (await nexhb.get("/ops/flags"))["read_from_last_status"] is True
+    await put(nexhb, [], 422)
+    assert (await put(nexhb, {"rollout_percent": 10.0}))["rollout_percent"] == 10
+
+
+# ---- by command -----------------------------------------------------------------------------------------------------
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def command(database: Database, tmp_path: Path) -> Command:
+    """`nexhb flags …` beside the daemons of the test; stdout, and the exit code where it is not 0."""
+
+    async def run(*arguments: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            ".venv/bin/python", "-m", "nexhb", "flags", *arguments,
+            env={"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "LOGNAME": "ada", "PATH": "/usr/bin"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await asyncio.wait_for(process.communicate(), 50)
+        return process.returncode or 0, output.decode()
+
+    return run
+
+
+async def test_the_command_shows_and_switches_them(command: Command, both: list[Nexhb]) -> None:
+    code, said = await command("set", "read_from_last_status=off", "rollout_percent=10")
+    assert code == 0, said
+    for nexhb in both:
+        await becomes(nexhb, read_from_last_status=False, rollout_percent=10)
+    code, said = await command("--json")
+    found = orjson.loads(said)
+    assert (found["read_from_last_status"], found["rollout_percent"], found["perf_diff"]) == (False, 10, False)
+    assert (found["changes"][0]["flag"], found["changes"][0]["from"], found["changes"][0]["to"]) == (
+        "rollout_percent", 100, 10,
+    )  # fmt: skip
+    assert found["changes"][0]["by"].startswith("ada@")
+    code, said = await command()
+    assert re.search(r"^read_from_last_status +off$", said, re.MULTILINE)
+    assert "read_from_last_status: on → off, ada@" in said
+
+
+@pytest.mark.parametrize("wrong", ["rollout_percent=101", "rollout_percent=on", "perf_diff=10", "perf_dif=on", "x"])
+async def test_a_wrong_word_is_wrong_usage_and_changes_nothing(
+    command: Command, database: Database, wrong: str
+) -> None:
+    code, said = await command("set", "read_from_last_status=off", wrong)
+    assert (code, wrong in said) == (2, True)
+    async with database.connected(application="test") as conn:
+        assert (await flags.read(conn, Flags())).read_from_last_status is True
+
+
+def test_the_seeds_names_stand_for_the_first_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READ_FROM_LAST_STATUS", "false")
+    monkeypatch.setenv("PERF_DIFF_ENABLED", "true")
+    assert flags.first_values(Settings().reads) == Flags(read_from_last_status=False, perf_diff=True)
