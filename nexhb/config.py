@@ -370,10 +370,11 @@ class Reads(_Section):
         description="connections for reads from the history: each keeps a core busy for seconds, and a third one waits",
     )
     legacy_timeout_seconds: float = Field(
-        default=60,
+        default=120,
         ge=1,
         le=3600,
-        description="seconds; a read from the history that takes longer is cancelled; a week of 500 devices takes 3",
+        description="seconds; a read from the history that takes longer is cancelled (503); a week of 500 devices "
+        "takes 4 to 8, and 90 days thirteen times as long",
     )
 
 

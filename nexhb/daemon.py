@@ -32,8 +32,9 @@ from nexhb.http.parts import Parts
 from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import Schedule
+from nexhb.perfdiff import PerfDiff
 from nexhb.pgerrors import Kind, classify, is_retryable
-from nexhb.reads import Reads
+from nexhb.reads import LEGACY_SESSION, Answers, FromHistory, Reads
 from nexhb.writer import Writer
 
 _log = log.get("daemon")
@@ -109,6 +110,16 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
             timeout_s=settings.database.read_timeout_seconds,
         )
         stack.callback(pool.terminate)
+        legacy_pool = await database.pool(
+            application="nexhb legacy reads",
+            size=settings.reads.legacy_pool_size,
+            timeout_s=settings.reads.legacy_timeout_seconds,
+            **LEGACY_SESSION,
+        )
+        stack.callback(legacy_pool.terminate)
+        from_history = FromHistory(timedelta(days=settings.partitions.retention_days))
+        perf_diff = PerfDiff(database, store, settings, now)
+        await stack.enter_async_context(_side_task("perf_diff", perf_diff.run(), failed))
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
@@ -121,8 +132,9 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         schedule = Schedule(database, jobs, settings.jobs, now)
         await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
         parts = Parts(
-            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool), jobs=jobs,
-            flags=store, admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
+            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool),
+            legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
+            admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip
         port = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)

@@ -65,7 +65,7 @@ class Database:
             except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
                 conn.terminate()
 
-    async def pool(self, *, application: str, size: int, timeout_s: float) -> Pool:
+    async def pool(self, *, application: str, size: int, timeout_s: float, **settings: str) -> Pool:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""
         return await asyncpg.create_pool(
             self.dsn,
@@ -73,7 +73,7 @@ class Database:
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,
-            server_settings=_settings(application, {"statement_timeout": f"{round(timeout_s * 1000)}"}),
+            server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
         )
 
 

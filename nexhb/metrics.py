@@ -126,3 +126,19 @@ devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
 device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])
 
 flag = Gauge("nexhb_flag", "The flags as they are in force: 1 or 0 where one is on or off, else its number", ["flag"])
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+legacy_read_latency = Histogram(
+    "nexhb_legacy_read_latency_seconds", "Reads for operators that are answered from the history", ["query"],
+    buckets=_SECONDS,
+)  # fmt: skip
+perf_diff_latency = Histogram(
+    "nexhb_perf_diff_latency_seconds",
+    "Reads that perf_diff asked both ways",
+    ["query", "source"],
+    buckets=_SECONDS,
+)
+perf_diff_comparisons = Counter(
+    "nexhb_perf_diff_comparisons", "Reads that perf_diff was to ask both ways, by what came of it", ["query", "result"]
+)
+perf_diff_turned_off = Counter("nexhb_perf_diff_turned_off", "Times that perf_diff turned read_from_last_status off")

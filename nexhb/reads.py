@@ -1,35 +1,163 @@
-"""What operators ask, answered from device_last_status by index; on a pool of its own, so that a heavy read never
-holds up ingest. Times are arguments."""
+"""What operators ask, on pools of its own, so that a heavy read never holds up ingest. Times are arguments.
+
+Two ways to answer: from device_last_status by index, or from the history by window function as the old system did.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from nexhb import metrics, sql
-from nexhb.db import Pool
+from nexhb.db import Connection, Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
 from nexhb.pgerrors import is_retryable
 
 _Q = sql.queries("reads")
+_LEGACY = sql.legacy()
 
 SEEN_WITHIN = timedelta(hours=24)  # a device silent for longer is offline, not "Unity down"
+LOOKS_AHEAD = timedelta(days=1)  # as far as the reconciliation: a device's clock may be ahead by ingest.accept_future
 ACQUIRE_TIMEOUT_S = 5.0
+# A read from the history: one core of its own and no more; with the usual 4 MB its sort takes twice as long.
+LEGACY_SESSION: dict[str, Any] = {"max_parallel_workers_per_gather": "0", "jit": "off", "work_mem": "16MB"}
 
 Row = dict[str, Any]
+Conn = Connection | PoolConnectionProxy
 
 
-class Reads:
-    """The reads, over a bounded pool."""
+# ---- what can be asked both ways ------------------------------------------------------------------------------------
+
+
+class Offline(NamedTuple):
+    """Who has been silent for longer than that; the longest silent first."""
+
+    silent_for: timedelta
+    limit: int
+    name: str = "offline"
+
+
+class UnityDown(NamedTuple):
+    """Where does Unity not run, of those seen within 24 h; newest first."""
+
+    limit: int
+    name: str = "unity_down"
+
+
+class OneDevice(NamedTuple):
+    """A device and its last status."""
+
+    device_id: str
+    name: str = "device"
+
+
+Question = Offline | UnityDown | OneDevice
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many there are, and as many of them as were asked for."""
+
+    count: int
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class FromStatus:
+    """Answers from device_last_status."""
+
+    source = "last_status"
+
+    async def ask(self, conn: Conn, question: Question, now: datetime) -> Found:
+        """The answer at `now`."""
+        if isinstance(question, OneDevice):
+            return _whole(await conn.fetch(_Q["device"], question.device_id))
+        if isinstance(question, Offline):
+            cutoff = now - question.silent_for
+            rows = _rows(await conn.fetch(_Q["offline"], cutoff, question.limit))
+            full = len(rows) == question.limit
+            return _timed(now, rows, await conn.fetchval(_Q["offline_count"], cutoff) if full else len(rows))
+        since = now - SEEN_WITHIN
+        rows = _rows(await conn.fetch(_Q["unity_down"], since, question.limit))
+        full = len(rows) == question.limit
+        return Found(await conn.fetchval(_Q["unity_down_count"], since) if full else len(rows), rows)
+
+
+@dataclass(frozen=True)
+class FromHistory:
+    """Answers from the history, in the same shape. Who is silent for longer than `retention` is inactive."""
+
+    retention: timedelta
+    source = "legacy"
+
+    async def ask(self, conn: Conn, question: Question, now: datetime) -> Found:
+        """The answer at `now`."""
+        until, known_since = now + LOOKS_AHEAD, now - self.retention
+        if isinstance(question, OneDevice):
+            return _whole(await conn.fetch(_LEGACY["device"], question.device_id, until, known_since))
+        if isinstance(question, Offline):
+            cutoff = now - question.silent_for
+            rows = _rows(await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit))
+            return _timed(now, rows, _total(rows))
+        rows = _rows(await conn.fetch(_LEGACY["list_unity_down"], now - SEEN_WITHIN, until, question.limit))
+        return Found(_total(rows), rows)
+
+
+def _whole(records: list[asyncpg.Record]) -> Found:
+    return Found(len(records), _rows(records))
+
+
+def _total(rows: list[Row]) -> int:
+    return max((row.pop("total") for row in rows), default=0)
+
+
+def _timed(now: datetime, rows: list[Row], count: int) -> Found:
+    for row in rows:
+        row["offline_seconds"] = int((now - row["last_ts"]).total_seconds())
+    return Found(count, rows)
+
+
+# ---- over a pool ----------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Questions answered one way, over a bounded pool."""
+
+    def __init__(self, pool: Pool, way: FromStatus | FromHistory) -> None:
+        self._pool = pool
+        self._way = way
+
+    @property
+    def source(self) -> str:
+        """Where the answers come from: last_status or legacy."""
+        return self._way.source
+
+    async def ask(self, question: Question, now: datetime) -> Found:
+        """The answer. Raises UnknownDevice, and DatabaseUnavailable also where too many wait for the pool."""
+        async with _asking(self._pool, self._observe(question.name)) as conn:
+            found = await self._way.ask(conn, question, now)
+        if isinstance(question, OneDevice) and not found.rows:
+            raise UnknownDevice(f"{question.device_id!r}.")
+        return found
+
+    def _observe(self, query: str) -> Callable[[float], None]:
+        if isinstance(self._way, FromHistory):
+            return metrics.legacy_read_latency.labels(query=query).observe
+        return _last_status_latency(query)
+
+
+class Reads(Answers):
+    """Everything that operators ask of device_last_status, and a device's history."""
 
     def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+        super().__init__(pool, FromStatus())
 
     async def fleet(self, now: datetime, offline_after: timedelta) -> Row:
         """Counts: devices, online, offline, unity_down, inactive (silent for longer than the retention), never_seen."""
@@ -42,32 +170,6 @@ class Reads:
         async with self._asking("devices") as conn:
             return _rows(await conn.fetch(_Q["devices"], after, limit))
 
-    async def device(self, device_id: str) -> Row:
-        """One device and its last status. Raises UnknownDevice."""
-        async with self._asking("device") as conn:
-            row = await conn.fetchrow(_Q["device"], device_id)
-        if row is None:
-            raise UnknownDevice(f"{device_id!r}.")
-        return dict(row)
-
-    async def offline(self, now: datetime, silent_for: timedelta, limit: int) -> tuple[int, list[Row]]:
-        """How many have been silent for longer than that, and the first `limit` of them, longest silent first."""
-        cutoff = now - silent_for
-        async with self._asking("offline") as conn:
-            rows = _rows(await conn.fetch(_Q["offline"], cutoff, limit))
-            count = await conn.fetchval(_Q["offline_count"], cutoff) if len(rows) == limit else len(rows)
-        for row in rows:
-            row["offline_seconds"] = int((now - row["last_ts"]).total_seconds())
-        return int(count or 0), rows
-
-    async def unity_down(self, now: datetime, limit: int) -> tuple[int, list[Row]]:
-        """How many were seen within 24 h with Unity not running, and the first `limit`, newest first."""
-        since = now - SEEN_WITHIN
-        async with self._asking("unity_down") as conn:
-            rows = _rows(await conn.fetch(_Q["unity_down"], since, limit))
-            count = await conn.fetchval(_Q["unity_down_count"], since) if len(rows) == limit else len(rows)
-        return int(count or 0), rows
-
     async def history(self, device_id: str, start: datetime, end: datetime, limit: int) -> list[Row]:
         """Its heartbeats with start ≤ ts < end, newest first. Raises UnknownDevice."""
         async with self._asking("history") as conn:
@@ -78,16 +180,27 @@ class Reads:
 
     @asynccontextmanager
     async def _asking(self, query: str) -> AsyncIterator[PoolConnectionProxy]:
-        """A connection of the pool, the time it takes as a metric, the database's absence as DatabaseUnavailable."""
-        started = time.perf_counter()
-        try:
-            async with self._pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
-                yield conn
-        except Exception as error:
-            if is_retryable(error):
-                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
-            raise
-        metrics.last_status_read_latency_ms.labels(query=query).observe((time.perf_counter() - started) * 1000)
+        async with _asking(self._pool, _last_status_latency(query)) as conn:
+            yield conn
+
+
+def _last_status_latency(query: str) -> Callable[[float], None]:
+    series = metrics.last_status_read_latency_ms.labels(query=query)
+    return lambda seconds: series.observe(seconds * 1000)
+
+
+@asynccontextmanager
+async def _asking(pool: Pool, observe: Callable[[float], None]) -> AsyncIterator[PoolConnectionProxy]:
+    """A connection of the pool, the seconds it takes as a metric, the database's absence as DatabaseUnavailable."""
+    started = time.perf_counter()
+    try:
+        async with pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
+            yield conn
+    except Exception as error:
+        if is_retryable(error):
+            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        raise
+    observe(time.perf_counter() - started)
 
 
 def _rows(records: list[asyncpg.Record]) -> list[Row]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from nexhb.http.auth import AdminKey
     from nexhb.intake import Intake
     from nexhb.jobs.board import Jobs
-    from nexhb.reads import Reads
+    from nexhb.perfdiff import PerfDiff
+    from nexhb.reads import Answers, Reads
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Parts:
     devices: DeviceStore
     intake: Intake
     reads: Reads
+    legacy: Answers
+    perf_diff: PerfDiff
     jobs: Jobs
     flags: FlagStore
     admin: AdminKey

@@ -32,6 +32,7 @@ _Q = sql.queries("jobs")
 _log = log.get("jobs")
 
 RUNS_KEPT = timedelta(days=366)
+COMPARISONS_KEPT = timedelta(days=8)  # of perf_diff, a week of them is looked at
 
 
 def nothing(_point: str) -> None:
@@ -292,6 +293,8 @@ class Night:
 
     async def _prune(self, _step: Step) -> None:
         await self._conn.execute(_Q["prune_runs"], self._now - RUNS_KEPT)
+        await self._conn.execute(_Q["prune_flag_changes"], self._now - RUNS_KEPT)
+        await self._conn.execute(_Q["prune_comparisons"], self._now - COMPARISONS_KEPT)
         await partitions.fold_ledger(self._conn, (self._now - self._means.rules.accept_past).date())
 
 

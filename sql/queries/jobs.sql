@@ -59,6 +59,14 @@ LIMIT 1;
 -- $1: runs that began before.
 DELETE FROM job_runs WHERE started_at < $1;
 
+-- name: prune_comparisons
+-- $1: comparisons of perf_diff from before.
+DELETE FROM perf_diff_comparisons WHERE compared_at < $1;
+
+-- name: prune_flag_changes
+-- $1: changes from before.
+DELETE FROM feature_flag_changes WHERE changed_at < $1;
+
 -- name: inactivate
 -- $1: devices silent since before. By the index that the offline query has; each comes back with its next heartbeat.
 UPDATE device_last_status SET status = 'inactive'

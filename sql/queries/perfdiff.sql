@@ -1,0 +1,50 @@
+-- Reads asked both ways: what is looked up where the answers differ, and what is kept of each comparison.
+
+-- name: standings
+-- $1 device_id[], $2 history to (included). What both sources really know of these devices: their last status, and the
+-- newest row of their history. late: the status is of a heartbeat that waits for the nightly run beside its day.
+SELECT d.device_id, s.last_ts AS status_ts, s.received_at AS status_received_at, s.clock_wrong,
+       h.ts AS history_ts, h.received_at AS history_received_at, h.bucket AS history_bucket,
+       EXISTS (SELECT FROM late_heartbeats l
+               WHERE l.device_no = d.device_no AND l.ts = s.last_ts AND l.received_at = s.received_at) AS late
+FROM devices d
+LEFT JOIN device_last_status s USING (device_no)
+LEFT JOIN LATERAL (
+    SELECT ts, received_at, bucket FROM device_heartbeats h
+    WHERE h.device_no = d.device_no AND h.ts <= $2
+    ORDER BY h.bucket DESC
+    LIMIT 1
+) h ON true
+WHERE d.device_id = ANY($1::text[]);
+
+-- name: add
+-- $1 query, $2 now, $3 fast_ms, $4 legacy_ms, $5 fast_rows, $6 legacy_rows, $7 rows_differ, $8 examples, $9 host.
+INSERT INTO perf_diff_comparisons
+    (query, compared_at, fast_ms, legacy_ms, fast_rows, legacy_rows, rows_differ, examples, host)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
+
+-- name: mismatches
+-- $1 since. Comparisons that differed, of all daemons: behind the moment at which the fast reads were last switched on,
+-- so that what was seen before does not turn them off again.
+SELECT count(*) FROM perf_diff_comparisons
+WHERE rows_differ > 0 AND compared_at > $1
+  AND compared_at > coalesce((SELECT max(changed_at) FROM feature_flag_changes
+                              WHERE flag = 'read_from_last_status' AND value_to = 'true'), '-infinity');
+
+-- name: report
+-- $1 since. A row a query: times and speed-ups as p50, p95, p99.
+SELECT query, count(*) AS comparisons, count(*) FILTER (WHERE rows_differ > 0) AS mismatches,
+       percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY fast_ms) AS fast_ms,
+       percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY legacy_ms) AS legacy_ms,
+       percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY legacy_ms / greatest(fast_ms, 0.001)) AS speed_up
+FROM perf_diff_comparisons
+WHERE compared_at > $1
+GROUP BY query
+ORDER BY query;
+
+-- name: last_mismatches
+-- $1 since, $2 how many, the newest first.
+SELECT query, compared_at, rows_differ, examples, host FROM perf_diff_comparisons
+WHERE rows_differ > 0 AND compared_at > $1
+ORDER BY comparison_no DESC
+LIMIT $2;
