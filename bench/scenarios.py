@@ -348,7 +348,7 @@ OVERLOAD: Final = OverloadScenario(
     name="overload",
     title="twice what the machine takes for two minutes, and what comes after",
     devices=2000,
-    # A connection has one request at a time, so the default queue of 20,000 would want more connections than that, and
+    # A connection has one request at a time, so the default queue of 10,000 would want more connections than that, and
     # as many descriptors, of the daemon and of the generator.
     connections=8000,
     queue_items=5000,

@@ -182,14 +182,14 @@ class Ingest(_Section):
     """From the socket to the commit."""
 
     queue_items: int = Field(
-        default=20_000,
+        default=10_000,
         ge=1,
-        description="heartbeats admitted and unanswered at most: 3 s of work at 7,000/s, the agent waits 30 s",
+        description="heartbeats admitted and unanswered at most: 5 s of work at 2,000/s, half of answer_within_seconds",
     )
     queue_bytes: int = Field(
-        default=33_554_432,
+        default=16_777_216,
         ge=65536,
-        description="bytes of bodies admitted and unanswered at most: 20,000 of the agent's 1,200 bytes, and a margin",
+        description="bytes of bodies admitted and unanswered at most: 10,000 of the agent's 1,200 bytes, and a margin",
     )
     batch_max: int = Field(
         default=2_000,
