@@ -115,6 +115,6 @@ def changed_facts(newest: Sequence[Heartbeat], known: Mapping[int, int]) -> list
     return [h for h in newest if known.get(h.device_no) != hash(h.facts)]
 
 
-def unknown_labels(heartbeats: Iterable[Heartbeat], known: Mapping[Label, int]) -> list[Label]:
+def unknown_labels(labels: Iterable[Label], known: Mapping[Label, int]) -> list[Label]:
     """Labels that have no number yet, sorted."""
-    return sorted({h.label for h in heartbeats if h.label not in known})
+    return sorted({label for label in labels if label not in known})

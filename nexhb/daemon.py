@@ -32,6 +32,7 @@ from nexhb.http.parts import Parts
 from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import Schedule
+from nexhb.legacy.adopt import Adoption
 from nexhb.perfdiff import PerfDiff
 from nexhb.pgerrors import Kind, classify, is_retryable
 from nexhb.reads import LEGACY_SESSION, Answers, FromHistory, Reads
@@ -104,6 +105,9 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         store = flags.FlagStore(database, flags.first_values(settings.reads), now)
         await store.load()
         await stack.enter_async_context(_side_task("flags", store.run(), failed))
+        adoption = Adoption(database, now)
+        stack.push_async_callback(adoption.close)
+        await stack.enter_async_context(_side_task("adoption", adoption.run(), failed))
         pool = await database.pool(
             application="nexhb reads",
             size=settings.database.read_pool_size,
@@ -132,7 +136,7 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         schedule = Schedule(database, jobs, settings.jobs, now)
         await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
         parts = Parts(
-            settings=settings, database=database, devices=devices, intake=intake, reads=Reads(pool),
+            settings=settings, database=database, devices=devices, adoption=adoption, intake=intake, reads=Reads(pool),
             legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
             admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip

@@ -203,6 +203,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
     async with conn.transaction():
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["drop_tokens"], device_no)
+        await conn.execute(_Q["forget_legacy"], device_no)
         await conn.execute(_Q["add_token"], hash_token(token), device_no)
         await conn.execute(_Q["revoke_device"], device_no, None)
         await conn.execute(_Q["set_status"], device_no, "ok")

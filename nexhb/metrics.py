@@ -123,6 +123,7 @@ rate_limited = Counter("nexhb_rate_limited", "Calls answered 429", ["kind"])
 next_heartbeat = Gauge("nexhb_next_heartbeat_seconds", "What devices are asked to wait: more when the queue runs full")
 unauthorized = Counter("nexhb_unauthorized", "Calls without a valid key", ["kind"])
 devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
+adoptions = Counter("nexhb_adoptions", "Unknown tokens tried against the bcrypt hashes that NexMDM left", ["outcome"])
 device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])
 
 flag = Gauge("nexhb_flag", "The flags as they are in force: 1 or 0 where one is on or off, else its number", ["flag"])

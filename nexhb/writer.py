@@ -18,13 +18,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from nexhb import batch, db, log, metrics, partitions, sql
+from nexhb import batch, db, log, metrics, partitions, sql, staging
 from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable
 from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
 from nexhb.pgerrors import Kind, classify
-from nexhb.wire import FieldError, Heartbeat, Label
+from nexhb.staging import Labels
+from nexhb.wire import FieldError, Heartbeat
 
 _Q = sql.queries("writer")
 _CAN_WRITE = sql.queries("db")["can_write"]
@@ -34,7 +35,6 @@ STATEMENT_TIMEOUT_S = 5.0
 RETRY_FOR_S = 6.0  # with the last attempt's statement timeout still far inside the agent's 30 s
 PROBE_S = 5.0  # with nothing to write, how often the connection is tried
 RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
-LABELS_HELD = 100_000
 UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
 TRACEBACKS = 3
 
@@ -60,7 +60,7 @@ class Writer:
         self._batch_max = batch_max
         self._conn: Connection | None = None
         self._recent = RecentKeys(RECENT_KEYS)
-        self._labels: dict[Label, int] = {}
+        self._labels = Labels()
         self._facts: dict[int, int] = {}  # device_no → hash of what it last said of itself
         self._tables: dict[date, str] = {}
         self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
@@ -176,7 +176,7 @@ class Writer:
 
     async def _transact(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         plan = batch.make(heartbeats, self._recent)
-        await self._learn_labels(conn, heartbeats)
+        await self._labels.learn(conn, (h.label for h in heartbeats))
         try:
             return await self._transaction(conn, heartbeats, plan, self._copy)
         except Exception as error:
@@ -235,19 +235,18 @@ class Writer:
         written = await self._keep_late(conn, heartbeats, plan)
         rows = [row for day, rows in plan.rows.items() if day not in self._gone for row in rows]
         await self._stage(conn, heartbeats, rows)
-        return written | _keys(await conn.fetch(_Q["insert_staged"]))
+        return written | await staging.insert_staged(conn)
 
     async def _stage(self, conn: Connection, heartbeats: Sequence[Heartbeat], rows: Iterable[tuple[Key, int]]) -> None:
-        await conn.execute(_Q["stage_table"])
-        await conn.copy_records_to_table("hb_stage", records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS)
+        await staging.stage(conn, self._records(heartbeats, rows))
 
     async def _keep_late(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
         """Heartbeats whose day is gone, into their own table; what was new there, by key."""
         kept: set[Key] = set()
         for day in plan.rows.keys() & self._gone.keys():
             await self._stage(conn, heartbeats, plan.rows[day])
-            kept |= _keys(await conn.fetch(_Q["keep_late"], self._gone[day]))
-            await conn.execute(_Q["clear_stage"])
+            kept |= staging.keys(await conn.fetch(_Q["keep_late"], self._gone[day]))
+            await staging.clear(conn)
         return kept
 
     def _count_late(self, written: set[Key], plan: Plan) -> None:
@@ -305,23 +304,6 @@ class Writer:
             [h for h in heartbeats if h.ts.date() not in still],
             [failed if h.ts.date() in still else None for h in heartbeats],
         )
-
-    async def _learn_labels(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> None:
-        """Number the labels that are new to us. Outside the transaction: a number must not vanish with it."""
-        missing = batch.unknown_labels(heartbeats, self._labels)
-        if not missing:
-            return
-        if len(self._labels) + len(missing) > LABELS_HELD:
-            self._labels.clear()
-            missing = batch.unknown_labels(heartbeats, self._labels)
-        await self._find_labels(conn, missing)
-        if new := [label for label in missing if label not in self._labels]:
-            await conn.execute(_Q["add_labels"], *zip(*new, strict=True))
-            await self._find_labels(conn, new)
-
-    async def _find_labels(self, conn: Connection, labels: Sequence[Label]) -> None:
-        for number, *texts in await conn.fetch(_Q["find_labels"], *zip(*labels, strict=True)):
-            self._labels[Label(*texts)] = number
 
     def _remember(self, plan: Plan, changed: Sequence[Heartbeat]) -> None:
         """Only what is committed: a batch that was lost must be able to come again."""
@@ -433,10 +415,6 @@ def _verdicts(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) ->
             if key in written:
                 verdicts[index] = WRITTEN
     return verdicts
-
-
-def _keys(records: Iterable[asyncpg.Record]) -> set[Key]:
-    return {batch.key_of(record["device_no"], record["bucket"]) for record in records}
 
 
 def _merge(verdicts: list[Verdict | None], possible: list[Verdict]) -> list[Verdict]:

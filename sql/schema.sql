@@ -68,6 +68,20 @@ CREATE TABLE enrolment_keys (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- What NexMDM knew of a device's token, once for each that was taken over: it is not given a second time, so that a device
+-- which was rotated since does not get its old token back. fingerprint: the token's SHA-256, or that of the bcrypt hash
+-- where there was nothing else. Such a hash waits for the device's first heartbeat; then the token's SHA-256 goes to
+-- device_tokens, and the hash goes.
+CREATE TABLE legacy_tokens (
+    device_no   integer NOT NULL REFERENCES devices,
+    fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
+    bcrypt      text,                                      -- null: nothing is to be found out any more
+    taken_at    timestamptz NOT NULL,
+    adopted_at  timestamptz,
+    PRIMARY KEY (device_no, fingerprint)
+);
+CREATE INDEX legacy_tokens_waiting ON legacy_tokens (taken_at) WHERE bcrypt IS NOT NULL;
+
 -- ---- the history --------------------------------------------------------------------------------------------------
 
 -- The four texts that most heartbeats share, once each: a fleet has a few versions and a network name a site. Empty
@@ -268,6 +282,21 @@ CREATE TABLE ingest_ledger (
     deduplicated bigint NOT NULL,                          -- heartbeats whose bucket had its row already
     PRIMARY KEY (day, slot)
 ) WITH (fillfactor = 50);
+
+-- How far the import from NexMDM is, a row a source and day, written in the transaction that writes the rows: killed
+-- anywhere, it goes on where it was.
+CREATE TABLE legacy_days (
+    source       text NOT NULL,
+    day          date NOT NULL,
+    after_device text NOT NULL,                            -- the row read last: device_id, ts, hb_id
+    after_ts     timestamptz NOT NULL,
+    after_hb     bigint NOT NULL,
+    written      bigint NOT NULL,                          -- rows that became rows here, in all runs
+    deduplicated bigint NOT NULL DEFAULT 0,
+    source_rows  bigint,                                   -- how many the source had when the day was done
+    finished_at  timestamptz,                              -- null: not to its end yet
+    PRIMARY KEY (source, day)
+);
 
 -- Every run of a job. A run that was missed is found here, not in some scheduler's memory.
 CREATE TABLE job_runs (

@@ -73,7 +73,7 @@ def show(value: object) -> None:
 
 def main() -> None:
     """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
-    from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, migrate, partitions, serve, status  # noqa: F401, PLC0415
+    from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, legacy, migrate, partitions, serve, status  # noqa: F401, PLC0415
     from nexhb.cli import config as _config  # noqa: F401, PLC0415 - importing a command registers it
     from nexhb.cli import flags as _flags  # noqa: F401, PLC0415
     from nexhb.cli import perf_diff as _perf_diff  # noqa: F401, PLC0415

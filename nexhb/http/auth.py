@@ -12,6 +12,7 @@ from aiohttp import web
 from nexhb import metrics
 from nexhb.devices import Device, hash_token
 from nexhb.errors import DatabaseUnavailable
+from nexhb.http import adoption
 from nexhb.http.client import address_of
 from nexhb.http.connections import Guarded
 from nexhb.http.problem import Problem
@@ -60,6 +61,8 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
         hold_off_guessing(request, parts)
         try:
             device = await parts.devices.find(token_hash)
+            if device is None and await adoption.is_open(request, parts, token, token_hash):
+                raise _not_known_yet(request, parts)
         except DatabaseUnavailable as error:
             raise Problem(503, str(error), headers={"Retry-After": "5"}) from error
     if device is None:
@@ -87,6 +90,13 @@ def wrong_key(request: web.Request, parts: Parts, kind: str, detail: str) -> Pro
     if parts.failures.take(address, time.monotonic()):
         return _too_many(parts)
     return Problem(401, detail, headers=_CHALLENGE)
+
+
+def _not_known_yet(request: web.Request, parts: Parts) -> Problem:
+    """The answer while a token is being looked for among NexMDM's hashes. Counted like a wrong one: each costs a
+    look-up and perhaps a hash, and 429 harms a device no more than 503."""
+    parts.failures.take(address_of(request, parts.settings.server.trusted_proxies), time.monotonic())
+    return Problem(503, "It is being found out whose token this is.", headers={"Retry-After": "5"})
 
 
 def _too_many(parts: Parts) -> Problem:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nexhb.http.auth import AdminKey
     from nexhb.intake import Intake
     from nexhb.jobs.board import Jobs
+    from nexhb.legacy.adopt import Adoption
     from nexhb.perfdiff import PerfDiff
     from nexhb.reads import Answers, Reads
 
@@ -37,6 +38,7 @@ class Parts:
     settings: Settings
     database: Database
     devices: DeviceStore
+    adoption: Adoption
     intake: Intake
     reads: Reads
     legacy: Answers

@@ -41,6 +41,10 @@ UPDATE device_last_status SET status = $2 WHERE device_no = $1 AND status <> $2;
 -- $1 device_no. On rotation the old token must stop working.
 DELETE FROM device_tokens WHERE device_no = $1;
 
+-- name: forget_legacy
+-- $1 device_no. Nor may a hash that NexMDM left bring it back.
+UPDATE legacy_tokens SET bcrypt = NULL WHERE device_no = $1 AND bcrypt IS NOT NULL;
+
 -- name: list_devices
 -- $1: the last device_id of the page before ('' to start), $2: how many.
 SELECT d.device_id, d.alias, d.model, d.created_at, d.revoked_at, s.last_ts

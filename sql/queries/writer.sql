@@ -1,26 +1,12 @@
 -- The one transaction of a batch. All of it runs on the writer's own connection.
 -- The rows themselves go in by binary COPY straight into the day's partition: from 1,000 rows on twice as fast as INSERT … unnest.
 
--- name: stage_table
--- Made once a connection; a batch with a key that is already stored goes through it.
-CREATE TEMP TABLE IF NOT EXISTS hb_stage (LIKE device_heartbeats) ON COMMIT DELETE ROWS;
-
--- name: insert_staged
--- What was new, by key. Sorted, so that two daemons take their locks in the same order.
-INSERT INTO device_heartbeats
-SELECT * FROM hb_stage ORDER BY device_no, bucket
-ON CONFLICT DO NOTHING
-RETURNING device_no, bucket;
-
 -- name: keep_late
 -- $1 reason. Staged heartbeats whose day has no partition any more; what was new, by key.
 INSERT INTO late_heartbeats
 SELECT *, $1 FROM hb_stage ORDER BY device_no, bucket
 ON CONFLICT DO NOTHING
 RETURNING device_no, bucket;
-
--- name: clear_stage
-TRUNCATE hb_stage;
 
 -- name: upsert_last_status
 -- $1..$17: one array a column, sorted by device_no, each device once. Only newer wins: late data never moves
@@ -86,19 +72,6 @@ WHERE d.device_no = f.device_no
        coalesce(f.manufacturer, d.manufacturer))
       IS DISTINCT FROM
       (d.alias, d.android_version, d.sdk_int, d.patch_level, d.build_id, d.model, d.manufacturer);
-
--- name: add_labels
--- $1 agent_version[], $2 unity_pkg_version[], $3 network_type[], $4 ssid[]. Sorted for the lock order.
-INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[])
-ON CONFLICT DO NOTHING;
-
--- name: find_labels
--- $1..$4 as in add_labels.
-SELECT l.label_no, l.agent_version, l.unity_pkg_version, l.network_type, l.ssid
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[])
-    AS w (agent_version, unity_pkg_version, network_type, ssid)
-JOIN heartbeat_labels l USING (agent_version, unity_pkg_version, network_type, ssid);
 
 -- name: xact_status
 -- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know). An error

@@ -153,5 +153,5 @@ def test_facts_are_written_only_where_they_changed() -> None:
 
 def test_unknown_labels_are_named_once_and_sorted() -> None:
     labels = [Label("2", "", "", ""), LABEL, Label("1", "", "", "b"), Label("1", "", "", "a")]
-    found = batch.unknown_labels([beat(label=label) for label in [*labels, *labels]], {LABEL: 1})
+    found = batch.unknown_labels([*labels, *labels], {LABEL: 1})
     assert found == [Label("1", "", "", "a"), Label("1", "", "", "b"), Label("2", "", "", "")]

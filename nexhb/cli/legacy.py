@@ -1,0 +1,129 @@
+"""nexhb import-legacy: NexMDM's devices and history, beside both systems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+
+from nexhb import cli, daemon, migrate
+from nexhb.cli import backfill, progress
+from nexhb.config import Settings
+from nexhb.db import Connection
+from nexhb.jobs import runner
+from nexhb.jobs.backfill import DAYS_MOST
+from nexhb.jobs.runner import Done, Job, Run
+from nexhb.legacy import importing
+from nexhb.legacy import source as sources
+from nexhb.legacy.importing import Imported, Options
+from nexhb.locks import Lock
+
+RATE = 10_000
+NAMED = 20
+
+
+def _job(source: sources.Source, options: Options, show: progress.Show, kept: list[Imported]) -> Job:
+    async def work(conn: Connection, now: datetime) -> Done:
+        found = await importing.run(
+            source, conn, now, options, lambda done, total, rate: show(done, total, f"{rate:,.0f}/s")
+        )
+        kept.append(found)
+        differs = ", ".join(f"{day.day}" for day in found.differs)
+        return Done(found.shown(), (f"both sides do not agree on {differs}",) if differs else ())
+
+    return Job("import", Lock.IMPORT, "legacy_import", work)
+
+
+async def _import(dsn: str, days: int | None, rate: int) -> tuple[Run, Imported | None, Run | None]:
+    settings = cli.settings()
+    kept: list[Imported] = []
+    async with sources.opened(dsn) as source, daemon.open_database(settings) as database:
+        async with database.connected(application="nexhb import-legacy", lock_timeout="10000") as conn:
+            await migrate.migrate(conn, daemon.utc_now())  # it may come before the first daemon
+        with progress.shown("heartbeats") as show:
+            job = _job(source, _options(settings, days, rate), show, kept)
+            run = await runner.run(database, job, daemon.utc_now())
+    if not kept:
+        return run, None, None
+    with progress.shown("devices") as show:
+        reach = min(max((daemon.utc_now().date() - kept[0].since).days + 1, 1), DAYS_MOST)
+        return run, kept[0], await backfill.run(reach, show)
+
+
+def _options(settings: Settings, days: int | None, rate: int) -> Options:
+    retention = settings.partitions.retention_days
+    return Options(retention if days is None else days, rate, retention, settings.ingest.bucket_seconds)
+
+
+@cli.app.command(name="import-legacy")
+def import_legacy(
+    source: Annotated[
+        str,
+        typer.Option(
+            envvar="LEGACY_DATABASE_URL", help="NexMDM's database: postgresql://… Read only. Better in the environment."
+        ),
+    ],
+    days: Annotated[
+        int | None, typer.Option(min=0, max=3650, help="Today and so many days before; else partitions.retention_days.")
+    ] = None,
+    rate: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Heartbeats a second at most, so that ingest keeps its latency.")
+    ] = RATE,
+    as_json: cli.Json = False,
+) -> None:
+    """Take devices, their tokens and their heartbeats from a NexMDM database, while both systems serve.
+
+    Interrupted, it goes on where it was when it is run again; what is there already is not written twice. The switch:
+    import; turn DNS or the proxy over to nexhb; import again, for what came meanwhile (with --days 1 that is quick).
+    Exit code 1 where the counts of both sides do not agree, 3 where another import is at work.
+    """
+    run, found, filled = cli.run(_import(source, days, rate))
+    if as_json:
+        cli.show(run.shown() | ({"backfill": filled.shown()} if filled else {}))
+    else:
+        _say(run, found)
+        if filled:
+            backfill.say(filled)
+    codes = {"completed": 0, "skipped": cli.EXIT_LOCK_HELD}
+    failed = filled is not None and filled.status == "failed"
+    raise typer.Exit(cli.EXIT_FAILED if failed else codes.get(run.status, cli.EXIT_FAILED))
+
+
+def _say(run: Run, found: Imported | None) -> None:
+    typer.echo(f"import: {run.status}" + (f" ({run.reason})" if run.reason else ""))
+    if found is None:
+        if run.status == "failed":
+            typer.echo("What is committed stays. Run it again: it goes on where it stopped.")
+        return
+    for line in _lines(found):
+        typer.echo(line)
+
+
+def _lines(found: Imported) -> Iterable[str]:
+    of = found.devices
+    yield f"devices: {of.seen:,} in the source, {len(of.numbers):,} taken, {of.made:,} of them new here"
+    yield f"  tokens added {of.tokens_added:,}; adopted with their first heartbeat will be {of.hashes_waiting:,} more"
+    if of.tokens_revoked:
+        yield f"  tokens revoked {of.tokens_revoked:,}"
+    for reason, count in of.reasons.most_common():
+        yield f"  not taken {count:,}: {reason}"
+    for device_id, reason in of.refused[:NAMED]:
+        yield f"    {device_id!r}: {reason}"
+    yield f"heartbeats since {found.since}: read now {found.total('read_now'):,} in {found.seconds:.0f} s"
+    yield f"  {'day':10}  {'source':>11} {'written':>11} {'now':>11} {'duplicates':>11} {'refused':>9} {'missing':>9}"
+    for day in found.days:
+        counts: tuple[Any, ...] = (day.source, day.written, day.written_now, day.deduplicated)
+        verdict = day.refused_because or ("" if day.agrees else "DOES NOT AGREE")
+        numbers = " ".join(f"{count:>11,}" for count in counts)
+        yield f"  {day.day}  {numbers} {day.refused:>9,} {day.missing:>9,}  {verdict}".rstrip()
+    if found.strangers:
+        yield f"  refused: rows of {len(found.strangers):,} ids that its devices table does not have"
+    for column, count in (of.dropped + found.dropped).most_common():
+        yield f"  stored as null, as it did not fit: {column}, {count:,} times"
+    if found.older_left:
+        yield f"  there are older rows, which were left: {found.older_left}"
+    if found.newer_left:
+        yield "  there are rows of a day to come, which were left"
+    yield "both sides agree" if not found.differs else "BOTH SIDES DO NOT AGREE"

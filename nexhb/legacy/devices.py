@@ -1,0 +1,104 @@
+"""NexMDM's devices, and what it knows of their tokens. What cannot be taken is named, and stops nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from asyncpg import Record
+
+from nexhb import sql
+from nexhb.db import Connection
+from nexhb.legacy import rows
+from nexhb.legacy.source import Source
+
+_Q = sql.queries("legacy")
+
+NAMED_MOST = 1_000  # of what could not be taken; all of it is counted
+
+
+@dataclass
+class Devices:
+    """What became of them."""
+
+    seen: int = 0
+    made: int = 0
+    tokens_added: int = 0
+    hashes_waiting: int = 0  # taken by this run: adopted with the device's first heartbeat
+    tokens_revoked: int = 0  # known here, and revoked there meanwhile
+    numbers: dict[str, int] = field(default_factory=dict)  # device_id → device_no, of those taken
+    not_taken: set[str] = field(default_factory=set)  # device ids that are none here
+    reasons: Counter[str] = field(default_factory=Counter)
+    refused: list[tuple[str, str]] = field(default_factory=list)  # device_id and why; its token, or all of it
+    dropped: Counter[str] = field(default_factory=Counter)  # values that became null, by column
+
+    def refuse(self, device_id: str, reason: str) -> None:
+        """Something of it could not be taken."""
+        self.reasons[reason] += 1
+        if len(self.refused) < NAMED_MOST:
+            self.refused.append((device_id, reason))
+
+    def grow(self, later: Devices) -> None:
+        """With what a second look found: devices that were enrolled meanwhile."""
+        self.seen = later.seen
+        self.made += later.made
+        self.tokens_added += later.tokens_added
+        self.hashes_waiting += later.hashes_waiting
+        self.tokens_revoked += later.tokens_revoked
+        self.numbers |= later.numbers
+        self.not_taken |= later.not_taken
+        self.reasons, self.refused, self.dropped = later.reasons, later.refused, later.dropped
+
+
+async def take(source: Source, conn: Connection, now: datetime) -> Devices:
+    """Take every device of the source, and what it knows of the tokens. Idempotent; a page is one transaction."""
+    found = Devices()
+    async for page in source.devices():
+        found.seen += len(page)
+        good = [row for row in page if _is_good(row, found)]
+        async with conn.transaction():
+            await _add(conn, good, found, now)
+            await _give_tokens(conn, good, found, now)
+    return found
+
+
+def _is_good(row: Record, found: Devices) -> bool:
+    reason = rows.why_no_device(row["id"])
+    if reason:
+        found.not_taken.add(row["id"])
+        found.refuse(row["id"], reason)
+    return reason is None
+
+
+async def _add(conn: Connection, page: list[Record], found: Devices, now: datetime) -> None:
+    dropped: list[str] = []
+    values = [(row["id"], *rows.facts(row, dropped), row["created_at"], row["token_revoked_at"]) for row in page]
+    found.dropped.update(dropped)
+    if values:
+        found.made += len(await conn.fetch(_Q["add_devices"], *zip(*values, strict=True), now))
+    ids = [row["id"] for row in page]
+    found.numbers |= {row["device_id"]: row["device_no"] for row in await conn.fetch(_Q["numbers"], ids)}
+
+
+async def _give_tokens(conn: Connection, page: list[Record], found: Devices, now: datetime) -> None:
+    values, ids = [], {}
+    for row in page:
+        token = rows.token(row)
+        if isinstance(token, str):
+            found.refuse(row["id"], token)
+            continue
+        number = found.numbers[row["id"]]
+        fingerprint = token.sha256 or hashlib.sha256((token.bcrypt or "").encode()).digest()
+        ids[number] = row["id"]
+        values.append((number, fingerprint, token.sha256, token.bcrypt, row["token_revoked_at"]))
+    if not values:
+        return
+    given = await conn.fetchrow(_Q["give_tokens"], *zip(*values, strict=True), now)
+    assert given is not None  # noqa: S101 - a SELECT without FROM has one row
+    found.tokens_added += given["added"]
+    found.hashes_waiting += given["waiting"]
+    found.tokens_revoked += given["revoked"]
+    for number in given["taken"]:
+        found.refuse(ids[number], "its token is another device's here")

@@ -1,0 +1,173 @@
+"""The import from NexMDM as a whole: devices, then day by day its heartbeats, each day compared once it is read."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from typing import Any
+
+from nexhb import db
+from nexhb.db import Connection
+from nexhb.legacy import compare, devices
+from nexhb.legacy.devices import Devices
+from nexhb.legacy.history import Day, History, Pace
+from nexhb.legacy.source import Counts, Source
+from nexhb.partitions import midnight
+
+Tell = Callable[[int, int, float], None]  # heartbeats read, of how many, a second
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked for, and what nexhb's own settings say."""
+
+    days: int
+    rate: float  # rows a second at most
+    retention_days: int
+    bucket_s: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A day on both sides, in rows."""
+
+    day: date
+    source: int
+    source_keys: int  # different device and bucket, of the devices that nexhb has
+    read_now: int
+    written: int  # in all runs
+    written_now: int
+    deduplicated: int  # their bucket had its row: another's of the source, or one that was here before
+    refused: int
+    missing: int  # of the keys
+    refused_because: str = ""
+    failed: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether each row of the source is accounted for, and each of its keys has its row here."""
+        if self.refused_because:
+            return not self.failed
+        # Fewer, where the old system has dropped some since.
+        return self.missing == 0 and self.source <= self.written + self.deduplicated + self.refused
+
+    def shown(self) -> dict[str, Any]:
+        """For machines."""
+        because = {"refused_because": self.refused_because} if self.refused_because else {}
+        return {
+            "day": f"{self.day}", "source": self.source, "source_keys": self.source_keys, "read_now": self.read_now,
+            "written": self.written, "written_now": self.written_now, "deduplicated": self.deduplicated,
+            "refused": self.refused, "missing": self.missing, "agrees": self.agrees, **because,
+        }  # fmt: skip
+
+
+@dataclass
+class Imported:
+    """What an import did, and whether both sides agree."""
+
+    source: str
+    since: date
+    until: datetime
+    devices: Devices
+    days: list[Compared] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # of the heartbeats read now, by column
+    strangers: set[str] = field(default_factory=set)  # ids in its history that are none of its devices
+    older_left: str = ""  # why
+    newer_left: bool = False
+    seconds: float = 0.0
+
+    @property
+    def differs(self) -> list[Compared]:
+        """Days on which they do not."""
+        return [day for day in self.days if not day.agrees]
+
+    def total(self, name: str) -> int:
+        """Of all days."""
+        return sum(getattr(day, name) for day in self.days)
+
+    def shown(self) -> dict[str, Any]:
+        """For machines."""
+        of = self.devices
+        names = ("source", "read_now", "written", "written_now", "deduplicated", "refused", "missing")
+        return {
+            "source": self.source, "since": f"{self.since}", "until": self.until,
+            "devices": {
+                "source": of.seen, "taken": len(of.numbers), "made": of.made, "tokens_added": of.tokens_added,
+                "hashes_waiting": of.hashes_waiting, "tokens_revoked": of.tokens_revoked,
+                "refused": dict(of.reasons), "refused_devices": [list(one) for one in of.refused],
+                "values_dropped": dict(of.dropped),
+            },
+            "heartbeats": {name: self.total(name) for name in names} | {"values_dropped": dict(self.dropped)},
+            "strangers": sorted(self.strangers)[: devices.NAMED_MOST],
+            "days": [day.shown() for day in self.days],
+            "older_left": self.older_left, "newer_left": self.newer_left,
+            "agrees": not self.differs, "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+
+async def run(source: Source, conn: Connection, now: datetime, options: Options, tell: Tell) -> Imported:
+    """Take what the source has and nexhb has not. `conn` is the caller's own. Killed anywhere, the next one goes on."""
+    await db.use_packed_inet(conn)
+    started = time.monotonic()
+    days = min(options.days, options.retention_days)
+    first = source.clock.date() - timedelta(days=days)
+    found = Imported(source.name, first, source.clock, await devices.take(source, conn, now))
+    history = History(source, conn, found.devices, now, options.bucket_s, Pace(options.rate), lambda _: None)
+    planned = await history.plan(first, source.clock)
+    history.tell = _total(sum(day.source_rows for day in planned if day.is_due), tell)
+    for day in planned:
+        found.days.append(await _one(history, day))
+    older, found.newer_left = await source.outside(midnight(first), source.clock + timedelta(days=1))
+    if older:
+        found.older_left = (
+            f"partitions.retention_days is {options.retention_days}: the next nightly run would archive them"
+            if options.days >= options.retention_days
+            else f"--days is {options.days}"
+        )
+    found.dropped, found.strangers = history.dropped, history.unknown
+    found.seconds = time.monotonic() - started
+    return found
+
+
+def _total(rows: int, tell: Tell) -> Callable[[int], None]:
+    started, done = time.monotonic(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        tell(done, max(rows, done), done / max(time.monotonic() - started, 0.001))
+
+    return add
+
+
+async def _one(history: History, day: Day) -> Compared:
+    was_due = day.is_due
+    if was_due:
+        await history.take(day)
+    counts, missing = await _compared(history, day)
+    if missing:  # what committed in the source while it was read, or was passed before it was written
+        await history.again(day)
+        counts, missing = await _compared(history, day)
+    if day.refused_because:
+        return _refused(day)
+    day.source_rows = counts.rows
+    if (was_due or day.read or not day.finished) and not missing:
+        await history.finish(day, counts.refused)
+    return Compared(
+        day.day, counts.rows, counts.keys, day.read, day.written, day.written_now, day.deduplicated, counts.refused,
+        missing,
+    )  # fmt: skip
+
+
+async def _compared(history: History, day: Day) -> tuple[Counts, int]:
+    return (Counts(0, 0, 0), 0) if day.refused_because else await compare.compare(history, day)
+
+
+def _refused(day: Day) -> Compared:
+    return Compared(
+        day.day, day.source_rows, 0, day.read, day.written, day.written_now, day.deduplicated, day.source_rows, 0,
+        day.refused_because, failed=day.failed,
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+-- Moving over from NexMDM: nexhb's own side. What is asked of the old system stands in nexmdm.sql.
+
+-- name: add_devices
+-- $1 device_id[], $2 alias[], $3 android_version[], $4 sdk_int[], $5 build_id[], $6 model[], $7 manufacturer[],
+-- $8 created_at[], $9 revoked_at[], $10 now. Those that were not known; a known one stays as it is.
+INSERT INTO devices (device_id, alias, android_version, sdk_int, build_id, model, manufacturer, created_at, revoked_at)
+SELECT device_id, alias, android_version, sdk_int, build_id, model, manufacturer, coalesce(created_at, $10::timestamptz),
+       revoked_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::timestamptz[],
+            $9::timestamptz[])
+    AS n (device_id, alias, android_version, sdk_int, build_id, model, manufacturer, created_at, revoked_at)
+ORDER BY device_id
+ON CONFLICT (device_id) DO NOTHING
+RETURNING device_id;
+
+-- name: numbers
+-- $1 device_id[].
+SELECT device_id, device_no FROM devices WHERE device_id = ANY($1::text[]);
+
+-- name: give_tokens
+-- $1 device_no[], $2 fingerprint[], $3 token_sha256[] (or null), $4 bcrypt[] (or null), $5 revoked_at[], $6 now.
+--
+-- What was given once is not given again, whatever became of it: a device that was rotated since must not get its old
+-- token back. A device may hold several. Answers how many tokens were added, how many hashes wait, and whose tokens
+-- are in other hands.
+WITH given AS MATERIALIZED (
+    SELECT n.*, d.revoked_at AS device_revoked_at, t.device_no IS NOT NULL AS taken
+    FROM unnest($1::int[], $2::bytea[], $3::bytea[], $4::text[], $5::timestamptz[])
+        AS n (device_no, fingerprint, token_sha256, bcrypt, revoked_at)
+    JOIN devices d ON d.device_no = n.device_no
+    LEFT JOIN device_tokens t ON t.token_sha256 = n.token_sha256 AND t.device_no <> n.device_no
+),
+fresh AS (
+    INSERT INTO legacy_tokens (device_no, fingerprint, bcrypt, taken_at)
+    SELECT device_no, fingerprint, bcrypt, $6::timestamptz FROM given WHERE NOT taken ORDER BY device_no
+    ON CONFLICT DO NOTHING
+    RETURNING device_no, fingerprint, bcrypt
+),
+added AS (
+    INSERT INTO device_tokens (token_sha256, device_no, revoked_at)
+    SELECT g.token_sha256, g.device_no, coalesce(g.revoked_at, g.device_revoked_at)
+    FROM given g JOIN fresh f USING (device_no, fingerprint)
+    WHERE g.token_sha256 IS NOT NULL
+    ORDER BY g.token_sha256
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+),
+revoked AS (
+    UPDATE device_tokens t SET revoked_at = g.revoked_at
+    FROM given g
+    WHERE t.token_sha256 = g.token_sha256 AND t.device_no = g.device_no AND t.revoked_at IS NULL
+      AND g.revoked_at IS NOT NULL
+    RETURNING 1
+)
+SELECT (SELECT count(*) FROM added) AS added,
+       (SELECT count(*) FROM fresh WHERE bcrypt IS NOT NULL) AS waiting,
+       (SELECT count(*) FROM revoked) AS revoked,
+       (SELECT coalesce(array_agg(device_no), '{}') FROM given WHERE taken) AS taken;
+
+-- name: days
+-- $1 source. How far each day of it is.
+SELECT day, after_device, after_ts, after_hb, written, deduplicated, source_rows, finished_at FROM legacy_days
+WHERE source = $1;
+
+-- name: advance
+-- $1 source, $2 day, $3 to $5 the last row read, $6 rows that are new, $7 the day's table. In the transaction of the
+-- rows: how far the day is, the ledger, and that its table must be counted and frozen again.
+WITH day AS (
+    INSERT INTO legacy_days AS d (source, day, after_device, after_ts, after_hb, written)
+    VALUES ($1, $2, $3, $4, $5, $6)
+    ON CONFLICT (source, day) DO UPDATE SET
+        after_device = excluded.after_device, after_ts = excluded.after_ts, after_hb = excluded.after_hb,
+        written = d.written + excluded.written, finished_at = NULL
+),
+marks AS (
+    UPDATE hb_partitions SET counted_at = NULL, frozen_at = NULL
+    WHERE partition_name = $7 AND $6 > 0 AND (counted_at IS NOT NULL OR frozen_at IS NOT NULL)
+)
+INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
+SELECT $2, 0, $6, 0 WHERE $6 > 0
+ON CONFLICT (day, slot) DO UPDATE SET written = l.written + excluded.written;
+
+-- name: finish
+-- $1 source, $2 day, $3 rows of it in the source, $4 of them deduplicated, $5 of those not in the ledger yet, $6 now.
+WITH day AS (
+    UPDATE legacy_days SET source_rows = $3, deduplicated = $4, finished_at = $6 WHERE source = $1 AND day = $2
+)
+INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
+SELECT $2, 0, 0, $5::bigint WHERE $5::bigint <> 0
+ON CONFLICT (day, slot) DO UPDATE SET deduplicated = l.deduplicated + excluded.deduplicated;
+
+-- name: present
+-- $1 from (included), $2 to (excluded), $3 device_no[]. Rows of these devices.
+SELECT count(*) FROM device_heartbeats h JOIN unnest($3::int[]) d (device_no) USING (device_no)
+WHERE h.ts >= $1 AND h.ts < $2;
+
+-- name: missing
+-- $1 from (included), $2 to (excluded), $3 device_no[], $4 bucket[]. How many of these keys have no row.
+SELECT count(*) FROM unnest($3::int[], $4::int[]) k (device_no, bucket)
+WHERE NOT EXISTS (SELECT FROM device_heartbeats h
+                  WHERE h.device_no = k.device_no AND h.bucket = k.bucket AND h.ts >= $1 AND h.ts < $2);
+
+-- name: waiting
+-- $1 token_sha256. How many hashes wait for their token, and since when the newest does, by an index that has no others;
+-- and whether this token is known by now: adopted a moment ago, of which the memory has not heard yet.
+SELECT count(*) AS hashes, max(taken_at) AS newest,
+       EXISTS (SELECT FROM device_tokens WHERE token_sha256 = $1) AS known
+FROM legacy_tokens WHERE bcrypt IS NOT NULL;
+
+-- name: hashes
+-- $1 device_id, or null for all.
+SELECT t.device_no, t.fingerprint, t.bcrypt, d.device_id
+FROM legacy_tokens t JOIN devices d USING (device_no)
+WHERE t.bcrypt IS NOT NULL AND ($1::text IS NULL OR d.device_id = $1)
+ORDER BY t.device_no;
+
+-- name: adopt
+-- $1 device_no, $2 fingerprint, $3 token_sha256, $4 now. No row where somebody else did it, or it was rotated meanwhile.
+WITH found AS (
+    UPDATE legacy_tokens SET bcrypt = NULL, adopted_at = $4
+    WHERE device_no = $1 AND fingerprint = $2 AND bcrypt IS NOT NULL
+    RETURNING device_no
+)
+INSERT INTO device_tokens (token_sha256, device_no, revoked_at)
+SELECT $3, device_no, d.revoked_at FROM found JOIN devices d USING (device_no)
+ON CONFLICT DO NOTHING
+RETURNING device_no;

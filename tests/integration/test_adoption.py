@@ -1,0 +1,243 @@
+"""A device of which NexMDM keeps only a bcrypt hash goes on with its token; a stranger costs little."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+
+from nexhb import devices
+from nexhb.db import Connection, Database
+from nexhb.legacy import adopt
+from nexhb.legacy.adopt import Adoption, Standing
+from tests.conftest import Agent, Answer, Nexhb, StartDaemon, example
+from tests.nexmdm import token_hash
+
+ADDRESS = "192.0.2.1"
+
+
+async def leave_hash(conn: Connection, device_id: str, bcrypt: str) -> int:
+    """A device as the import leaves one that has nothing but a hash."""
+    number: int = await conn.fetchval("INSERT INTO devices (device_id) VALUES ($1) RETURNING device_no", device_id)
+    fingerprint = hashlib.sha256(f"{device_id}{bcrypt}".encode()).digest()
+    await conn.execute(
+        "INSERT INTO legacy_tokens (device_no, fingerprint, bcrypt, taken_at) VALUES ($1, $2, $3, clock_timestamp())",
+        number, fingerprint, bcrypt,
+    )  # fmt: skip
+    return number
+
+
+async def waiting(conn: Connection) -> int:
+    """How many hashes wait."""
+    return int(await conn.fetchval("SELECT count(*) FROM legacy_tokens WHERE bcrypt IS NOT NULL"))
+
+
+async def until_answered(send: Callable[[], Awaitable[Answer]]) -> tuple[Answer, set[int]]:
+    """The first answer that is no 503, and what was said before."""
+    before: set[int] = set()
+    while (answer := await send()).status == 503:
+        assert "Retry-After" in answer.headers
+        before.add(answer.status)
+        await asyncio.sleep(0.02)
+    return answer, before
+
+
+# ---- as a device sees it ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claims", ["itself", "another", "nothing"])
+async def test_a_device_goes_on_with_its_token_and_never_hears_401(nexhb: Nexhb, conn: Connection, claims: str) -> None:
+    for n in range(3):
+        await leave_hash(conn, f"other-{n}", token_hash(devices.new_token()))
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    agent = Agent(nexhb, "kiosk-1", token)
+    body = example(datetime.now(UTC), device_id={"itself": "kiosk-1", "another": "other-1", "nothing": None}[claims])
+    answer, before = await until_answered(lambda: agent.post(orjson.dumps(body)))
+    assert (answer.status, before) == (200, {503})
+    assert await conn.fetchval("SELECT token_sha256 FROM device_tokens") == devices.hash_token(token)
+    assert (
+        await conn.fetchval("SELECT count(*) FROM legacy_tokens WHERE adopted_at IS NOT NULL AND bcrypt IS NULL") == 1
+    )
+    assert await waiting(conn) == 3
+    assert await conn.fetchval("SELECT device_id FROM heartbeat_history") == "kiosk-1"
+
+
+async def test_a_replayed_queue_is_adopted_too(nexhb: Nexhb, conn: Connection) -> None:
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    agent = Agent(nexhb, "kiosk-1", token)
+    body = orjson.dumps(example(datetime.now(UTC), device_id="kiosk-1")) + b"\n"
+    answer, _ = await until_answered(
+        lambda: agent.post(2 * body, "/v1/heartbeats", **{"Content-Type": "application/x-ndjson"})
+    )
+    assert (answer.status, answer.body["written"]) == (200, 1)
+
+
+async def test_every_daemon_hears_of_it(start_daemon: StartDaemon, conn: Connection) -> None:
+    one, other = await start_daemon(), await start_daemon()
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    await until_answered(lambda: Agent(one, "kiosk-1", token).send(datetime.now(UTC)))
+    answer, before = await until_answered(lambda: Agent(other, "kiosk-1", token).send(datetime.now(UTC)))
+    assert (answer.status, before) == (200, set())
+
+
+async def test_a_revoked_device_hears_410(nexhb: Nexhb, conn: Connection) -> None:
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    await devices.revoke(conn, "kiosk-1", datetime.now(UTC))
+    answer, before = await until_answered(lambda: Agent(nexhb, "kiosk-1", token).send(datetime.now(UTC)))
+    assert (answer.status, before) == (410, {503})
+
+
+async def test_a_stranger_hears_401_once_every_hash_was_tried_and_then_at_once(
+    nexhb: Nexhb, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(5):
+        await leave_hash(conn, f"kiosk-{n}", token_hash(devices.new_token()))
+    stranger = Agent(nexhb, "kiosk-1", devices.new_token())
+    answer, before = await until_answered(lambda: stranger.send(datetime.now(UTC)))
+    assert (answer.status, before) == (401, {503})
+    assert (await stranger.send(datetime.now(UTC))).status == 401
+    assert await waiting(conn) == 5
+    # A hash that came since may be his: heard of once the moment is over for which a wrong token is remembered.
+    monkeypatch.setattr(devices, "MISS_HOLDS_S", 0.0)
+    await leave_hash(conn, "new", token_hash(stranger.token))
+    answer, before = await until_answered(lambda: stranger.send(datetime.now(UTC)))
+    assert (answer.status, before) == (200, {503})
+
+
+async def test_with_no_hash_left_an_unknown_token_is_401_at_once(nexhb: Nexhb, conn: Connection) -> None:
+    await leave_hash(conn, "kiosk-1", token_hash(devices.new_token()))
+    await devices.rotate(conn, "kiosk-1")
+    assert (await Agent(nexhb, "kiosk-1", devices.new_token()).send(datetime.now(UTC))).status == 401
+    await leave_hash(conn, "kiosk-2", token_hash(devices.new_token()))
+    too_long = Agent(nexhb, "kiosk-2", 73 * "a")  # bcrypt would not take it, and NexMDM never gave one
+    assert (await too_long.send(datetime.now(UTC))).status == 401
+
+
+# ---- what it costs ----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """An adoption whose hashes are tried when the test says so."""
+
+    def __init__(self, database: Database) -> None:
+        self.tried: list[tuple[str, str]] = []
+        self.threads: set[int] = set()
+        self._go = threading.Semaphore(0)
+        self._loop = asyncio.get_running_loop()
+        self._heard: asyncio.Queue[None] = asyncio.Queue()
+        self.adoption = Adoption(database, lambda: datetime.now(UTC), self._check)
+
+    def _check(self, token: bytes, hashed: bytes) -> bool:
+        self.threads.add(threading.get_ident())
+        self.tried.append((token.decode(), hashed.decode()))
+        self._loop.call_soon_threadsafe(self._heard.put_nowait, None)
+        assert self._go.acquire(timeout=20)
+        if hashed == b"damaged":
+            raise ValueError("Invalid salt")
+        return token == hashed
+
+    async def next(self) -> tuple[str, str]:
+        """The try that is under way."""
+        await asyncio.wait_for(self._heard.get(), 20)
+        return self.tried[-1]
+
+    def go(self, tries: int = 1) -> None:
+        """Let it come to its end."""
+        self._go.release(tries)
+
+    def ask(self, token: str, hint: str | None = None, address: str = ADDRESS) -> None:
+        """Somebody asks."""
+        self.adoption.ask(token, devices.hash_token(token), hint, address)
+
+    async def is_open(self, token: str) -> bool:
+        """Whether he would be told to come again."""
+        return await self.adoption.standing(token, devices.hash_token(token)) is Standing.OPEN
+
+
+@asynccontextmanager
+async def working(database: Database) -> AsyncIterator[Bench]:
+    """At work."""
+    bench = Bench(database)
+    task = asyncio.create_task(bench.adoption.run())
+    try:
+        yield bench
+    finally:
+        bench.go(1_000)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await bench.adoption.close()
+
+
+async def test_who_names_his_device_costs_one_hash_and_does_not_wait_behind_a_stranger(
+    conn: Connection, database: Database
+) -> None:
+    for n in range(4):
+        await leave_hash(conn, f"kiosk-{n}", f"token-{n}")
+    async with working(database) as bench:
+        bench.ask("stranger")
+        assert await bench.next() == ("stranger", "token-0")
+        bench.ask("token-3", "kiosk-3")
+        bench.go()
+        assert await bench.next() == ("token-3", "token-3")
+        bench.go()
+        assert await bench.next() == ("stranger", "token-1")
+        assert await conn.fetchval("SELECT count(*) FROM device_tokens") == 1
+        assert threading.get_ident() not in bench.threads  # the event loop hashes nothing
+
+
+async def test_a_token_is_tried_once_however_often_it_is_asked_for(conn: Connection, database: Database) -> None:
+    await leave_hash(conn, "kiosk-1", "token-1")
+    await leave_hash(conn, "kiosk-2", "damaged")
+    async with working(database) as bench:
+        for _ in range(3):
+            bench.ask("stranger", "kiosk-1")
+        await bench.next()
+        bench.ask("stranger", "kiosk-1")
+        assert await bench.is_open("stranger")  # his answer is open
+        bench.go(10)
+        while await bench.is_open("stranger"):
+            await asyncio.sleep(0.01)
+        assert bench.tried == [("stranger", "token-1"), ("stranger", "token-1"), ("stranger", "damaged")]
+
+
+async def test_who_waits_is_bounded_by_address_and_in_all(
+    conn: Connection, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await leave_hash(conn, "kiosk-1", "token-1")
+    monkeypatch.setattr(adopt, "UNHINTED_MOST", 40)
+    bench = Bench(database)  # not at work: everybody waits
+    for n in range(200):
+        bench.ask(f"stranger-{n}")
+    held: Any = bench.adoption
+    assert len(held._unhinted) == adopt.OF_AN_ADDRESS
+    for n in range(200):
+        bench.ask(f"other-{n}", address=f"192.0.2.{n}")
+    assert len(held._unhinted) == 40
+    assert await bench.is_open("one more")  # told to come again all the same, and never 401
+    await bench.adoption.close()
+
+
+async def test_a_database_that_is_away_ends_nothing(conn: Connection, database: Database) -> None:
+    await leave_hash(conn, "kiosk-1", "token-1")
+    async with working(database) as bench:
+        bench.ask("token-1", "kiosk-1")
+        await bench.next()
+        await conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'nexhb adoption'"
+        )
+        bench.go()
+        while not await conn.fetchval("SELECT count(*) FROM device_tokens"):
+            bench.ask("token-1", "kiosk-1")  # the device comes again
+            bench.go()
+            await asyncio.sleep(0.02)
