@@ -16,7 +16,7 @@ from bench import load as loads
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
-from bench.runs import outage, soak
+from bench.runs import moving, outage, soak
 from bench.scenarios import FLOORS
 from bench.trial import Trial, examine
 
@@ -85,6 +85,7 @@ app.command()(demo.demo)
 app.command("all")(suite.run_all)
 app.command("archive")(suite.run_archive)
 app.command("overload")(suite.run_overload)
+app.command("import")(moving.moving)
 app.command()(outage.outage)
 app.command()(soak.soak)
 app.command()(micro)

@@ -31,7 +31,7 @@ def _job(source: sources.Source, options: Options, show: progress.Show, kept: li
         )
         kept.append(found)
         differs = ", ".join(f"{day.day}" for day in found.differs)
-        return Done(found.shown(), (f"both sides do not agree on {differs}",) if differs else ())
+        return Done(found.counts(), (f"both sides do not agree on {differs}",) if differs else ())
 
     return Job("import", Lock.IMPORT, "legacy_import", work)
 
@@ -81,7 +81,8 @@ def import_legacy(
     """
     run, found, filled = cli.run(_import(source, days, rate))
     if as_json:
-        cli.show(run.shown() | ({"backfill": filled.shown()} if filled else {}))
+        more = found.shown() if found else {}
+        cli.show(run.shown() | more | ({"backfill": filled.shown()} if filled else {}))
     else:
         _say(run, found)
         if filled:

@@ -37,9 +37,10 @@ class Pace:
     due: float = 0.0
 
     def wait_s(self, count: int) -> float:
-        """How long to wait after `count` rows. What was not used is not saved up: ingest would feel the burst."""
-        now = self.clock()
-        self.due = max(self.due, now) + count / self.rate
+        """How long to wait after `count` rows. What was not used is not saved up, but for the time that these took:
+        ingest would feel the burst."""
+        now, takes_s = self.clock(), count / self.rate
+        self.due = max(self.due, now - takes_s) + takes_s
         return max(self.due - now, 0.0)
 
 

@@ -88,6 +88,11 @@ class Imported:
         """Of all days."""
         return sum(getattr(day, name) for day in self.days)
 
+    def counts(self) -> dict[str, Any]:
+        """What is written down of the run."""
+        names = ("source", "read_now", "written_now", "deduplicated", "refused", "missing")
+        return {"devices": self.devices.seen} | {name: self.total(name) for name in names}
+
     def shown(self) -> dict[str, Any]:
         """For machines."""
         of = self.devices

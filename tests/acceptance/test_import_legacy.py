@@ -12,13 +12,13 @@ from typing import Any
 import orjson
 import pytest
 
+from bench import nexmdm
 from bench.fleet import Device, make_fleet, schedule
 from bench.load import open_loop, target
+from bench.nexmdm import MONOLITHIC, PARTITIONED, Version
 from nexhb import audit, sql
 from nexhb.db import Connection, Database
-from tests import nexmdm
 from tests.conftest import Agent, Nexhb
-from tests.nexmdm import MONOLITHIC, PARTITIONED, Version
 
 FLEET = 500
 DAYS = 7

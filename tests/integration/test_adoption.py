@@ -13,12 +13,12 @@ from typing import Any
 import orjson
 import pytest
 
+from bench.nexmdm import token_hash
 from nexhb import devices
 from nexhb.db import Connection, Database
 from nexhb.legacy import adopt
 from nexhb.legacy.adopt import Adoption, Standing
 from tests.conftest import Agent, Answer, Nexhb, StartDaemon, example
-from tests.nexmdm import token_hash
 
 ADDRESS = "192.0.2.1"
 
@@ -241,3 +241,17 @@ async def test_a_database_that_is_away_ends_nothing(conn: Connection, database: 
             bench.ask("token-1", "kiosk-1")  # the device comes again
             bench.go()
             await asyncio.sleep(0.02)
+
+
+async def test_a_token_adopted_a_moment_ago_is_not_nobodys(conn: Connection, database: Database) -> None:
+    """The store's memory may not have heard of it yet, and no hash waits any more: 401 would be wrong."""
+    adoption = Adoption(database, lambda: datetime.now(UTC))
+    token = devices.new_token()
+    number = await leave_hash(conn, "kiosk-1", token_hash(token))
+    await conn.execute("UPDATE legacy_tokens SET bcrypt = NULL")
+    await conn.execute(
+        "INSERT INTO device_tokens (token_sha256, device_no) VALUES ($1, $2)", devices.hash_token(token), number
+    )
+    assert await adoption.standing(token, devices.hash_token(token)) is Standing.ADOPTED
+    assert await adoption.standing("other", devices.hash_token("other")) is Standing.NOBODYS
+    await adoption.close()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bench import nexmdm
+from bench.nexmdm import MONOLITHIC, PARTITIONED, Version, add_beat, add_device
 from nexhb import audit, devices, locks, partitions, wire
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
@@ -19,9 +21,7 @@ from nexhb.legacy import source as sources
 from nexhb.legacy.history import Pace
 from nexhb.legacy.importing import Imported, Options
 from nexhb.locks import Lock
-from tests import nexmdm
 from tests.integration.test_backfill import nexhb as command
-from tests.nexmdm import MONOLITHIC, PARTITIONED, Version, add_beat, add_device
 
 OPTIONS = Options(days=7, rate=1_000_000, retention_days=90, bucket_s=10)
 DAY = timedelta(days=1)
@@ -360,13 +360,14 @@ async def test_a_difference_is_exit_code_1(old: Move, database: Database, tmp_pa
 # ---- pure -------------------------------------------------------------------------------------------------------
 
 
-def test_the_pace_holds_the_rate_and_saves_nothing_up() -> None:
+def test_the_pace_holds_the_rate_and_saves_nothing_up_but_the_time_of_the_rows_themselves() -> None:
     now = 0.0
     pace = Pace(1_000, clock=lambda: now)
     assert pace.wait_s(500) == 0.5
-    assert pace.wait_s(500) == 1.0
+    now = 0.75  # they took a quarter of a second
+    assert pace.wait_s(500) == 0.25
     now = 10.0
-    assert pace.wait_s(500) == 0.5
+    assert [pace.wait_s(500), pace.wait_s(500)] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
