@@ -374,7 +374,7 @@ class Reads(_Section):
         ge=1,
         le=3600,
         description="seconds; a read from the history that takes longer is cancelled (503); a week of 500 devices "
-        "takes 4 to 8, and 90 days thirteen times as long",
+        "takes 2 to 6, and 90 days thirteen times as long",
     )
 
 

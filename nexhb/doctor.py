@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from nexhb import db, migrate, partitions, sql
+from nexhb import db, flags, migrate, partitions, perfdiff, sql
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
@@ -23,6 +23,7 @@ LOCK_MOST_S = 6 * 3600
 HOT_LEAST, HOT_SAMPLE = 0.5, 10_000
 DAYS_AHEAD_LEAST = 3
 DISK_DAYS_LEAST = 7
+MISMATCHES_OVER = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,32 @@ async def _disk(visit: Visit) -> Line:
     return Line("disk", good, f"{free >> 30} GiB are free{days}", "make room, or shorten partitions.retention_days")
 
 
+async def _flags(visit: Visit) -> Line:
+    first = flags.first_values(visit.settings.reads)
+    now = await flags.read(visit.conn, first)
+    said = (
+        f"fast reads {f'for {now.rollout_percent} %' if now.read_from_last_status else 'off'}, "
+        f"perf_diff {'on' if now.perf_diff else 'off'}"
+    )
+    mend = "nexhb perf-diff report; nexhb reconcile, or nexhb backfill; then nexhb flags set read_from_last_status=on"
+    if off := await visit.conn.fetchval(_Q["turned_off"]):
+        return Line("flags", False, f"perf_diff turned the fast reads off {_at(off)}: they were wrong", mend)
+    if wrong := await perfdiff.mismatches(visit.conn, visit.now - MISMATCHES_OVER):
+        return Line("flags", False, f"{said}; {wrong} comparisons of the last day differ", mend)
+    # Whoever set one in the configuration may think that it counts. A default that was switched since is no surprise.
+    written = {"from_last_status": "read_from_last_status"}
+    for key in sorted(visit.settings.reads.model_fields_set & {"from_last_status", "rollout_percent", "perf_diff"}):
+        flag = written.get(key, key)
+        configured, counts = first.shown()[flag], now.shown()[flag]
+        if configured != counts:
+            return Line(
+                "flags", False, f"{said}; the configuration's reads.{key} = {str(configured).lower()} does not count: "
+                f"it is the first value, and {flag} was switched to {str(counts).lower()} since",
+                f"take reads.{key} out, or nexhb flags set {flag}={str(configured).lower()}",
+            )  # fmt: skip
+    return Line("flags", True, said)
+
+
 def _at(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%MZ}" if moment else "never"
 
@@ -175,6 +202,7 @@ _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
     "database": _database, "schema": _schema, "days ahead": _days_ahead, "detaches": _pending, "archive": _old_days,
     "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"), "restore drill": _drill,
     "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
+    "flags": _flags,
 }  # fmt: skip
 
 

@@ -211,14 +211,14 @@ class PerfDiff:
         return found.legacy_ms / 1000
 
     async def _hold_against_the_budget(self, conn: Connection, found: Comparison) -> None:
-        mismatches = await conn.fetchval(_Q["mismatches"], found.at - BUDGET_OVER)
+        wrong = await mismatches(conn, found.at - BUDGET_OVER)
         budget = self._settings.reads.perf_diff_budget
-        if mismatches < budget or not self._flags.current.read_from_last_status:
+        if wrong < budget or not self._flags.current.read_from_last_status:
             return
         await self._flags.change({"read_from_last_status": False}, BY)
         metrics.perf_diff_turned_off.inc()
         _log.error(
-            "perf_diff.turned_off", mismatches=mismatches, budget=budget, query=found.query,
+            "perf_diff.turned_off", mismatches=wrong, budget=budget, query=found.query,
             examples=found.differ[:EXAMPLES],
             hint="nexhb perf-diff report; nexhb reconcile; then nexhb flags set read_from_last_status=on",
         )  # fmt: skip
@@ -241,7 +241,12 @@ class PerfDiff:
                 await conn.close(timeout=2)
 
 
-# ---- the report -----------------------------------------------------------------------------------------------------
+# ---- what was found -------------------------------------------------------------------------------------------------
+
+
+async def mismatches(conn: Connection, since: datetime) -> int:
+    """Comparisons that differed since then, and since the fast reads were last switched on; of all daemons."""
+    return int(await conn.fetchval(_Q["mismatches"], since))
 
 
 async def report(conn: Connection, since: datetime) -> Row:

@@ -26,9 +26,11 @@ ORDER BY last_ts DESC;
 
 -- What is answered while read_from_last_status is off: the same window, in the shape of the fast answers. By number and
 -- not by text, the texts joined to what is left. Late heartbeats, which wait beside their day for the nightly run, are
--- not in it. 500 devices, 7 days (5,000,000 rows), one core, 16 MB of work_mem, other work on the machine:
+-- not in it.
 --
---   offline 3.8 to 8.2 s · unity-down 1.1 to 1.4 s · one device 0.03 to 0.2 s; the two above 5.4 to 12 s, unity-down too
+-- 500 devices, 7 days (5,000,000 rows), one of two cores that others use too, 16 MB of work_mem: offline 2.2 to 6 s,
+-- unity-down 0.4 to 0.8 s, one device 0.03 to 0.1 s. The two above, asked in turn with them: 5.7 to 9 s, unity-down too.
+-- With the usual 4 MB of work_mem the sort of offline takes 4.7 to 10 s.
 
 -- name: list_offline
 -- $1 cutoff, $2 history to (included): past it lie only rows of a daemon whose clock was wrong, $3 history from: who is

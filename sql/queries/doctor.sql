@@ -46,3 +46,13 @@ SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE
 -- $1 the start of today. The largest of the last seven closed days.
 SELECT max(pg_total_relation_size(to_regclass(quote_ident(partition_name)))) FROM hb_partitions
 WHERE range_end <= $1 AND range_end > $1 - interval '7 days' AND to_regclass(quote_ident(partition_name)) IS NOT NULL;
+
+-- name: turned_off
+-- When perf_diff turned the fast reads off, if nobody has touched that flag since.
+SELECT changed_at FROM (
+    SELECT changed_at, changed_by FROM feature_flag_changes
+    WHERE flag = 'read_from_last_status'
+    ORDER BY change_no DESC
+    LIMIT 1
+) last
+WHERE changed_by = 'perf_diff';

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from nexhb import config, doctor, partitions
-from nexhb.config import Settings
+from nexhb import config, doctor, flags, partitions
+from nexhb.config import Reads, Settings
 from nexhb.db import Connection, Database
 from nexhb.doctor import Line
+from nexhb.flags import Flags
 from nexhb.jobs import board, runner
 from nexhb.locks import Lock, held
 from tests.integration.test_nightly import NOW, OLD, House
@@ -21,9 +22,11 @@ ELSEWHERE = config.Database(url=SecretStr("postgresql://x"))
 VISIT = NOW + timedelta(minutes=30)
 
 
-async def lines(house: House, now: datetime = VISIT, of: config.Database = ELSEWHERE) -> dict[str, Line]:
+async def lines(
+    house: House, now: datetime = VISIT, of: config.Database = ELSEWHERE, reads: Reads | None = None
+) -> dict[str, Line]:
     """The doctor's lines by name."""
-    settings = Settings(data_dir=house.folder, database=of)
+    settings = Settings(data_dir=house.folder, database=of, reads=reads or Reads())
     return {line.name: line for line in await doctor.examine(house.conn, settings, now)}
 
 
@@ -43,7 +46,7 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert doctor.shown(list(found.values()))["good"] is True
     assert set(found) == {
         "database", "schema", "days ahead", "detaches", "archive", "late heartbeats", "nightly", "reconcile",
-        "restore drill", "drift", "locks", "HOT updates", "disk",
+        "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
     }  # fmt: skip
 
 
@@ -94,6 +97,18 @@ async def cold_updates(house: House) -> None:
     await house.conn.execute("SELECT pg_stat_force_next_flush()")
 
 
+async def fast_reads_that_perf_diff_turned_off(house: House) -> None:
+    await flags.change(house.conn, {"read_from_last_status": False}, "perf_diff", NOW, Flags())
+
+
+async def a_mismatch(house: House) -> None:
+    await house.conn.execute(
+        """INSERT INTO perf_diff_comparisons (query, compared_at, fast_ms, legacy_ms, fast_rows, legacy_rows,
+        rows_differ, examples, host) VALUES ('offline', $1, 1, 1, 1, 1, 1, '{kiosk}', 'here')""",
+        NOW,
+    )
+
+
 WRONG: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
     "a missing day": (a_missing_day, "days ahead", "nexhb nightly"),
     "a failed archive": (a_failed_archive, "archive", "The disk is full."),
@@ -102,6 +117,8 @@ WRONG: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
     "drift": (drift, "drift", "nexhb reconcile"),
     "an old migration": (an_old_migration, "schema", "nexhb migrate"),
     "no drill": (no_drill, "restore drill", "archive verify"),
+    "fast reads turned off": (fast_reads_that_perf_diff_turned_off, "flags", "perf_diff turned the fast reads off"),
+    "a mismatch": (a_mismatch, "flags", "perf-diff report"),
     "cold updates": (cold_updates, "HOT updates", "VACUUM"),
 }
 
@@ -158,3 +175,23 @@ async def test_the_disk_of_the_embedded_database_is_counted_in_days(well: House)
     assert found["disk"].good
     found = await lines(well, of=config.Database(disk_reserve_bytes=2**60))
     assert not found["disk"].good
+
+
+async def test_flags_that_the_configuration_only_seems_to_set_are_named(well: House) -> None:
+    assert (await lines(well))["flags"].said == "fast reads for 100 %, perf_diff off"
+    await flags.change(well.conn, {"rollout_percent": 10, "perf_diff": True}, "Ada", NOW, Flags())
+    found = (await lines(well))["flags"]  # switched, and nothing is configured: no surprise
+    assert (found.good, found.said) == (True, "fast reads for 10 %, perf_diff on")
+    assert (await lines(well, reads=Reads(rollout_percent=10)))["flags"].good
+    found = (await lines(well, reads=Reads(rollout_percent=50)))["flags"]
+    assert not found.good
+    assert "reads.rollout_percent = 50 does not count" in found.said
+    assert found.remedy == "take reads.rollout_percent out, or nexhb flags set rollout_percent=50"
+
+
+async def test_fast_reads_that_somebody_switched_on_again_are_well(well: House) -> None:
+    await fast_reads_that_perf_diff_turned_off(well)
+    await a_mismatch(well)
+    assert not (await lines(well))["flags"].good
+    await flags.change(well.conn, {"read_from_last_status": True}, "Ada", NOW, Flags())
+    assert (await lines(well))["flags"].good
