@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,8 @@ async def _watch_disk(settings: Settings, state: State) -> None:
             _log.error("disk.low" if low else "disk.enough_again", free_bytes=free, reserve_bytes=reserve)
         state.reasons["disk"] = str(low) if low else ""
         await asyncio.sleep(DISK_S)
-    await asyncio.Event().wait()  # somebody else's disk
+    metrics.disk_free.set(nan)  # somebody else's disk: a 0 would be an alert
+    await asyncio.Event().wait()
 
 
 def window_days(settings: Settings, now: datetime) -> list[Any]:

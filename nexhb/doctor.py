@@ -71,10 +71,7 @@ async def _schema(visit: Visit) -> Line:
 
 
 async def _days_ahead(visit: Visit) -> Line:
-    attached = await partitions.attached(visit.conn)
-    ahead, day = -1, visit.now.date()
-    while any(p.covers(day) and not p.detach_pending for p in attached):
-        ahead, day = ahead + 1, day + timedelta(days=1)
+    ahead = await partitions.days_ahead(visit.conn, visit.now.date())
     wanted = min(DAYS_AHEAD_LEAST, visit.settings.partitions.days_ahead)
     return Line("days ahead", ahead >= wanted, f"{max(ahead, 0)} days without a gap", "nexhb nightly")
 

@@ -176,6 +176,7 @@ class Intake:
         self._received_counted = self.received
         metrics.intake_items.set(len(self._unanswered))
         metrics.intake_bytes.set(self._bytes)
+        metrics.intake_filled.set(self.filled)
 
 
 _COUNTERS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from math import nan
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import HistogramMetricFamily
@@ -77,6 +78,7 @@ device_queue_depth = Histogram(
 
 intake_items = Gauge("nexhb_intake_items", "Heartbeats admitted and not yet answered")
 intake_bytes = Gauge("nexhb_intake_bytes", "Bytes of heartbeats admitted and not yet answered")
+intake_filled = Gauge("nexhb_intake_filled_ratio", "How full the queue is, by items or by bytes; at 1 devices hear 503")
 batch_rows = Histogram(
     "nexhb_batch_heartbeats",
     "Heartbeats committed together",
@@ -93,16 +95,21 @@ commits_in_doubt = Counter(
     "Connections lost around COMMIT, by what was found",
     ["outcome"],
 )
-disk_free = Gauge("nexhb_disk_free_bytes", "Free on the disk of the embedded PostgreSQL")
+disk_free = Gauge("nexhb_disk_free_bytes", "Free on the disk of the embedded PostgreSQL; NaN with another database")
 ready = Gauge("nexhb_ready", "1 while heartbeats can be committed")
 last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was last committed")
 
+days_ahead = Gauge("nexhb_days_ahead", "Days behind today that have their partition, without a gap; -1: not even today")
+days_ahead.set(nan)  # not known yet: that fires no alert, as a 0 would
+partitions = Gauge("nexhb_partitions", "Days by their state in hb_partitions", ["state"])
 partitions_created = Counter("partitions_created", "Partitions made")
 partition_create_failures = Counter("partition_create_failures", "Partitions that could not be made")
 partitions_archived = Counter("partitions_archived", "Days archived and verified")
 partitions_dropped = Counter("partitions_dropped", "Days dropped after their archive had been verified")
 archive_failures = Counter("archive_failures", "Days that could not be archived or verified; their tables are kept")
 late_heartbeats = Counter("nexhb_late_heartbeats", "Heartbeats whose day was gone already, kept aside", ["reason"])
+for _reason in ("detached", "archived", "archive_failed", "dropped"):
+    late_heartbeats.labels(reason=_reason)  # one that begins with its first heartbeat shows no increase
 last_drill = Gauge("nexhb_last_restore_drill_timestamp_seconds", "When an archived day was last restored and compared")
 
 reconciliation_rows_updated = Counter("reconciliation_rows_updated", "Rows of device_last_status healed")
@@ -111,13 +118,16 @@ reconciliation_drift = Gauge(
     "nexhb_reconciliation_drift_ratio", "Rows of device_last_status found wrong, of those checked by the last run"
 )
 job_runs = Counter("nexhb_job_runs", "Runs of a job", ["job", "status"])
-job_last_success = Gauge("nexhb_job_last_success_timestamp_seconds", "When a job last did all of its work", ["job"])
+job_last_success = Gauge(
+    "nexhb_job_last_success_timestamp_seconds", "When a job last did all of its work; 0: never", ["job"]
+)
 job_duration = Gauge("nexhb_job_duration_seconds", "How long the job's last run took", ["job"])
 
 http_request_latency_ms = RequestLatency()
 REGISTRY.register(http_request_latency_ms)
 last_status_read_latency_ms = Histogram("last_status_read_latency_ms", "Reads for operators", ["query"], buckets=_MS)
 connections_open = Gauge("nexhb_connections_open", "Open HTTP connections")
+connections_limit = Gauge("nexhb_connections_limit", "server.connections_max: beyond, the oldest without a key is cut")
 connections_cut = Counter("nexhb_connections_cut", "HTTP connections closed by the daemon for what they do", ["reason"])
 rate_limited = Counter("nexhb_rate_limited", "Calls answered 429", ["kind"])
 next_heartbeat = Gauge("nexhb_next_heartbeat_seconds", "What devices are asked to wait: more when the queue runs full")

@@ -112,6 +112,15 @@ def _by_day(partitions: list[Partition], days: list[date]) -> dict[date, str]:
     return {day: p.name for day in days for p in partitions if p.covers(day) and not p.detach_pending and not p.sealed}
 
 
+async def days_ahead(conn: Connection, today: date) -> int:
+    """How many days behind `today` (UTC) have their partition, without a gap; -1 where today itself has none."""
+    there = await attached(conn)
+    ahead, day = -1, today
+    while any(p.covers(day) and not p.detach_pending for p in there):
+        ahead, day = ahead + 1, day + timedelta(days=1)
+    return ahead
+
+
 async def gone(conn: Connection, day: date) -> str | None:
     """Why no partition may be made for `day`: detached, archived, archive_failed or dropped; None where one may."""
     reason: str | None = await conn.fetchval(_Q["gone"], midnight(day), midnight(day + timedelta(days=1)))

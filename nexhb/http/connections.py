@@ -25,6 +25,7 @@ class Connections:
 
     def __init__(self, *, most: int, head_timeout_s: float) -> None:
         self.most = most
+        metrics.connections_limit.set(most)
         self.head_timeout_s = head_timeout_s
         self._open: set[Guarded] = set()
         # Those that never showed a valid key, the oldest first: the ones to go when there are too many.

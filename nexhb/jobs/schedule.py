@@ -11,7 +11,7 @@ from datetime import datetime
 
 from croniter import croniter
 
-from nexhb import log, metrics, sql
+from nexhb import log, metrics, partitions, sql
 from nexhb.config import Jobs as Settings
 from nexhb.db import Connection, Database
 from nexhb.jobs import runner
@@ -82,19 +82,29 @@ class Schedule:
             return due_since(one.cron, now, await runner.last_started(conn, one.name, now))
 
     async def _keep_metrics(self) -> None:
-        """What other daemons did is good news for this one's metrics too."""
+        """What the database says counts, whichever daemon or command did it: one's own last run may be an old story."""
         while True:
             try:
                 async with self._database.connected(application="nexhb schedule", command_timeout_s=10) as conn:
-                    await _show_last_good(conn)
+                    await show(conn, self._now())
             except Exception:
                 _log.exception("job.metrics_not_read")
             await asyncio.sleep(60)
 
 
-async def _show_last_good(conn: Connection) -> None:
-    for row in await conn.fetch(_Q["last_good"]):
-        if row["at"] is None:
+async def show(conn: Connection, now: datetime) -> None:
+    """Set the metrics that speak of the database and not of this daemon."""
+    last_good = {row["job"]: row["at"] for row in await conn.fetch(_Q["last_good"])}
+    for job in ("nightly", "reconcile"):
+        last_good.setdefault(job, None)
+    for job, at in last_good.items():
+        if job == "drill" and at is None:
             continue
-        gauge = metrics.last_drill if row["job"] == "drill" else metrics.job_last_success.labels(job=row["job"])
-        gauge.set(row["at"].timestamp())
+        gauge = metrics.last_drill if job == "drill" else metrics.job_last_success.labels(job=job)
+        gauge.set(at.timestamp() if at else 0)
+    states = {row["state"]: row["days"] for row in await conn.fetch(_Q["states"])}
+    for state in ("active", "archived", "archive_failed", "dropped"):
+        metrics.partitions.labels(state=state).set(states.get(state, 0))
+    metrics.days_ahead.set(await partitions.days_ahead(conn, now.date()))
+    if (drift := await conn.fetchval(_Q["drift"])) is not None:
+        metrics.reconciliation_drift.set(drift)

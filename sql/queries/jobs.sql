@@ -44,9 +44,18 @@ ORDER BY job, run_no DESC;
 -- For the metrics: what another daemon did counts as well.
 SELECT job, max(ended_at) AS at FROM job_runs WHERE status = 'completed' GROUP BY job
 UNION ALL
-SELECT 'drill', max(drilled_at) FROM hb_partitions
-UNION ALL
-SELECT 'drill', max(drilled_at) FROM archive_supplements;
+SELECT 'drill', greatest((SELECT max(drilled_at) FROM hb_partitions),
+                         (SELECT max(drilled_at) FROM archive_supplements));
+
+-- name: states
+-- For the metrics: how many days are in which state.
+SELECT state, count(*) AS days FROM hb_partitions GROUP BY state;
+
+-- name: drift
+-- For the metrics: what share the last reconciliation found wrong, whichever daemon or command made it.
+SELECT coalesce((counts ->> 'wrong')::float8 / nullif((counts ->> 'checked')::float8, 0), 0) FROM job_runs
+WHERE job = 'reconcile' AND status = 'completed'
+ORDER BY run_no DESC LIMIT 1;
 
 -- name: next_device
 -- Where the last run of the reconciliation stopped.
