@@ -67,13 +67,16 @@ async def _database(visit: Visit) -> Line:
 
 async def _schema(visit: Visit) -> Line:
     applied, known = await visit.conn.fetchval(_Q["migrations"]), migrate.find()[-1].version
-    return Line("schema", applied == known, f"at migration {applied} of {known}", "nexhb migrate")
+    remedy = "install the nexhb that applied it, or a newer one" if applied > known else "nexhb migrate"
+    return Line("schema", applied == known, f"at migration {applied} of {known}", remedy)
 
 
 async def _days_ahead(visit: Visit) -> Line:
     ahead = await partitions.days_ahead(visit.conn, visit.now.date())
     wanted = min(DAYS_AHEAD_LEAST, visit.settings.partitions.days_ahead)
-    return Line("days ahead", ahead >= wanted, f"{max(ahead, 0)} days without a gap", "nexhb nightly")
+    # Not at once: of a day that somebody detached, the run would make an archive.
+    remedy = "nexhb nightly --dry-run, and docs/runbook.md#nexhbdaysaheadmissing"
+    return Line("days ahead", ahead >= wanted, f"{max(ahead, 0)} days without a gap", remedy)
 
 
 async def _pending(visit: Visit) -> Line:
