@@ -38,6 +38,6 @@ def commands(markdown: str) -> list[list[str]]:
     found = []
     for line in [*lines, *inline(markdown)]:
         bare = re.split(r"\s#\s|\s[|&>]", re.sub(r"^(?:[A-Z_]+=\S*\s+)+", "", line))[0].rstrip("&| ")
-        if bare == "nexhb" or bare.startswith(("nexhb ", "/opt/nexhb/bin/nexhb ")):
+        if "…" not in bare and bare.startswith(("nexhb ", "/opt/nexhb/bin/nexhb ")):
             found.append(shlex.split(bare)[1:])
     return found
