@@ -11,7 +11,7 @@ import asyncpg
 
 from nexhb import sql
 from nexhb.errors import ConfigError, DatabaseUnavailable
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 
 _Q = sql.queries("db")
 
@@ -62,7 +62,7 @@ class Database:
         finally:
             try:
                 await conn.close(timeout=5)
-            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+            except FROM_THE_DATABASE:
                 conn.terminate()
 
     async def pool(self, *, application: str, size: int, timeout_s: float, **settings: str) -> Pool:

@@ -20,6 +20,7 @@ import asyncpg
 from nexhb import log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
+from nexhb.pgerrors import FROM_THE_DATABASE
 
 _Q = sql.queries("devices")
 _log = log.get("devices")
@@ -103,7 +104,7 @@ class DeviceStore:
             try:
                 await self._follow()
                 pause_s = 1.0
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DatabaseUnavailable) as error:
+            except FROM_THE_DATABASE as error:
                 metrics.device_refreshes.labels(why="listen", status="failed").inc()
                 _log.warning("devices.listen_lost", error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(pause_s)
@@ -163,7 +164,7 @@ class DeviceStore:
                     application="nexhb token look-up", command_timeout_s=5, timeout_s=5
                 )
             rows = await self._lookup_conn.fetch(_Q["find_tokens"], hashes)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except FROM_THE_DATABASE as error:
             if self._lookup_conn is not None:
                 self._lookup_conn.terminate()
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error

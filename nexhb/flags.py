@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
-import asyncpg
 import orjson
 
 from nexhb import config, log, metrics, sql
 from nexhb.db import Connection, Database
-from nexhb.errors import DatabaseUnavailable
+from nexhb.pgerrors import FROM_THE_DATABASE
 
 _Q = sql.queries("flags")
 _log = log.get("flags")
@@ -149,7 +148,7 @@ class FlagStore:
         while True:
             try:
                 await self._follow()
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, DatabaseUnavailable) as error:
+            except FROM_THE_DATABASE as error:
                 _log.warning("flags.listen_lost", error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(POLL_S)
 

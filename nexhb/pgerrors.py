@@ -28,6 +28,8 @@ _SEAL = "_sealed"  # ends the name of the CHECK that keeps rows out of a detache
 _LOST_CLASSES = (
     asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError, TimeoutError, DatabaseUnavailable,
 )  # fmt: skip
+# Whatever a call to the database may raise, where every kind of it is answered in one way.
+FROM_THE_DATABASE = (*_LOST_CLASSES, asyncpg.PostgresError)
 # 57P01 admin shutdown, 57P02 crash, 57P03 cannot connect now, 57P05 idle timeout; 25P03 idle in transaction.
 _LOST = ("08", "57P0", "25P03")
 
