@@ -99,13 +99,16 @@ class Server(_Section):
         default=10, gt=0, le=60, description="seconds; how long requests under way may take when the daemon stops"
     )
     head_timeout_seconds: float = Field(
-        default=10, gt=0, le=300, description="seconds; a request whose headers take longer is cut off"
+        default=10,
+        gt=0,
+        le=300,
+        description="seconds; a TLS handshake, a request's headers or an answer's reading that take longer are cut off",
     )
     connections_max: int = Field(
         default=20_000,
         ge=10,
         le=1_000_000,
-        description="open connections at most; beyond, the oldest that never showed a valid key is cut off",
+        description="open connections at most (fewer where files are); beyond, the oldest without a key is cut off",
     )
     tls_cert_file: Path | None = Field(
         default=None, description="PEM; with tls_key_file the daemon speaks HTTPS; read again on SIGHUP"

@@ -47,6 +47,9 @@ SWEEP_S = 0.5
 SETTINGS_S = 60.0
 DISK_S = 2.0  # at 100 MB/s a reserve of 256 MiB lasts as long
 OPEN_FILES_MOST = 1_048_576
+OWN_FILES = (
+    256  # kept from clients: the database's connections (20 or so), archives, and what one turn of the loop accepts
+)
 START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
 
 
@@ -90,7 +93,8 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
     state = State()
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
     secure = tls.context(settings.server)
-    connections = Connections(most=settings.server.connections_max, head_timeout_s=settings.server.head_timeout_seconds)
+    most = connections_most(settings.server.connections_max)
+    connections = Connections(most=most, head_timeout_s=settings.server.head_timeout_seconds)
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(open_cluster(settings))
         database = cluster.database
@@ -168,7 +172,11 @@ class Cluster:
         seen_alive = self.server is not None and self.server.alive
         while True:
             await asyncio.sleep(SWEEP_S)
-            alive = self.server is not None and self.server.alive
+            try:
+                alive = self.server is not None and self.server.alive
+            except OSError as error:  # not that it is dead: no open file is left to look with
+                _log.error("embedded.not_seen", error=str(error))
+                continue
             seen_alive = seen_alive or alive
             if self.server is None or alive or not seen_alive:
                 continue
@@ -268,7 +276,12 @@ async def _watch_disk(settings: Settings, state: State) -> None:
     """Hold the intake while the embedded PostgreSQL's disk runs full: 503 is better than a PostgreSQL that panics."""
     reserve = settings.database.disk_reserve_bytes
     while settings.database.url is None:
-        free = (await asyncio.to_thread(shutil.disk_usage, settings.data_dir)).free
+        try:
+            free = (await asyncio.to_thread(shutil.disk_usage, settings.data_dir)).free
+        except OSError as error:
+            _log.error("disk.not_seen", error=str(error))
+            await asyncio.sleep(DISK_S)
+            continue
         metrics.disk_free.set(free)
         # Once held, until a tenth more is free: else it would open and close with every file.
         before = state.reasons.get("disk", "")
@@ -351,12 +364,13 @@ async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext |
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - it is set up
     factory = connections.factory(
-        runner.server, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False, lingering_time=LINGER_S
-    )
+        runner.server, tls, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False,
+        lingering_time=LINGER_S,
+    )  # fmt: skip
     try:
         loop = asyncio.get_running_loop()
         try:
-            listener = await loop.create_server(factory, settings.host, settings.port, ssl=tls, backlog=4096)
+            listener = await loop.create_server(factory, settings.host, settings.port, backlog=4096)
         except OSError as error:
             raise ConfigError(
                 f"server.host {settings.host}, server.port {settings.port}: {error.strerror or error}.",
@@ -366,6 +380,7 @@ async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext |
             yield int(listener.sockets[0].getsockname()[1])
         finally:
             listener.close()
+            connections.cut_handshakes()
     finally:
         await runner.cleanup()
 
@@ -385,6 +400,16 @@ def raise_open_files_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if wanted < 4096:
         _log.warning("daemon.few_open_files", limit=wanted, hint="Raise it: ulimit -n, or LimitNOFILE in the unit.")
+
+
+def connections_most(wanted: int) -> int:
+    """As many connections as there may be open files for, our own set aside: what takes the last one takes it from
+    the database's connections."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if soft == resource.RLIM_INFINITY else min(wanted, max(10, soft - OWN_FILES))
+    if most < wanted:
+        _log.warning("daemon.fewer_connections", connections=most, connections_max=wanted, open_files=soft)
+    return most
 
 
 async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:

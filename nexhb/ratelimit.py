@@ -31,6 +31,11 @@ class Allowance:
         self._used_up_to[key] = used
         return 0.0
 
+    def give_back(self, key: Hashable, amount: float = 1) -> None:
+        """What was taken was not used."""
+        if key in self._used_up_to:
+            self._used_up_to[key] -= amount * self._interval
+
     def is_spent(self, key: Hashable, now: float) -> bool:
         """True where not even one would be allowed now."""
         return max(self._used_up_to.get(key, 0.0), now) + self._interval - now - self._tolerance > 1e-9

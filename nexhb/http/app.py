@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from nexhb import log, metrics
 from nexhb.errors import BadInput, UnknownDevice
@@ -80,7 +80,7 @@ def _as_problem(error: Exception, request: web.Request) -> Problem:
     if isinstance(error, UnknownDevice | BadInput):
         return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
     if is_retryable(error):
-        return Problem(503, str(error), headers={"Retry-After": "5"})
+        return request.app[PARTS].come_back(str(error))
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
 
@@ -89,7 +89,8 @@ async def _expect(request: web.Request) -> web.StreamResponse | None:
     """`Expect: 100-continue`, or a refusal that repeats nothing (aiohttp's own could not encode what it repeats)."""
     if request.headers.get("Expect", "").lower() != "100-continue":
         return Problem(417, "Expect takes 100-continue.", close=True).response()
-    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    if request.version >= HttpVersion11:  # before it nobody knew such an answer, and it would be taken for the last
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     return None
 
 

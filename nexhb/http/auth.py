@@ -64,7 +64,7 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
             if device is None and await adoption.is_open(request, parts, token, token_hash):
                 raise _not_known_yet(request, parts)
         except DatabaseUnavailable as error:
-            raise Problem(503, str(error), headers={"Retry-After": "5"}) from error
+            raise parts.come_back(str(error)) from error
     if device is None:
         raise wrong_key(request, parts, "device", "This device token is not known.")
     if device.revoked:

@@ -1,14 +1,16 @@
-"""What aiohttp leaves open: how long a request's head may take, and how many connections there may be.
+"""What aiohttp leaves open: how long a handshake, a request's head and the reading of an answer may take, and how many
+connections there may be.
 
-Without it a client that sends half a head holds its connection for ever, and ten thousand idle ones take every
-descriptor that healthy devices need.
+Without it a client that sends half a head, or never reads what it asked for, holds its connection for ever, and ten
+thousand idle ones take every descriptor that healthy devices need.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -19,6 +21,19 @@ from nexhb.http.problem import Problem
 
 _log = log.get("http")
 
+READ_BUFFER = 2**16  # bytes of a body that a handler has not asked for; twice as much is held, then the line is paused
+READS_AT_LEAST = 4096  # bytes from one look to the next, of answers that wait: whoever drips does not read
+
+
+class _Line(Protocol):
+    """A connection, from its first moment on."""
+
+    def late(self, now: float, within_s: float) -> str:
+        """Why it is to be cut at `now`; '' while it is in time."""
+
+    def cut(self, reason: str) -> None:
+        """Close it now."""
+
 
 class Connections:
     """All connections of one daemon. Only the event loop's thread touches it."""
@@ -27,74 +42,165 @@ class Connections:
         self.most = most
         metrics.connections_limit.set(most)
         self.head_timeout_s = head_timeout_s
-        self._open: set[Guarded] = set()
+        self._open: set[_Line] = set()
         # Those that never showed a valid key, the oldest first: the ones to go when there are too many.
-        self._unproven: dict[Guarded, None] = {}
+        self._unproven: dict[_Line, None] = {}
 
-    def factory(self, server: web.Server, **options: Any) -> Callable[[], Guarded]:
+    def factory(self, server: web.Server, tls: ssl.SSLContext | None, **options: Any) -> Callable[[], asyncio.Protocol]:
         """What asyncio calls for each connection. `options` as aiohttp's RequestHandler takes them."""
         loop = asyncio.get_running_loop()
-        return lambda: Guarded(self, server, loop=loop, **options)
 
-    def opened(self, connection: Guarded) -> None:
+        def guarded() -> Guarded:
+            return Guarded(self, server, loop=loop, read_bufsize=READ_BUFFER, **options)
+
+        return guarded if tls is None else lambda: Handshake(self, tls, guarded)
+
+    def opened(self, connection: _Line) -> None:
         """One more; over the bound, the oldest that never showed a key goes, or the new one itself."""
         self._open.add(connection)
         self._unproven[connection] = None
         if len(self._open) > self.most:
             next(iter(self._unproven)).cut("too_many")
 
-    def closed(self, connection: Guarded) -> None:
+    def closed(self, connection: _Line) -> None:
         """One less."""
         self._open.discard(connection)
         self._unproven.pop(connection, None)
 
-    def proven(self, connection: Guarded) -> None:
+    def proven(self, connection: _Line) -> None:
         """It showed a valid key."""
         self._unproven.pop(connection, None)
 
     def sweep(self, now: float) -> None:
-        """Cut those whose request's head has not come to its end in time; called now and then, by the loop's clock."""
+        """Cut those that do not get on in time; called now and then, by the loop's clock."""
         metrics.connections_open.set(len(self._open))
-        late = [
-            one for one in self._open if one.awaits_head_since and now - one.awaits_head_since > self.head_timeout_s
-        ]
-        for one in late:
-            one.cut("slow_head")
+        late = [(one, reason) for one in self._open if (reason := one.late(now, self.head_timeout_s))]
+        for one, reason in late:
+            one.cut(reason)
+
+    def cut_handshakes(self) -> None:
+        """On the way out: aiohttp does not know of these."""
+        for one in [one for one in self._open if isinstance(one, Handshake)]:
+            one.cut("stopping")
+
+
+class Handshake(asyncio.Protocol):
+    """A connection that is to be TLS. asyncio's own handshake would be counted by nobody, and may take a minute."""
+
+    def __init__(self, connections: Connections, tls: ssl.SSLContext, then: Callable[[], Guarded]) -> None:
+        self._connections = connections
+        self._tls = tls
+        self._then = then
+        self._began = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._began = asyncio.get_running_loop().time()
+        self._connections.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See asyncio.Protocol."""
+        self._connections.closed(self)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol. The first bytes: what follows is for start_tls, which knows nothing of these."""
+        self._transport.pause_reading()
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._shake(loop))
+        # One turn later start_tls has called for the start of TLS and of reading, and so these come between the two.
+        loop.call_soon(loop.call_soon, self._pass_on, data)
+
+    def _pass_on(self, data: bytes) -> None:
+        tls = self._transport.get_protocol()
+        if isinstance(tls, Handshake) or self._transport.is_closing():
+            return  # cut meanwhile
+        tls = cast(asyncio.BufferedProtocol, tls)
+        memoryview(tls.get_buffer(len(data)))[: len(data)] = data
+        tls.buffer_updated(len(data))
+
+    async def _shake(self, loop: asyncio.AbstractEventLoop) -> None:
+        guarded = self._then()
+        try:
+            within_s = self._connections.head_timeout_s
+            secure = await loop.start_tls(
+                self._transport, guarded, self._tls, server_side=True, ssl_handshake_timeout=within_s
+            )
+        except (OSError, asyncio.CancelledError):  # no TLS, an old one, gone, late, cut
+            metrics.connections_cut.labels(reason="handshake").inc()
+            self._transport.abort()
+            secure = None
+        self._connections.closed(self)
+        # A request may be in by now, which waits in aiohttp's queue; or the client is gone already.
+        if secure is not None and not secure.is_closing():
+            guarded.connection_made(secure)
+
+    def late(self, now: float, within_s: float) -> str:
+        """See _Line."""
+        return "slow_handshake" if now - self._began > within_s else ""
+
+    def cut(self, reason: str) -> None:
+        """See _Line."""
+        metrics.connections_cut.labels(reason=reason).inc()
+        self._connections.closed(self)
+        if self._task is not None:
+            self._task.cancel()
+        self._transport.abort()
 
 
 class Guarded(RequestHandler):
     """aiohttp's connection, watched."""
 
-    __slots__ = ("_connections", "waiting_since")
+    __slots__ = ("_connections", "_line", "_stuck_since", "_unsent", "waiting_since")
 
     def __init__(self, connections: Connections, server: web.Server, **options: Any) -> None:
         super().__init__(server, **options)
         self._connections = connections
+        self._line: asyncio.Transport | None = None  # aiohttp forgets it when it closes, whether or not it is closed
         self.waiting_since = 0.0  # s, since when a head is awaited that has begun, or the first one; 0 while none is
+        self._stuck_since = 0.0  # s, since when its answers are not read, or it does not close; 0 while all is well
+        self._unsent = 0  # bytes, as last seen
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         super().connection_made(transport)
+        self._line = self.transport
         self.waiting_since = self._loop.time()
         self._connections.opened(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
+        self._line = None
         self._connections.closed(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        if self._messages or self._current_request is not None:
+        if not self._idle:
             self.waiting_since = 0.0  # a whole head is there; its body has a timeout of its own
         elif not self.waiting_since:
             self.waiting_since = self._loop.time()
 
     @property
-    def awaits_head_since(self) -> float:
-        """s, the loop's clock; 0 while it does not, or is busy with a request."""
-        return 0.0 if self._messages or self._current_request is not None else self.waiting_since
+    def _idle(self) -> bool:
+        """Whether a head is awaited. What comes of a body that nobody reads any more is not the start of one."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def late(self, now: float, within_s: float) -> str:
+        """See _Line."""
+        if self.waiting_since and self._idle and now - self.waiting_since > within_s:
+            return "slow_head"
+        if self._line is None:
+            return ""
+        unsent = self._line.get_write_buffer_size()
+        if unsent <= self._unsent - READS_AT_LEAST or not (unsent or self._line.is_closing()):
+            self._stuck_since = 0.0
+        elif not self._stuck_since:
+            self._stuck_since = now
+        self._unsent = unsent
+        return "not_read" if self._stuck_since and now - self._stuck_since > within_s else ""
 
     def prove(self) -> None:
         """Its request, which is being answered, carried a valid key."""
@@ -102,10 +208,21 @@ class Guarded(RequestHandler):
         self._connections.proven(self)
 
     def cut(self, reason: str) -> None:
-        """Close it now."""
+        """See _Line."""
         metrics.connections_cut.labels(reason=reason).inc()
         self._connections.closed(self)
+        line = self._line
         self.force_close()
+        if line is not None:
+            line.abort()  # close() waits for what is not sent yet, and whoever does not read gets the last word
+
+    def finish_response(
+        self, request: BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """What aiohttp answers by itself (CONNECT and `OPTIONS *` have no path for a route) is a problem as well."""
+        if isinstance(resp, web.HTTPException):
+            resp = Problem(resp.status, "There is nothing here.", close=True).response()
+        return super().finish_response(request, resp, start_time)
 
     def handle_error(
         self, request: BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None

@@ -38,6 +38,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
         raise Problem(refused.status, "The heartbeat is not valid.", errors=refused.errors) from None
     except Overloaded as error:
         metrics.heartbeats_failed.labels(reason="overloaded").inc()
+        parts.device_rate.give_back(device.device_no)
         raise await _refusal_in_turn(parts, error) from None
     verdict = await ticket.future
     if verdict.outcome is Outcome.WRITTEN:
@@ -46,7 +47,8 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
         return parts.answer(deduplicated=True).to(request)
     if verdict.outcome is Outcome.REFUSED:
         raise Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
-    raise _come_back(parts, f"Not committed: {verdict.reason}. Keep it and send it again.")
+    parts.device_rate.give_back(device.device_no)  # who sends again what we could not keep does not come too often
+    raise parts.come_back(f"Not committed: {verdict.reason}. Keep it and send it again.")
 
 
 async def post_heartbeats(request: web.Request) -> web.Response:
@@ -61,7 +63,10 @@ async def post_heartbeats(request: web.Request) -> web.Response:
     parts.intake.received += len(items)
     tickets, refusals = _admit_all(parts, items, device)
     verdicts: list[Verdict] = await asyncio.gather(*(ticket.future for _, ticket in tickets))
-    return _answer_all(parts, tickets, verdicts, refusals, len(items))
+    if len(tickets) + len(refusals) < len(items) or any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
+        parts.device_rate.give_back(device.device_no, len(items))
+        raise parts.come_back("Not all heartbeats could be committed. Keep them and send them again.")
+    return _answer_all(parts, tickets, verdicts, refusals)
 
 
 def _admit_all(
@@ -89,11 +94,8 @@ def _answer_all(
     tickets: list[tuple[int, Ticket]],
     verdicts: list[Verdict],
     refusals: list[dict[str, Any]],
-    items: int,
 ) -> web.Response:
     outcomes = [verdict.outcome for verdict in verdicts]
-    if Outcome.FAILED in outcomes or len(tickets) + len(refusals) < items:
-        raise _come_back(parts, "Not all heartbeats could be committed. Keep them and send them again.")
     refusals += [
         _refusal(index, verdict.errors)
         for (index, _), verdict in zip(tickets, verdicts, strict=True)
@@ -141,11 +143,7 @@ async def _refusal_in_turn(parts: Parts, error: Overloaded) -> Problem:
     """A 503 at its time: refusals by the thousand would leave the writer no turn of the event loop."""
     if wait_s := parts.refusals.wait_s(time.monotonic()):
         await asyncio.sleep(wait_s)
-    return _come_back(parts, str(error))
-
-
-def _come_back(parts: Parts, detail: str) -> Problem:
-    return Problem(503, detail, headers={"Retry-After": str(parts.intake.retry_after_s())})
+    return parts.come_back(str(error))
 
 
 def _parse(parts: Parts, raw: bytes, device: Device, received_at: datetime) -> wire.Heartbeat:

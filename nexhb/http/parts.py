@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from nexhb.perfdiff import PerfDiff
     from nexhb.reads import Answers, Reads
 
+CHANGES_AT_ONCE = 4  # connections for registrations and the like; the embedded PostgreSQL has 60 for everybody
+TURN_WITHIN_S = 10.0
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -52,6 +56,7 @@ class Parts:
     failures: Allowance = field(init=False)  # wrong keys, by address
     device_rate: Allowance = field(init=False)  # heartbeats, by device_no
     refusals: pace.Turns = field(init=False)  # of an intake that admits nothing
+    changes: asyncio.Semaphore = field(init=False)  # turns at a connection for changes
     _answers: dict[tuple[int, bool], QuickAnswer] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,11 @@ class Parts:
         object.__setattr__(self, "device_rate", device_rate)
         turns = pace.Turns(per_s=pace.REFUSALS_PER_S, at_once=pace.REFUSALS_AT_ONCE, within_s=pace.REFUSAL_WITHIN_S)
         object.__setattr__(self, "refusals", turns)
+        object.__setattr__(self, "changes", asyncio.Semaphore(CHANGES_AT_ONCE))
+
+    def come_back(self, detail: str) -> Problem:
+        """A 503 that spreads those who hear it."""
+        return Problem(503, detail, headers={"Retry-After": str(self.intake.retry_after_s())})
 
     def next_heartbeat_s(self) -> int:
         """When the device that is answered now should come again."""
@@ -89,12 +99,16 @@ PARTS: web.AppKey[Parts] = web.AppKey("parts", Parts)
 
 @asynccontextmanager
 async def writable_connection(parts: Parts) -> AsyncIterator[Connection]:
-    """A connection of one's own for a rare change. Raises a 503 Problem where there is none."""
-    try:
-        conn = await parts.database.connect(application="nexhb http", command_timeout_s=10, lock_timeout="3000")
-    except DatabaseUnavailable as error:
-        raise Problem(503, str(error), headers={"Retry-After": "5"}) from error
-    try:
+    """A connection of one's own for a rare change. Raises a 503 Problem where there is none, or no turn in time: a
+    fleet that registers at once must not take the connections of the writer."""
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(TURN_WITHIN_S):
+                await stack.enter_async_context(parts.changes)
+            connected = parts.database.connected(application="nexhb http", command_timeout_s=10, lock_timeout="3000")
+            conn = await stack.enter_async_context(connected)
+        except TimeoutError:
+            raise parts.come_back("Too many changes at once.") from None
+        except DatabaseUnavailable as error:
+            raise parts.come_back(str(error)) from error
         yield conn
-    finally:
-        await conn.close(timeout=5)

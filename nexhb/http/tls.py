@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
 
 from nexhb import log
 from nexhb.config import Server
@@ -41,9 +42,20 @@ def _load(made: ssl.SSLContext, settings: Server) -> None:
     try:
         made.load_cert_chain(cert, key, password=_no_password)
     except (OSError, ssl.SSLError, ValueError) as error:
-        missing = next((path for path in (cert, key) if not path.is_file()), None)
-        why = f"there is no file {missing}" if missing else f"{error}"
+        why = _why(error, cert, key)
         raise ConfigError(f"server.tls_cert_file {cert}, server.tls_key_file {key}: {why}.") from error
+
+
+def _why(error: Exception, *paths: Path) -> str:
+    for path in paths:  # ssl's own error does not say which of the two it is
+        try:
+            with path.open("rb"):
+                pass
+        except FileNotFoundError:
+            return f"there is no file {path}"
+        except OSError as unreadable:
+            return f"{path} cannot be read: {unreadable.strerror}"
+    return str(error)
 
 
 def _no_password() -> str:
