@@ -4,8 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 LOCK   := tests/requirements.lock
 SWIFT  := .venv-swift
+PREFIX  ?= /opt/nexhb
+DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -55,6 +57,12 @@ timelapse: $(VENV)/.test ## 200 days of a fleet in minutes, with every fault, an
 
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all
+
+install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= for packagers)
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' LOCK='$(LOCK)' PIP_ARGS='$(PIP_ARGS)' packaging/install install
+
+uninstall: ## what install made; never the configuration or the data
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' packaging/install uninstall
 
 lock: ## write tests/requirements.lock anew from pyproject.toml, and the lock of the tests' S3 server
 	@$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/pip install -q uv

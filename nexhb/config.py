@@ -39,6 +39,8 @@ ALIASES = {
     "READ_FROM_LAST_STATUS": ("reads", "from_last_status"),
     "PERF_DIFF_ENABLED": ("reads", "perf_diff"),
 }
+# Files in $CREDENTIALS_DIRECTORY (systemd's LoadCredential), and the keys they stand for where nothing else sets them.
+CREDENTIALS = {"database_url": ("database", "url"), "admin_key": ("auth", "admin_key")}
 
 _UNITS = {
     "s": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
@@ -80,6 +82,16 @@ class Server(_Section):
 
     host: str = Field(default="127.0.0.1", description="address to listen on; loopback unless told otherwise")
     port: int = Field(default=8080, ge=0, le=65535, description="TCP port; 0 takes a free one")
+    reuse_port: bool = Field(
+        default=False,
+        description="several daemons share server.port (SO_REUSEPORT), one database.url and one admin key",
+    )
+    instance_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="a second TCP port, of this daemon alone: behind a shared port any of them answers /metrics",
+    )
     body_max_bytes: int = Field(
         default=65536,
         ge=1024,
@@ -424,6 +436,12 @@ class Settings(BaseSettings):
             raise ValueError("ingest.accept_past is longer than partitions.retention_days: those days are archived")
         return self
 
+    @model_validator(mode="after")
+    def _daemons_that_share_a_port_share_a_database(self) -> Settings:
+        if self.server.reuse_port and self.database.url is None:
+            raise ValueError("server.reuse_port needs database.url: the embedded PostgreSQL belongs to one daemon")
+        return self
+
     @field_validator("data_dir", mode="before")
     @classmethod
     def _some_folder(cls, value: object) -> object:
@@ -440,12 +458,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then NEXHB_…, then the seed's names, then the file."""
+        """Arguments, then NEXHB_…, then the seed's names, then the file, then systemd's credentials."""
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings, _AliasSource(settings_cls)]
         file = settings_cls.model_config.get("toml_file")
         if file:
             sources.append(TomlConfigSettingsSource(settings_cls))
-        return tuple(sources)
+        return (*sources, _CredentialsSource(settings_cls))
 
 
 class _AliasSource(PydanticBaseSettingsSource):
@@ -457,6 +475,26 @@ class _AliasSource(PydanticBaseSettingsSource):
         for name, (section, key) in ALIASES.items():
             if value := os.environ.get(name):
                 found.setdefault(section, {})[key] = value
+        return found
+
+
+class _CredentialsSource(PydanticBaseSettingsSource):
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        for name, (section, key) in CREDENTIALS.items() if folder else ():
+            path = Path(str(folder), name)
+            try:
+                value = path.read_text(encoding="utf-8").strip()
+            except FileNotFoundError:
+                continue
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{section}.{key}: {path} cannot be read: {type(error).__name__}.") from None
+            if value:  # empty: the unit's own, in place of a file that is not there
+                found[section] = {key: value}
         return found
 
 

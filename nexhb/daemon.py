@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import resource
 import shutil
 import signal
@@ -20,8 +21,9 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, embedded, flags, keys, log, metrics, migrate, partitions
-from nexhb.config import Settings
+from nexhb import __version__, db, embedded, flags, keys, log, metrics, migrate, notify, partitions
+from nexhb import writer as writing
+from nexhb.config import Server, Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
 from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError
@@ -50,7 +52,14 @@ OPEN_FILES_MOST = 1_048_576
 OWN_FILES = (
     256  # kept from clients: the database's connections (20 or so), archives, and what one turn of the loop accepts
 )
+STATUS_S = 5.0  # how often a service manager hears how we are, unless its watchdog wants to more often
+ASKED_S, ASK_S = 30.0, 10.0  # how much time a slow start asks of it at once, and how often
+# What it asks for altogether: 300 s for the embedded PostgreSQL, 60 s for a database, the rest for migrations.
+ASKED_MOST_S = 900.0
 START_PATIENCE_S = 60.0  # how long a start waits for a database.url that does not answer yet
+
+
+NOBODY = notify.Notifier()
 
 
 def utc_now() -> datetime:
@@ -63,6 +72,7 @@ class State:
     """Why the daemon cannot commit, besides what the intake says; empty while it can."""
 
     reasons: dict[str, str] = field(default_factory=dict)
+    remark: str = ""  # for who looks, besides
 
     @property
     def hold(self) -> str:
@@ -80,15 +90,19 @@ class Running:
     """A daemon that serves."""
 
     url: str
+    instance_url: str | None  # of this daemon alone
     settings: Settings
     embedded: bool
     admin_key: str = field(repr=False)
     failed: asyncio.Future[BaseException]  # resolved when a part died that the daemon cannot do without
     renew_tls: Callable[[], bool]  # read the certificate again; False where it cannot be read
+    status: Callable[[], str]  # a line for who looks
 
 
 @asynccontextmanager
-async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> AsyncIterator[Running]:
+async def running(
+    settings: Settings, now: Callable[[], datetime] = utc_now, manager: notify.Notifier = NOBODY
+) -> AsyncIterator[Running]:
     """The whole daemon for the block. Raises NexhbError where it cannot start."""
     state = State()
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
@@ -96,9 +110,11 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
     most = connections_most(settings.server.connections_max)
     connections = Connections(most=most, head_timeout_s=settings.server.head_timeout_seconds)
     async with AsyncExitStack() as stack:
+        manager.send(STATUS="Starting PostgreSQL." if settings.database.url is None else "Starting.")
         cluster = await stack.enter_async_context(open_cluster(settings))
         database = cluster.database
         admin_key = keys.read_or_make(settings)
+        manager.send(STATUS="Starting: the database, its schema and its days.")
         await _prepare(database, settings, state, now())
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
         intake.held_because = state.hold
@@ -130,6 +146,11 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
         perf_diff = PerfDiff(database, store, settings, now)
         await stack.enter_async_context(_side_task("perf_diff", perf_diff.run(), failed))
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
+
+        def status() -> str:
+            return _status(state, intake, writer)
+
+        await stack.enter_async_context(_side_task("manager", _keep_telling(manager, writer, status), failed))
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
@@ -145,18 +166,60 @@ async def running(settings: Settings, now: Callable[[], datetime] = utc_now) -> 
             legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
             admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
         )  # fmt: skip
-        port = await stack.enter_async_context(_serving(parts, connections, secure))
+        ports = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)
         metrics.ready.set(0 if state.not_ready(intake) else 1)
+        urls = [_url(settings.server.host, port, tls=secure is not None) for port in ports]
+
+        def renew_tls() -> bool:
+            renewed = secure is None or tls.renew(secure, settings.server)
+            state.remark = "" if renewed else "the certificate could not be renewed, see the log"
+            return renewed
+
         yield Running(
-            _url(settings.server.host, port, tls=secure is not None), settings, settings.database.url is None,
-            admin_key, failed, lambda: secure is None or tls.renew(secure, settings.server),
+            urls[0], urls[1] if urls[1:] else None, settings, settings.database.url is None, admin_key, failed,
+            renew_tls, status,
         )  # fmt: skip
 
 
 def _stopping(state: State) -> None:
     state.reasons["stopping"] = "The daemon is stopping."
     metrics.ready.set(0)
+
+
+def _status(state: State, intake: Intake, writer: Writer) -> str:
+    """For `systemctl status`."""
+    reasons = " ".join(state.not_ready(intake))
+    committed = (
+        f"{datetime.fromtimestamp(writer.committed_at, UTC):%Y-%m-%d %H:%M:%S} UTC" if writer.committed_at else "none"
+    )
+    said = [f"NOT READY: {reasons}" if reasons else "ready", f"queue {intake.items}", f"last commit {committed}"]
+    return "; ".join([*said, state.remark] if state.remark else said)
+
+
+async def _keep_telling(manager: notify.Notifier, writer: Writer, status: Callable[[], str]) -> None:
+    """How we are, and that we live: the watchdog is fed only while the writer comes further. Never returns."""
+    silent = 0  # looks in a row: at the first, the whole process may have stood still
+    while True:
+        await asyncio.sleep(min(STATUS_S, (manager.watchdog_s or 3600.0) / 3))
+        silent = silent + 1 if writer.silent_s > writing.SILENT_MOST_S else 0
+        hangs = silent > 1
+        if silent == 2:
+            _log.error("writer.hangs", silent_s=round(writer.silent_s), where=_where("writer"))
+        feed = {} if hangs or manager.watchdog_s is None else {"WATCHDOG": 1}
+        manager.send(**feed, STATUS=f"The writer hangs; {status()}" if hangs else status())
+
+
+def _where(name: str) -> list[str]:
+    """Where a task waits, from the outside in."""
+    found: list[str] = []
+    task = next((one for one in asyncio.all_tasks() if one.get_name() == name), None)
+    waits: Any = task and task.get_coro()
+    while waits is not None:
+        frame = getattr(waits, "cr_frame", None)
+        found.append(f"{frame.f_code.co_qualname}:{frame.f_lineno}" if frame else type(waits).__name__)
+        waits = getattr(waits, "cr_await", None)
+    return found
 
 
 @dataclass
@@ -357,8 +420,8 @@ async def _side_task(
 
 
 @asynccontextmanager
-async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext | None) -> AsyncIterator[int]:
-    """Accept connections for the block; the port. On the way out no new request is taken and those under way finish."""
+async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext | None) -> AsyncIterator[list[int]]:
+    """Accept connections for the block; the ports. On the way out no new request is taken, those under way finish."""
     settings = parts.settings.server
     runner = web.AppRunner(make_app(parts), shutdown_timeout=settings.shutdown_timeout_seconds)
     await runner.setup()
@@ -367,22 +430,31 @@ async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext |
         runner.server, tls, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False,
         lingering_time=LINGER_S,
     )  # fmt: skip
+    listeners: list[asyncio.Server] = []
     try:
-        loop = asyncio.get_running_loop()
-        try:
-            listener = await loop.create_server(factory, settings.host, settings.port, backlog=4096)
-        except OSError as error:
-            raise ConfigError(
-                f"server.host {settings.host}, server.port {settings.port}: {error.strerror or error}.",
-                hint="Is another nexhb running? Set server.port.",
-            ) from error
-        try:
-            yield int(listener.sockets[0].getsockname()[1])
-        finally:
-            listener.close()
-            connections.cut_handshakes()
+        listeners.append(await _listen(factory, settings, "port"))
+        if settings.instance_port is not None:
+            listeners.append(await _listen(factory, settings, "instance_port"))
+        yield [int(one.sockets[0].getsockname()[1]) for one in listeners]
     finally:
+        for one in listeners:
+            one.close()
+        connections.cut_handshakes()
         await runner.cleanup()
+
+
+async def _listen(factory: Callable[[], asyncio.BaseProtocol], settings: Server, key: str) -> asyncio.Server:
+    """On server.host and the port that `key` names; only server.port is ever shared. Raises ConfigError."""
+    port, shared = getattr(settings, key), settings.reuse_port and key == "port"
+    try:
+        return await asyncio.get_running_loop().create_server(
+            factory, settings.host, port, backlog=4096, reuse_port=shared or None
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"server.host {settings.host}, server.{key} {port}: {error.strerror or error}.",
+            hint=f"Is another nexhb running? Set server.{key}.",
+        ) from error
 
 
 def _url(host: str, port: int, *, tls: bool) -> str:
@@ -416,29 +488,40 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
     """Run until SIGTERM or SIGINT, also while it still starts; the exit code. `ready` is called once heartbeats are
     taken."""
     raise_open_files_limit()
-    stop = asyncio.Event()
+    manager = notify.Notifier.from_environment(os.environ)
+    stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     stopped = asyncio.ensure_future(stop.wait())
     try:
         async with AsyncExitStack() as stack:
-            starting = asyncio.ensure_future(stack.enter_async_context(running(settings)))
-            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            starting = asyncio.ensure_future(stack.enter_async_context(running(settings, manager=manager)))
+            await _started(starting, stopped, manager)
             if not starting.done():
+                manager.send(STOPPING=1)
                 starting.cancel()
                 await asyncio.wait((starting,))
                 return 0
             daemon = starting.result()
-            _log.info("daemon.started", version=__version__, url=daemon.url, host=socket.gethostname())
+            _log.info(
+                "daemon.started", version=__version__, url=daemon.url, instance_url=daemon.instance_url,
+                host=socket.gethostname(),
+            )  # fmt: skip
             ready(daemon)
-            loop.add_signal_handler(signal.SIGHUP, daemon.renew_tls)
+            manager.send(READY=1, STATUS=daemon.status())
+            await stack.enter_async_context(
+                _side_task("reload", _keep_reloading(reload, daemon, manager), daemon.failed)
+            )
             gc.freeze()  # what stands now stands until the end
             gc.set_threshold(20_000, 20, 50)  # at 700 objects the collector took 4 % of a full core, and found nothing
             await asyncio.wait((stopped, daemon.failed), return_when=asyncio.FIRST_COMPLETED)
             _log.info("daemon.stopping")
+            manager.send(STOPPING=1, STATUS="Stopping.")
     except NexhbError as error:
         _log.error("daemon.not_started", error=str(error))
+        manager.send(STATUS=f"Not started: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     finally:
         stopped.cancel()
@@ -447,3 +530,25 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
         return 1
     _log.info("daemon.stopped")
     return 0
+
+
+async def _started(starting: asyncio.Future[Running], stopped: asyncio.Future[Any], manager: notify.Notifier) -> None:
+    """Wait until it has started or is to stop; a start that is slow, by crash recovery, a migration or a database that
+    is away, asks the service manager for time."""
+    until = utc_now() + timedelta(seconds=ASKED_MOST_S)
+    waiting: set[asyncio.Future[Any]] = {starting, stopped}
+    while len(waiting) == 2 and utc_now() < until:
+        manager.ask_for_time(ASKED_S)
+        _, waiting = await asyncio.wait(waiting, timeout=ASK_S, return_when=asyncio.FIRST_COMPLETED)
+    if len(waiting) == 2:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _keep_reloading(wanted: asyncio.Event, daemon: Running, manager: notify.Notifier) -> None:
+    """On SIGHUP, also on one that came while we started. Never returns."""
+    while True:
+        await wanted.wait()
+        wanted.clear()
+        manager.reloading()
+        daemon.renew_tls()
+        manager.send(READY=1, STATUS=daemon.status())

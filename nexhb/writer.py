@@ -35,6 +35,12 @@ STATEMENT_TIMEOUT_S = 5.0
 RETRY_FOR_S = 6.0  # with the last attempt's statement timeout still far inside the agent's 30 s
 PROBE_S = 5.0  # with nothing to write, how often the connection is tried
 RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
+ATTEMPT_S = 30.0  # one attempt from its connection to its COMMIT; whoever waited was answered long before
+RECOVER_WAIT_S = 2.0  # between two looks for a database that is away, at most
+# The longest that a writer which lives leaves no mark: an attempt (30 s), cut by its own timer, and the wait for the
+# next (1 s). Shorter are a turn with nothing to do (5 s), a new connection (5 s, and two lookups of 5 s), and a step
+# of the recovery (a connection, a query of 5 s, a wait of 2 s: 22 s). The rest is for a slow machine.
+SILENT_MOST_S = ATTEMPT_S + 10.0
 UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
 TRACEBACKS = 3
 
@@ -67,14 +73,28 @@ class Writer:
         self._doubt: _InDoubt | None = None
         self._unforeseen = 0  # batches in a row that failed for no known reason
         self._failed_at = 0.0  # the last of them, by the event loop's clock
+        self._marked_at = time.monotonic()
+        self.committed_at: float | None = None  # seconds since the epoch; when a batch was last committed
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since it last came a step further; more than SILENT_MOST_S: it hangs. Waiting for a database that is
+        away is a row of steps."""
+        return time.monotonic() - self._marked_at
+
+    def _mark(self) -> None:
+        self._marked_at = time.monotonic()
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Commit batches until cancelled. Never raises for what the database does."""
+        self._mark()
         await self._probe()  # connected before the first heartbeat needs it
         while True:
+            self._mark()
             await self._intake.wait(PROBE_S)
+            self._mark()
             if tickets := self._intake.take(self._batch_max):
                 await self._write(tickets)
             else:
@@ -153,7 +173,12 @@ class Writer:
     # ---- one attempt ------------------------------------------------------------------------------------------
 
     async def _attempt(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+        self._mark()
         conn = await self._connection()
+        self._mark()
+        # Each statement has its own bound; a cancellation that nobody answers has none in asyncpg, and days to be made
+        # may be many.
+        timer = asyncio.get_running_loop().call_later(ATTEMPT_S, conn.terminate)
         try:
             if self._doubt and (verdicts := await self._resolve_doubt(conn, self._doubt)):
                 return verdicts
@@ -169,9 +194,12 @@ class Writer:
         except Exception as error:
             await self._after(error)
             raise
+        finally:
+            timer.cancel()
         metrics.hb_write_latency_ms.observe((time.perf_counter() - started) * 1000)
         metrics.batch_rows.observe(len(heartbeats))
-        metrics.last_commit.set(time.time())
+        self.committed_at = time.time()
+        metrics.last_commit.set(self.committed_at)
         return verdicts
 
     async def _transact(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
@@ -379,6 +407,7 @@ class Writer:
         """Until the database answers again; the intake stays closed meanwhile."""
         delay_s = 0.1
         while True:
+            self._mark()
             try:
                 await self._check_writable()
                 break
@@ -386,7 +415,7 @@ class Writer:
                 _log.info("writer.still_not_ready", error=f"{type(error).__name__}: {error}")
                 await self._disconnect()
                 await asyncio.sleep(delay_s)
-                delay_s = min(delay_s * 2, 2.0)
+                delay_s = min(delay_s * 2, RECOVER_WAIT_S)
         self._intake.closed_because = ""
         metrics.ready.set(1)
         _log.info("writer.ready_again")

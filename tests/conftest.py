@@ -40,7 +40,7 @@ def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Cal
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the machine reaches a test."""
-    for name in (*config.ALIASES, "STATE_DIRECTORY", "NEXHB_CONFIG"):
+    for name in (*config.ALIASES, "STATE_DIRECTORY", "NEXHB_CONFIG", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
         monkeypatch.delenv(name, raising=False)
     log.setup("warning")
 

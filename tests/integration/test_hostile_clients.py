@@ -6,23 +6,20 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from ipaddress import ip_network
 from pathlib import Path
 
 import aiohttp
 import orjson
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from pydantic import SecretStr
 
 from nexhb import config
 from nexhb.errors import ConfigError
 from nexhb.http import tls
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+from tests.tls import certificate, served_name
 
 HEAD = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n"
 
@@ -258,36 +255,6 @@ async def test_a_full_queue_slows_the_fleet_down_and_an_empty_one_does_not(
 # ---- TLS --------------------------------------------------------------------------------------------------------
 
 
-def certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 with that name in it, and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject).issuer_name(subject).public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
-    cert_file.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    return cert_file, key_file
-
-
-async def served_name(nexhb: Nexhb) -> str:
-    """The name in the certificate that a new connection sees."""
-    anything = ssl.create_default_context()
-    anything.check_hostname, anything.verify_mode = False, ssl.CERT_NONE
-    _, writer = await asyncio.open_connection("127.0.0.1", int(nexhb.url.rpartition(":")[2]), ssl=anything)
-    der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    writer.close()
-    return str(x509.load_der_x509_certificate(der).subject.rfc4514_string())
-
-
 async def test_the_daemon_speaks_https_and_takes_a_new_certificate_while_it_runs(
     start_daemon: StartDaemon, tmp_path: Path
 ) -> None:
@@ -297,13 +264,13 @@ async def test_the_daemon_speaks_https_and_takes_a_new_certificate_while_it_runs
     assert nexhb.url.startswith("https://")
     async with nexhb.http.get(f"{nexhb.url}/healthz", ssl=False) as response:
         assert response.status == 200
-    assert await served_name(nexhb) == "CN=first"
+    assert await served_name(nexhb.url) == "CN=first"
     certificate(tmp_path, "second")
     assert nexhb.running.renew_tls()
-    assert await served_name(nexhb) == "CN=second"
+    assert await served_name(nexhb.url) == "CN=second"
     key_file.write_text("not a key")
     assert not nexhb.running.renew_tls()
-    assert await served_name(nexhb) == "CN=second"
+    assert await served_name(nexhb.url) == "CN=second"
 
 
 async def test_plain_http_to_a_tls_port_and_old_tls_are_refused(start_daemon: StartDaemon, tmp_path: Path) -> None:

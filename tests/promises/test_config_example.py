@@ -33,6 +33,7 @@ HEAD = """\
 EXAMPLES = {
     "database.url": "postgresql://nexhb@db.example/nexhb",
     "auth.admin_key": "at-least-32-random-characters-please",
+    "server.instance_port": 9101,
     "server.tls_cert_file": "/etc/nexhb/cert.pem",
     "server.tls_key_file": "/etc/nexhb/key.pem",
     "archive.url": "s3://bucket/prefix",
@@ -123,7 +124,7 @@ def test_with_every_key_in_force_nothing_changes(settings: Settings, monkeypatch
         section, _, key = path.partition(".")
         assert defaults[section].pop(key) is None
         value = found[section].pop(key)
-        assert (value.get_secret_value() if isinstance(value, SecretStr) else str(value)) == example
+        assert str(value.get_secret_value() if isinstance(value, SecretStr) else value) == str(example)
     assert found == defaults
 
 

@@ -336,3 +336,50 @@ def test_config_check_is_a_command(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["server"]["port"] == 8080
+
+
+# ---- what systemd hands over ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$CREDENTIALS_DIRECTORY."""
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    return folder
+
+
+def test_a_credential_counts_where_neither_file_nor_environment_has_the_key(
+    load: Loaded, credentials: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (credentials / "database_url").write_text("postgresql://credential/x\n")
+    (credentials / "admin_key").write_text("key-of-the-credential\n")
+    found = load("[database]\nread_pool_size = 7\n")
+    assert (url_of(found), found.database.read_pool_size) == ("postgresql://credential/x", 7)
+    assert found.auth.admin_key is not None
+    assert found.auth.admin_key.get_secret_value() == "key-of-the-credential"
+
+    text = '[database]\nurl = "postgresql://file/x"\n[auth]\nadmin_key = "of-the-file"\n'
+    assert url_of(load(text)) == "postgresql://file/x"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://alias/x")
+    monkeypatch.setenv("NEXHB_AUTH__ADMIN_KEY", "of-the-environment")
+    found = load("")
+    assert url_of(found) == "postgresql://alias/x"
+    assert found.auth.admin_key is not None
+    assert found.auth.admin_key.get_secret_value() == "of-the-environment"
+
+
+def test_an_empty_credential_is_none_and_one_that_cannot_be_read_is_told_by_its_key(
+    load: Loaded, credentials: Path
+) -> None:
+    (credentials / "database_url").write_text("\n")
+    (credentials / "aws").write_text("[default]\n")  # another's
+    assert url_of(load("")) is None
+    (credentials / "admin_key").mkdir()
+    assert "auth.admin_key: " in refusal("", load)
+
+
+def test_daemons_that_share_a_port_share_a_database(load: Loaded) -> None:
+    assert "server.reuse_port needs database.url" in refusal("[server]\nreuse_port = true\n", load)
+    assert load('[server]\nreuse_port = true\n[database]\nurl = "postgresql://file/x"\n').server.reuse_port

@@ -1,0 +1,83 @@
+"""sd_notify: what goes over $NOTIFY_SOCKET, and that nothing about it can stop the daemon."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from nexhb import notify
+from nexhb.notify import Notifier
+
+
+@contextmanager
+def listening(address: str) -> Iterator[socket.socket]:
+    """A service manager's end."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as end:
+        end.bind(address.replace("@", "\0"))
+        end.settimeout(5)
+        yield end
+
+
+@pytest.fixture(params=["path", "abstract"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a socket, both ways that systemd has."""
+    return str(tmp_path / "notify") if request.param == "path" else f"@nexhb-test-{os.getpid()}"
+
+
+def test_a_message_is_one_datagram_with_a_field_a_line(address: str) -> None:
+    with listening(address) as end:
+        assert Notifier(address).send(READY=1, STATUS="ready; queue 0")
+        assert end.recv(4096) == b"READY=1\nSTATUS=ready; queue 0\n"
+
+
+def test_a_reason_with_a_line_break_stays_within_its_field(address: str) -> None:
+    with listening(address) as end:
+        Notifier(address).send(STATUS="no\nREADY=1")
+        assert end.recv(4096) == b"STATUS=no READY=1\n"
+
+
+def test_a_reload_carries_the_monotonic_clock_and_a_slow_start_asks_in_microseconds(address: str) -> None:
+    with listening(address) as end:
+        before = time.monotonic_ns() // 1000
+        Notifier(address).reloading()
+        reloading, clock = end.recv(4096).decode().split()
+        assert reloading == "RELOADING=1"
+        assert before <= int(clock.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+        Notifier(address).ask_for_time(1.5)
+        assert end.recv(4096) == b"EXTEND_TIMEOUT_USEC=1500000\n"
+
+
+@pytest.mark.parametrize("environment", [{}, {"NOTIFY_SOCKET": ""}, {"NOTIFY_SOCKET": "vsock:2:1"}])
+def test_without_a_socket_nothing_happens(environment: dict[str, str]) -> None:
+    manager = Notifier.from_environment(environment | {"WATCHDOG_USEC": "1000000"})
+    assert (manager.send(READY=1), manager.watchdog_s) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("usec", "pid", "seconds"),
+    [
+        ("3000000", "", 3.0),
+        ("3000000", str(os.getpid()), 3.0),
+        ("3000000", "1", None),
+        ("0", "", None),
+        ("x", "", None),
+    ],
+)
+def test_the_watchdog_is_fed_only_where_it_waits_for_this_process(usec: str, pid: str, seconds: float | None) -> None:
+    given = {"NOTIFY_SOCKET": "/run/x", "WATCHDOG_USEC": usec} | ({"WATCHDOG_PID": pid} if pid else {})
+    assert Notifier.from_environment(given).watchdog_s == seconds
+
+
+def test_a_manager_that_is_gone_or_does_not_read_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "SEND_S", 0.05)
+    manager = Notifier(str(tmp_path / "notify"))
+    assert not manager.send(READY=1)
+    with listening(manager.address):
+        while manager.send(WATCHDOG=1):
+            pass  # until its buffer is full: an answer, not an exception
