@@ -150,7 +150,7 @@ async def running(
         def status() -> str:
             return _status(state, intake, writer)
 
-        await stack.enter_async_context(_side_task("manager", _keep_telling(manager, writer, status), failed))
+        await stack.enter_async_context(_side_task("manager", _keep_telling(manager, writer, state, status), failed))
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
@@ -197,17 +197,18 @@ def _status(state: State, intake: Intake, writer: Writer) -> str:
     return "; ".join([*said, state.remark] if state.remark else said)
 
 
-async def _keep_telling(manager: notify.Notifier, writer: Writer, status: Callable[[], str]) -> None:
+async def _keep_telling(manager: notify.Notifier, writer: Writer, state: State, status: Callable[[], str]) -> None:
     """How we are, and that we live: the watchdog is fed only while the writer comes further. Never returns."""
     silent = 0  # looks in a row: at the first, the whole process may have stood still
     while True:
         await asyncio.sleep(min(STATUS_S, (manager.watchdog_s or 3600.0) / 3))
         silent = silent + 1 if writer.silent_s > writing.SILENT_MOST_S else 0
         hangs = silent > 1
+        state.reasons["writer"] = "The writer hangs." if hangs else ""
         if silent == 2:
             _log.error("writer.hangs", silent_s=round(writer.silent_s), where=_where("writer"))
         feed = {} if hangs or manager.watchdog_s is None else {"WATCHDOG": 1}
-        manager.send(**feed, STATUS=f"The writer hangs; {status()}" if hangs else status())
+        manager.send(**feed, STATUS=status())
 
 
 def _where(name: str) -> list[str]:

@@ -48,11 +48,13 @@ class Manager:
 
     async def until(self, *fields: str, status: str = "") -> Message:
         """The next message with these fields and that text in its status."""
-        async with asyncio.timeout(WITHIN_S):
-            while True:
-                message = await self.next()
+        deadline = time.monotonic() + WITHIN_S
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                message = await self.next(left)
                 if message.keys() >= set(fields) and status in message.get("STATUS", ""):
                     return message
+        raise AssertionError(f"no {fields} with {status!r}, but {self.heard[-9:]}")
 
     def close(self) -> None:
         """Leave."""
