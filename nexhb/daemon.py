@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -146,17 +147,15 @@ async def running(
         perf_diff = PerfDiff(database, store, settings, now)
         await stack.enter_async_context(_side_task("perf_diff", perf_diff.run(), failed))
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
-
-        def status() -> str:
-            return _status(state, intake, writer)
-
+        status = partial(_status, state, intake, writer)
         await stack.enter_async_context(_side_task("manager", _keep_telling(manager, writer, state, status), failed))
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
         stack.push_async_callback(writer.stop, settings.ingest.answer_within_seconds)
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
         await stack.enter_async_context(_side_task("disk", _watch_disk(settings, state), failed))
-        looking = _keep_looking_at_settings(settings, database, state)
-        await stack.enter_async_context(_side_task("settings", looking, failed))
+        await stack.enter_async_context(
+            _side_task("settings", _keep_looking_at_settings(settings, database, state), failed)
+        )
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
         jobs = Jobs(database, settings, now)
         schedule = Schedule(database, jobs, settings.jobs, now)
@@ -170,16 +169,16 @@ async def running(
         stack.callback(_stopping, state)
         metrics.ready.set(0 if state.not_ready(intake) else 1)
         urls = [_url(settings.server.host, port, tls=secure is not None) for port in ports]
-
-        def renew_tls() -> bool:
-            renewed = secure is None or tls.renew(secure, settings.server)
-            state.remark = "" if renewed else "the certificate could not be renewed, see the log"
-            return renewed
-
         yield Running(
             urls[0], urls[1] if urls[1:] else None, settings, settings.database.url is None, admin_key, failed,
-            renew_tls, status,
+            partial(_renew_tls, secure, settings.server, state), status,
         )  # fmt: skip
+
+
+def _renew_tls(secure: ssl.SSLContext | None, settings: Server, state: State) -> bool:
+    renewed = secure is None or tls.renew(secure, settings)
+    state.remark = "" if renewed else "the certificate could not be renewed, see the log"
+    return renewed
 
 
 def _stopping(state: State) -> None:
