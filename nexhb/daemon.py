@@ -168,9 +168,8 @@ async def running(
         ports = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)
         metrics.ready.set(0 if state.not_ready(intake) else 1)
-        urls = [_url(settings.server.host, port, tls=secure is not None) for port in ports]
         yield Running(
-            urls[0], urls[1] if urls[1:] else None, settings, settings.database.url is None, admin_key, failed,
+            *_urls(settings.server, ports), settings, settings.database.url is None, admin_key, failed,
             partial(_renew_tls, secure, settings.server, state), status,
         )  # fmt: skip
 
@@ -455,6 +454,11 @@ async def _listen(factory: Callable[[], asyncio.BaseProtocol], settings: Server,
             f"server.host {settings.host}, server.{key} {port}: {error.strerror or error}.",
             hint=f"Is another nexhb running? Set server.{key}.",
         ) from error
+
+
+def _urls(settings: Server, ports: list[int]) -> tuple[str, str | None]:
+    first, *own = [_url(settings.host, port, tls=settings.tls_cert_file is not None) for port in ports]
+    return first, own[0] if own else None
 
 
 def _url(host: str, port: int, *, tls: bool) -> str:
