@@ -14,7 +14,7 @@ import pytest
 from nexhb.config import Server
 from nexhb.errors import ConfigError
 from nexhb.http import tls
-from tests.integration.test_hostile_clients import certificate
+from tests.tls import certificate
 
 
 @contextmanager
