@@ -17,7 +17,8 @@ import pytest
 from nexhb.config import Server
 from nexhb.db import Connection
 from tests.conftest import StartDaemon, example
-from tests.integration.test_hostile_clients import HEAD, SHORT, certificate, ended, line_to
+from tests.integration.test_hostile_clients import HEAD, SHORT, ended, line_to
+from tests.tls import certificate
 
 HEALTHZ = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
