@@ -27,7 +27,7 @@ from nexhb import writer as writing
 from nexhb.config import Server, Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
-from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError
+from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError, PoolerBetween
 from nexhb.http import tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
@@ -298,11 +298,11 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
     while True:
         conn = await _connect_patiently(database, until)
         try:
-            await _look_at_settings(conn, settings, state)
+            _refuse_pooler(await _look_at_settings(conn, settings, state))
             await migrate.migrate(conn, now)
             await partitions.ensure(conn, window_days(settings, now))
         except Exception as error:
-            if classify(error) is not Kind.LOST or utc_now() > until:
+            if isinstance(error, PoolerBetween) or classify(error) is not Kind.LOST or utc_now() > until:
                 raise
             _log.warning("database.waiting", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(1)
@@ -312,14 +312,21 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
             await conn.close(timeout=5)
 
 
-async def _look_at_settings(conn: db.Connection, settings: Settings, state: State) -> None:
+def _refuse_pooler(found: list[db.Finding]) -> None:
+    if db.POOLER in found:
+        raise PoolerBetween  # a migration would take its lock in one session, and give it back in another
+
+
+async def _look_at_settings(conn: db.Connection, settings: Settings, state: State) -> list[db.Finding]:
+    """What is found, said in /readyz and the log."""
     found = await db.unsafe_settings(conn)
     before = state.reasons.pop("unsafe", "")
-    if found and not settings.database.accept_unsafe_settings:
+    if db.POOLER in found or (found and not settings.database.accept_unsafe_settings):
         said = "; ".join(map(str, found))
         state.reasons["unsafe"] = f"The database does not keep what it commits: {said}."
     if state.reasons.get("unsafe", "") != before:
         _log.error("database.unsafe", found=[str(one) for one in found])
+    return found
 
 
 async def _keep_looking_at_settings(settings: Settings, database: Database, state: State) -> None:
@@ -367,8 +374,8 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
         try:
             return await database.connect(application="nexhb start", lock_timeout="30000")
         except DatabaseUnavailable as error:
-            # A wrong password or a database that does not exist will not mend itself.
-            if utc_now() > until or not is_retryable(error.__cause__ or error):
+            # A wrong password, a database that does not exist or a pooler will not mend itself.
+            if utc_now() > until or isinstance(error, PoolerBetween) or not is_retryable(error.__cause__ or error):
                 raise
             _log.warning("database.waiting", error=str(error))
             await asyncio.sleep(1)

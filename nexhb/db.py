@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 
 from nexhb import sql
-from nexhb.errors import ConfigError, DatabaseUnavailable
+from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 
 _Q = sql.queries("db")
@@ -48,6 +48,10 @@ class Database:
             )
         except ValueError:  # asyncpg's own for a malformed address, whose text may repeat a password
             raise ConfigError("database.url: takes postgresql://user:password@host:port/database.") from None
+        except asyncpg.ProtocolViolationError as error:
+            if "startup parameter" not in str(error):  # pgbouncer's, for each that ignore_startup_parameters lacks
+                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+            raise PoolerBetween(f"It said: {error}.") from error
         except Exception as error:
             if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
                 raise
@@ -107,9 +111,16 @@ class Finding:
         return f"{self.what} ({self.remedy})"
 
 
+# pgbouncer and its like, in any mode: what a connection asks for at its start does not reach PostgreSQL.
+POOLER = Finding("a pooler keeps our session's settings to itself", "connect directly")
+
+
 async def unsafe_settings(conn: Connection) -> list[Finding]:
     """What stands against the promise that an acknowledged heartbeat survives a crash; empty where nothing does."""
-    row = await conn.fetchrow(_Q["settings"])
+    try:
+        row = await conn.fetchrow(_Q["settings"])
+    except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
+        return [POOLER]  # what we prepare meets what another one prepared, or is not there: sessions are shared
     assert row is not None  # noqa: S101 - a SELECT without FROM has one row
     found = [
         Finding(f"{name} is off", f"ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf()")
@@ -117,8 +128,7 @@ async def unsafe_settings(conn: Connection) -> list[Finding]:
         if row[name] != "on"
     ]
     if row["session_mark"] != _MARK:
-        # pgbouncer and its like: they keep what a connection asks for to themselves, and hand out another's session.
-        found.append(Finding("a pooler keeps our session's settings to itself", "connect directly"))
+        found.append(POOLER)
     elif row["timezone"] != "UTC" or row["synchronous_commit"] not in ("on", "remote_apply"):
         found.append(
             Finding(

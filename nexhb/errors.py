@@ -41,6 +41,13 @@ class DatabaseUnavailable(NexhbError):
     """The database cannot be reached or cannot commit right now."""
 
 
+class PoolerBetween(DatabaseUnavailable):
+    """A pooler (pgbouncer or its like) stands before PostgreSQL and keeps what a session asks for to itself."""
+
+    def __init__(self, detail: str = "") -> None:
+        super().__init__(detail, hint="Connect directly: database.url takes PostgreSQL's own address.")
+
+
 class Overloaded(NexhbError):
     """No heartbeat is taken right now."""
 

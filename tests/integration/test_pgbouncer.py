@@ -1,0 +1,111 @@
+"""A real pgbouncer between daemon and PostgreSQL: it is found at the start, named with what mends it, and nothing is
+half done through it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+
+from bench.stack import free_port
+from nexhb import config
+from nexhb.db import POOLER, Database, unsafe_settings
+from nexhb.errors import PoolerBetween
+from tests.conftest import StartDaemon
+
+PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
+# What nexhb asks a session for and pgbouncer does not know.
+OURS = "nexhb.session, synchronous_commit, lock_timeout, statement_timeout"
+
+Bouncer = Callable[[Database, str, str], str]
+
+
+@pytest.fixture
+def bouncer() -> Iterator[Bouncer]:
+    """Start a pgbouncer before a database; the address through it."""
+    with ExitStack() as stack:
+
+        def start(database: Database, pool_mode: str, ignored: str) -> str:
+            at = urlsplit(database.dsn)
+            sockets = parse_qs(at.query)["host"][0]
+            owner = Path(sockets).stat()  # PostgreSQL lets nobody else in; and pgbouncer refuses to run as root
+            folder = Path(tempfile.mkdtemp(prefix="nexhb-pgbouncer-"))
+            stack.callback(shutil.rmtree, folder)
+            folder.chmod(0o755)
+            port = free_port()
+            config = folder / "pgbouncer.ini"
+            config.write_text(
+                f"[databases]\n* = host={sockets} port=5432 user={at.username}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+                f"listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {pool_mode}\n"
+                f"ignore_startup_parameters = {ignored}\n"
+            )
+            config.chmod(0o644)
+            rights: dict[str, Any] = (
+                {"user": owner.st_uid, "group": owner.st_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+            )
+            assert PROGRAM is not None
+            running = subprocess.Popen([PROGRAM, config], cwd="/", stderr=subprocess.DEVNULL, **rights)
+            stack.callback(running.wait, 10)
+            stack.callback(running.kill)
+            while running.poll() is None:
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=10).close()
+                    break
+                except ConnectionRefusedError:
+                    continue
+            return f"postgresql://{at.username}@127.0.0.1:{port}{at.path}"
+
+        yield start
+
+
+@pytest.mark.parametrize("ignored", ["", "nexhb.session", OURS])
+@pytest.mark.parametrize("mode", ["transaction", "session", "statement"])
+async def test_a_daemon_does_not_start_through_it_and_says_what_to_do(
+    start_daemon: StartDaemon, bouncer: Bouncer, empty_database: Database, mode: str, ignored: str
+) -> None:
+    url = SecretStr(bouncer(empty_database, mode, ignored))
+    accepting = config.Database(url=url, accept_unsafe_settings=True)
+    with pytest.raises(PoolerBetween, match="Connect directly"):
+        await asyncio.wait_for(start_daemon(database=accepting), 20)  # at once, not after a minute of patience
+    async with empty_database.connected(application="test") as conn:
+        assert await conn.fetchval("SELECT to_regclass('schema_migrations')") is None
+
+
+async def test_a_name_that_another_prepared_in_a_shared_session_is_a_sign_of_it(
+    bouncer: Bouncer, database: Database
+) -> None:
+    url = bouncer(database, "transaction", OURS)
+    one, other = await asyncpg.connect(url), await asyncpg.connect(url)
+    try:
+        number = int((await one.prepare("SELECT 1")).get_name().strip("_").rpartition("_")[2], 16)
+        for taken in range(number + 1, number + 10):  # as by a daemon before this one
+            await other.execute(f"PREPARE __asyncpg_stmt_{taken:x}__ AS SELECT 1")
+        assert await unsafe_settings(one) == [POOLER]
+    finally:
+        await one.close()
+        await other.close()
+
+
+def test_serve_ends_with_the_reason_and_without_a_traceback(
+    bouncer: Bouncer, database: Database, tmp_path: Path
+) -> None:
+    settings = {"NEXHB_DATA_DIR": str(tmp_path), "NEXHB_DATABASE__URL": bouncer(database, "transaction", "")}
+    command = [sys.executable, "-m", "nexhb", "serve"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 1
+    assert "Connect directly: database.url" in done.stderr
+    assert "Traceback" not in done.stderr
