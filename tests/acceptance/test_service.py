@@ -280,6 +280,7 @@ async def test_a_reload_swaps_the_certificate_under_open_connections_and_a_broke
     assert "certificate" not in (await reloaded())["STATUS"]
     assert await served_name(url) == "CN=second"
     assert await on_the_open_connection()
+    certificate(tmp_path, "half of a pair")
     key_file.write_text("not a key")
     assert "the certificate could not be renewed" in (await reloaded())["STATUS"]
     assert await served_name(url) == "CN=second"

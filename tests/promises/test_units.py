@@ -87,6 +87,12 @@ def test_its_bounds_are_longer_than_the_sums_of_the_daemons_own() -> None:
     assert max(steps) + 5 < writer.SILENT_MOST_S
 
 
+def test_its_home_is_one_that_it_may_enter() -> None:
+    # asyncpg looks for ~/.postgresql at each connection by TCP, and ended with PermissionError below ProtectHome.
+    assert "Environment=HOME=/var/lib/nexhb" in lines_of("nexhb.service")
+    assert value("ProtectHome") == "yes"
+
+
 def test_an_outage_of_the_database_never_reaches_the_start_limit() -> None:
     each = daemon.START_PATIENCE_S + float(value("RestartSec"))
     assert float(value("StartLimitIntervalSec")) / each < int(value("StartLimitBurst"))
