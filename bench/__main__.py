@@ -16,7 +16,7 @@ from bench import load as loads
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
-from bench.runs import moving, outage, soak
+from bench.runs import idle, moving, outage, soak
 from bench.scenarios import FLOORS
 from bench.trial import Trial, examine
 
@@ -88,6 +88,7 @@ app.command("overload")(suite.run_overload)
 app.command("import")(moving.moving)
 app.command()(outage.outage)
 app.command()(soak.soak)
+app.command()(idle.idle)
 app.command()(micro)
 
 

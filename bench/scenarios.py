@@ -207,6 +207,23 @@ class OutageScenario:
     limits: tuple[Limit, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class IdleScenario:
+    """Connections that say nothing after one request, beside a fleet."""
+
+    name: str
+    title: str
+    connections: int
+    devices: int
+    interval_s: float
+    duration_s: float
+    # wait for the daemon to close them
+    until_closed: bool
+    limits: tuple[Limit, ...]
+    cut: Limit
+    memory: Limit
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -397,6 +414,23 @@ OUTAGE: Final = OutageScenario(
         Limit("ready again within 10 s", "ready_s", 10),
         Limit("growth of the daemon's memory, below 50 MB", "growth_mb", 50),
     ),
+)
+IDLE: Final = IdleScenario(
+    name="idle",
+    title="10,000 idle connections beside 500 devices at 60 s",
+    connections=10_000,
+    devices=500,
+    interval_s=60,
+    duration_s=60,
+    until_closed=True,
+    limits=(*ALL_ACKNOWLEDGED, *FLOORS, Limit("p99 at most 20 ms", "p99_ms", 20)),
+    cut=Limit("idle connections closed before their time", "cut_early", 0),
+    memory=Limit("memory of an idle connection, below 20 kB", "kb_each", 20),
+)
+# nexhb.daemon.KEEPALIVE_S is 150
+KEPT_FOR: Final = (
+    Limit("shortest life of an idle connection, s", "lived_least_s", 149, "at_least"),
+    Limit("longest life of an idle connection, s", "lived_most_s", 155),
 )
 
 SCENARIOS: Final[tuple[Scenario, ...]] = (

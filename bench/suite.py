@@ -171,8 +171,9 @@ def _limit(verdict: Verdict) -> str:
 
 
 def write_summary(out: Path) -> Path:
-    """summary.md from every NAME.json that lies there; its path."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    """summary.md from every finding's NAME.json that lies there; its path. Commands keep other files there as well."""
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    found = [each for each in read if "verdicts" in each]
     lines = ["# Results", "", "Written by `python -m bench`; README.md beside this folder says what is measured.", ""]
     lines += ["| scenario | what | value | limit | |", "| --- | --- | ---: | ---: | --- |"]
     for each in found:
