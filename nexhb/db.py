@@ -40,7 +40,7 @@ class Database:
         """A connection of one's own. Raises DatabaseUnavailable where there is none to be had, ConfigError where the
         address is none."""
         try:
-            return await asyncpg.connect(
+            conn = await asyncpg.connect(
                 self.dsn,
                 timeout=timeout_s,
                 command_timeout=command_timeout_s,
@@ -56,6 +56,8 @@ class Database:
             if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
                 raise
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+        conn.add_termination_listener(_end_a_copy)
+        return conn
 
     @asynccontextmanager
     async def connected(self, *, application: str, **how: Any) -> AsyncIterator[Connection]:
@@ -79,6 +81,12 @@ class Database:
             command_timeout=timeout_s + 1,
             server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
         )
+
+
+def _end_a_copy(conn: Any) -> None:
+    """A COPY that waits for room in the socket goes on, and finds that the connection is gone: asyncpg 0.32 would wait
+    for ever, the statement's timeout notwithstanding."""
+    conn._protocol.resume_writing()  # the one public way to its writing_allowed
 
 
 def _settings(application: str, more: dict[str, str]) -> dict[str, str]:

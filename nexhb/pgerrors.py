@@ -23,6 +23,7 @@ class Kind(enum.StrEnum):
 # 40001 serialization, 40P01 deadlock, 55P03 lock_timeout, 57014 statement_timeout, 53xxx resources.
 # 25006: the database is read-only for now (a standby, a provider's answer to a full disk).
 _TRANSIENT = ("40001", "40P01", "55P03", "57014", "53", "25006")
+_CLOSED = "the handler is closed"  # uvloop's RuntimeError: asyncpg goes on writing to a connection that is gone
 _SEAL = "_sealed"  # ends the name of the CHECK that keeps rows out of a detached day; a CHECK of ours has another name
 # Errors without an SQLSTATE.
 _LOST_CLASSES = (
@@ -44,7 +45,7 @@ def classify(error: BaseException) -> Kind:
         return _by_state(state)
     if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
         return Kind.DATA  # the client could not encode a value: asyncpg.exceptions._base.InterfaceError + ValueError
-    if isinstance(error, _LOST_CLASSES):
+    if isinstance(error, _LOST_CLASSES) or (isinstance(error, RuntimeError) and _CLOSED in str(error)):
         return Kind.LOST
     if isinstance(error, OverflowError | ValueError | TypeError):
         return Kind.DATA
