@@ -152,7 +152,7 @@ class Handshake(asyncio.Protocol):
 class Guarded(RequestHandler):
     """aiohttp's connection, watched."""
 
-    __slots__ = ("_connections", "_line", "_stuck_since", "_unsent", "waiting_since")
+    __slots__ = ("_connections", "_line", "_pausing", "_stuck_since", "_unsent", "waiting_since")
 
     def __init__(self, connections: Connections, server: web.Server, **options: Any) -> None:
         super().__init__(server, **options)
@@ -161,6 +161,7 @@ class Guarded(RequestHandler):
         self.waiting_since = 0.0  # s, since when a head is awaited that has begun, or the first one; 0 while none is
         self._stuck_since = 0.0  # s, since when its answers are not read, or it does not close; 0 while all is well
         self._unsent = 0  # bytes, as last seen
+        self._pausing: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
@@ -173,6 +174,7 @@ class Guarded(RequestHandler):
         """See asyncio.Protocol."""
         self._line = None
         self._connections.closed(self)
+        self._go_on()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -201,6 +203,22 @@ class Guarded(RequestHandler):
             self._stuck_since = now
         self._unsent = unsent
         return "not_read" if self._stuck_since and now - self._stuck_since > within_s else ""
+
+    async def pause(self, wait_s: float) -> None:
+        """Hold the answer back for so long, or until nobody is there any more to hear it."""
+        if self._line is None:
+            return
+        self._pausing = self._loop.create_future()
+        timer = self._loop.call_later(wait_s, self._go_on)
+        try:
+            await self._pausing
+        finally:
+            timer.cancel()
+            self._pausing = None
+
+    def _go_on(self) -> None:
+        if self._pausing is not None and not self._pausing.done():
+            self._pausing.set_result(None)
 
     def prove(self) -> None:
         """Its request, which is being answered, carried a valid key."""

@@ -15,6 +15,7 @@ from nexhb import devices, log, metrics, wire
 from nexhb.devices import Device
 from nexhb.errors import DeviceExists, EnrolmentRefused, Overloaded
 from nexhb.http import auth, body
+from nexhb.http.connections import Guarded
 from nexhb.http.parts import PARTS, Parts, writable_connection
 from nexhb.http.problem import Problem, answer
 from nexhb.intake import Outcome, Ticket, Verdict
@@ -39,7 +40,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     except Overloaded as error:
         metrics.heartbeats_failed.labels(reason="overloaded").inc()
         parts.device_rate.give_back(device.device_no)
-        raise await _refusal_in_turn(parts, error) from None
+        raise await _refusal_in_turn(request, parts, error) from None
     verdict = await ticket.future
     if verdict.outcome is Outcome.WRITTEN:
         return parts.answer(deduplicated=False).to(request)
@@ -121,7 +122,7 @@ async def _receive(request: web.Request, parts: Parts, most: int, types: tuple[s
     try:
         parts.intake.check()
     except Overloaded as error:
-        raise await _refusal_in_turn(parts, error) from None
+        raise await _refusal_in_turn(request, parts, error) from None
     device = await auth.device_of(request, parts)
     _hold_to_rate(parts, device, 1)
     body.check_headers(request, most=most, types=types)
@@ -139,10 +140,11 @@ def _hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
         )
 
 
-async def _refusal_in_turn(parts: Parts, error: Overloaded) -> Problem:
+async def _refusal_in_turn(request: web.Request, parts: Parts, error: Overloaded) -> Problem:
     """A 503 at its time: refusals by the thousand would leave the writer no turn of the event loop."""
-    if wait_s := parts.refusals.wait_s(time.monotonic()):
-        await asyncio.sleep(wait_s)
+    wait_s = parts.refusals.wait_s(time.monotonic())
+    if wait_s and isinstance(request.protocol, Guarded):
+        await request.protocol.pause(wait_s)
     return parts.come_back(str(error))
 
 
