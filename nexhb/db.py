@@ -56,7 +56,7 @@ class Database:
             if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
                 raise
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
-        conn.add_termination_listener(_end_a_copy)
+        _end_copies_with(conn)
         return conn
 
     @asynccontextmanager
@@ -83,10 +83,11 @@ class Database:
         )
 
 
-def _end_a_copy(conn: Any) -> None:
-    """A COPY that waits for room in the socket goes on, and finds that the connection is gone: asyncpg 0.32 would wait
-    for ever, the statement's timeout notwithstanding."""
-    conn._protocol.resume_writing()  # the one public way to its writing_allowed
+def _end_copies_with(conn: Any) -> None:
+    """A COPY that waits for room in the socket of a lost connection goes on, and finds that out: asyncpg 0.32 would
+    wait for ever, the statement's timeout notwithstanding."""
+    protocol = conn._protocol  # when the listener is called, the connection may have let go of it
+    conn.add_termination_listener(lambda _: protocol.resume_writing())
 
 
 def _settings(application: str, more: dict[str, str]) -> dict[str, str]:

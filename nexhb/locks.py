@@ -13,6 +13,10 @@ from nexhb import sql
 from nexhb.errors import LockHeld, LockLost
 
 _Q = sql.queries("locks")
+_GONE = (
+    asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError,
+    OSError,
+)  # fmt: skip
 _SPACE = 0x6E65786862 << 20  # "nexhb" in the upper bits: other users of the database keep theirs
 
 
@@ -44,5 +48,5 @@ async def held(conn: asyncpg.Connection, lock: Lock, *, wait: bool) -> AsyncIter
         yield
     finally:
         # With a connection that is lost, or is just being lost, the lock is gone too.
-        with suppress(asyncpg.InterfaceError, asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError, OSError):
+        with suppress(*_GONE):
             await conn.execute(_Q["unlock"], int(lock))

@@ -19,7 +19,7 @@ from nexhb import locks, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable, LockHeld
 from nexhb.locks import Lock
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 
 _Q = sql.queries("jobs")
 _log = log.get("jobs")
@@ -84,8 +84,8 @@ async def run(database: Database, job: Job, now: datetime, *, unless_since: date
     try:
         async with connected as conn:
             return await _alone(database, conn, job, now, unless_since)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        if classify(error) is not Kind.LOST:
+    except FROM_THE_DATABASE as error:
+        if classify(error) is not Kind.LOST or isinstance(error, DatabaseUnavailable):
             raise
         raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
 
