@@ -7,11 +7,11 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench install uninstall lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nexhb needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
@@ -25,6 +25,10 @@ $(VENV)/.run: $(BIN)/python pyproject.toml $(LOCK)
 $(VENV)/.test: $(BIN)/python pyproject.toml $(LOCK)
 	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.compare: $(BIN)/python pyproject.toml $(LOCK)
+	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test,compare]'
+	@touch $@ $(VENV)/.test $(VENV)/.run
 
 # The S3 server of the tests, in an environment of its own.
 $(SWIFT)/.made: $(VENV)/.test tests/swift-requirements.txt
@@ -58,6 +62,9 @@ timelapse: $(VENV)/.test ## 200 days of a fleet in minutes, with every fault, an
 bench: $(VENV)/.test ## run every scenario; results in bench/results/
 	@$(BIN)/python -m bench all
 
+bench-compare: $(VENV)/.compare ## nexhb beside floors and peers in one run, eight minutes; writes docs/performance.md (QUICK=1: two minutes)
+	@$(BIN)/python -m bench compare $(if $(QUICK),--quick)
+
 install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= for packagers)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' LOCK='$(LOCK)' PIP_ARGS='$(PIP_ARGS)' packaging/install install
 
@@ -66,7 +73,7 @@ uninstall: ## what install made; never the configuration or the data
 
 lock: ## write tests/requirements.lock anew from pyproject.toml, and the lock of the tests' S3 server
 	@$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/pip install -q uv
-	@$(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --extra embedded --extra test --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(LOCK) pyproject.toml
+	@$(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --extra embedded --extra test --extra compare --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(LOCK) pyproject.toml
 	@printf 'swift==2.38.3\npyeclib==1.8.0\n' | $(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o tests/swift-requirements.txt -
 	@rm -rf $(VENV)-lock
 

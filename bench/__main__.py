@@ -13,6 +13,7 @@ import uvloop
 
 from bench import demo, progress, stack, suite
 from bench import load as loads
+from bench.compare.command import compare
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
@@ -90,6 +91,7 @@ app.command()(outage.outage)
 app.command()(soak.soak)
 app.command()(idle.idle)
 app.command()(micro)
+app.command()(compare)
 
 
 @dataclass(frozen=True, slots=True)

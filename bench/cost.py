@@ -84,6 +84,8 @@ class Cost:
     # of all processes of the machine, and the clock
     machine_s: float = 0.0
     at_s: float = 0.0
+    # of what runs beside the server for its sake: a peer's PostgreSQL is nexhb's child
+    beside_s: float = 0.0
 
     def since(self, earlier: Cost) -> Cost:
         """What was used between two readings."""
@@ -93,6 +95,7 @@ class Cost:
             _minus(self.server_tree_s, earlier.server_tree_s),
             self.machine_s - earlier.machine_s,
             self.at_s - earlier.at_s,
+            round(self.beside_s - earlier.beside_s, 3),
         )
 
     @property
@@ -100,17 +103,32 @@ class Cost:
         """How many cores were busy with something else: figures of a machine that was not quiet say little."""
         if self.server_tree_s is None or self.at_s <= 0:
             return None
-        return round(max(0.0, self.machine_s - self.generator_s - self.server_tree_s) / self.at_s, 2)
+        return round(max(0.0, self.machine_s - self.generator_s - self.server_tree_s - self.beside_s) / self.at_s, 2)
 
 
 def _minus(now: float | None, before: float | None) -> float | None:
     return None if now is None or before is None else round(now - before, 3)
 
 
-def cost_now(pid: int | None) -> Cost:
-    """Read the CPU clocks of this process and, with a pid, of the server."""
+def cost_now(pid: int | None, beside: int | None = None) -> Cost:
+    """Read the CPU clocks of this process and, with a pid, of the server; `beside` with its descendants apart."""
     server_s, tree_s = (None, None) if pid is None else (process_cpu_s(pid), tree_cpu_s(pid))
-    return Cost(own_cpu_s(), server_s, tree_s, machine_cpu_s(), time.monotonic())
+    beside_s = 0.0 if beside is None else tree_cpu_s(beside) or 0.0
+    return Cost(own_cpu_s(), server_s, tree_s, machine_cpu_s(), time.monotonic(), beside_s)
+
+
+class PerHeartbeat(NamedTuple):
+    """CPU µs that one heartbeat took."""
+
+    daemon_us: float
+    postgres_us: float
+
+
+def per_heartbeat(cost: Cost, sends: int) -> PerHeartbeat:
+    """Of a stretch with so many sends. PostgreSQL is the daemon's child, so the tree's CPU less its own; or beside."""
+    daemon_s, tree_s = cost.server_s or 0.0, cost.server_tree_s or 0.0
+    micros = 1e6 / max(1, sends)
+    return PerHeartbeat(round(daemon_s * micros, 1), round((tree_s - daemon_s + cost.beside_s) * micros, 1))
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 
@@ -119,11 +119,15 @@ class Writer:
     ) -> int:
         """Copy them in, in the order of their key, as a batch of the daemon is; how many rows. `as_they_come`: in the
         order that is given, as many small batches would lie."""
-        await self._learn_labels(heartbeats)
-        ordered = heartbeats if as_they_come else sorted(heartbeats, key=lambda h: (h.device_no, h.bucket))
-        rows = [batch.history_row(h, self._labels[h.label]) for h in ordered]
+        rows = await self.rows(heartbeats, as_they_come=as_they_come)
         await self._conn.copy_records_to_table(table, records=rows, columns=batch.HISTORY_COLUMNS)
         return len(rows)
+
+    async def rows(self, heartbeats: Sequence[wire.Heartbeat], *, as_they_come: bool = False) -> list[tuple[Any, ...]]:
+        """What `write` copies."""
+        await self._learn_labels(heartbeats)
+        ordered = heartbeats if as_they_come else sorted(heartbeats, key=lambda h: (h.device_no, h.bucket))
+        return [batch.history_row(h, self._labels[h.label]) for h in ordered]
 
     async def _learn_labels(self, heartbeats: Sequence[wire.Heartbeat]) -> None:
         missing = sorted({h.label for h in heartbeats} - self._labels.keys())

@@ -224,6 +224,59 @@ class IdleScenario:
     memory: Limit
 
 
+@dataclass(frozen=True, slots=True)
+class CompareScenario:
+    """nexhb beside floors and peers, in rounds that alternate."""
+
+    name: str
+    title: str
+    devices: int
+    # the fleet on its schedule, for the latency
+    steady: OpenLoopScenario
+    # single heartbeats: each number of connections is tried once on nexhb and on the bare handler, and shown
+    connections: tuple[int, ...]
+    judged_at: int
+    trial_s: float
+    rounds: int
+    round_s: float
+    warm_s: float
+    # FastAPI: each pool and each number of connections is tried once, and the best counts
+    pools: tuple[int, ...]
+    peer_connections: tuple[int, ...]
+    peer_s: float
+    # NexMDM with bcrypt: a hash takes a quarter of a second, to make and to check
+    hashed_devices: int
+    hashed_connections: int
+    hashed_s: float
+    # POST /v1/heartbeats
+    batch_connections: tuple[int, ...]
+    batch_s: float
+    copy_rows: tuple[int, ...]
+    # heartbeats/s of 20,000 and 500,000 devices at 60 s
+    rates: tuple[float, float]
+    rate_s: float
+    rate_connections: int
+
+    def quicker(self) -> CompareScenario:
+        """One round, and each of them shorter."""
+        return replace(
+            self,
+            steady=self.steady.quicker(),
+            trial_s=1.5,
+            rounds=1,
+            round_s=3.0,
+            warm_s=0.7,
+            pools=self.pools[1:2],
+            peer_connections=self.peer_connections[1:2],
+            peer_s=2.5,
+            hashed_devices=8,
+            hashed_s=4.0,
+            batch_connections=self.batch_connections[:1],
+            batch_s=3.0,
+            rate_s=6.0,
+        )
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -431,6 +484,31 @@ IDLE: Final = IdleScenario(
 KEPT_FOR: Final = (
     Limit("shortest life of an idle connection, s", "lived_least_s", 149, "at_least"),
     Limit("longest life of an idle connection, s", "lived_most_s", 155),
+)
+
+COMPARE: Final = CompareScenario(
+    name="compare",
+    title="nexhb beside its floors and its peers: one machine, one PostgreSQL, one generator, alternating rounds",
+    devices=2000,
+    steady=STEADY_2000,
+    connections=(64, 128, 256, 512),
+    judged_at=256,
+    trial_s=3.0,
+    rounds=3,
+    round_s=6.0,
+    warm_s=1.5,
+    pools=(8, 12, 20),
+    peer_connections=(32, 64, 256),
+    peer_s=5.0,
+    hashed_devices=16,
+    hashed_connections=4,
+    hashed_s=8.0,
+    batch_connections=(16, 32, 64),
+    batch_s=5.0,
+    copy_rows=(2_000, 10_000),
+    rates=(20_000 / 60, 500_000 / 60),
+    rate_s=20.0,
+    rate_connections=1_000,
 )
 
 SCENARIOS: Final[tuple[Scenario, ...]] = (

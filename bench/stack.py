@@ -219,10 +219,16 @@ class Stack:
         socket_dir = self._postmaster_file()[4]
         return f"postgresql://{USER}@/{USER}?host={quote(socket_dir)}&port=5432"
 
-    async def connect(self) -> asyncpg.Connection:
-        """A connection of one's own to the daemon's database."""
+    def dsn_of(self, database: str) -> str:
+        """How to reach another database of the same PostgreSQL."""
+        head, _, query = self.dsn.partition("?")
+        return f"{head.rpartition('/')[0]}/{database}?{query}"
+
+    async def connect(self, database: str | None = None) -> asyncpg.Connection:
+        """A connection of one's own to the daemon's database, or to another one of its PostgreSQL."""
         settings = {"application_name": "nexhb bench", "timezone": "UTC"}
-        return await asyncpg.connect(self.dsn, timeout=10, command_timeout=600, server_settings=settings)
+        dsn = self.dsn if database is None else self.dsn_of(database)
+        return await asyncpg.connect(dsn, timeout=10, command_timeout=600, server_settings=settings)
 
     def memory(self) -> Memory:
         """The daemon's memory, PostgreSQL's not counted."""

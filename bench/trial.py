@@ -14,7 +14,7 @@ from bench.check import Check, check
 from bench.cost import Memory
 from bench.fleet import Device
 from bench.load import LoadRun
-from bench.report import Limit, Result, judge, table, to_json, write_text
+from bench.report import Limit, Result, SendLog, judge, table, to_json, write_text
 from bench.stack import Stack
 
 EVERY_ROW: Final = (
@@ -48,6 +48,18 @@ class Trial:
         """Print it for a person."""
         console.print(table(self.result))
         console.print(self.check.table())
+
+
+def together(runs: Sequence[LoadRun]) -> LoadRun:
+    """The last result, with the counts and the record of all of them: the database holds them all."""
+    record = SendLog()
+    for each in runs:
+        record.extend(each.sends)
+    counts = {
+        name: sum(getattr(each.result, name) for each in runs)
+        for name in ("sent", "ok", "refused", "failed", "deduplicated")
+    }
+    return LoadRun(replace(runs[-1].result, **counts), record)
 
 
 async def examine(stack: Stack, fleet: Sequence[Device], run: LoadRun, limits: Iterable[Limit]) -> Trial:

@@ -10,7 +10,7 @@ from bench.load.closed_loop import closed_loop
 from bench.load.connection import parse_head
 from bench.load.flood import Flooded, Record, Stage, flood
 from bench.load.open_loop import open_loop
-from bench.load.pool import RATE_BOUND, Span, recent_span
+from bench.load.pool import RATE_BOUND, Keys, Span, recent_span
 from bench.load.sender import LoadRun, Progress
 from bench.load.target import NotLoopbackError, Target, target
 
@@ -19,6 +19,7 @@ __all__ = (
     "Alarm",
     "Backoff",
     "Flooded",
+    "Keys",
     "LoadRun",
     "NotLoopbackError",
     "Progress",

@@ -7,9 +7,9 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
-from bench.cost import Cost, cost_now
+from bench.cost import Cost, cost_now, per_heartbeat
 from bench.fleet import Device
 from bench.load.connection import IDLE, Connection, Head
 from bench.load.pool import RATE_BOUND, RequestPool, Span, recent_span
@@ -27,16 +27,29 @@ class _Mark(NamedTuple):
     cost: Cost
 
 
+class Requests(Protocol):
+    """What a closed loop sends, by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def request(self, number: int) -> tuple[int, int, bytes]:
+        """Request `number`: its device, its timestamp (µs since 1970) and its bytes."""
+
+
 class ClosedLoop(Sender):
     """Connections that each send the next request when the last was answered."""
 
     _REOPEN_S: Final = 0.05
 
-    def __init__(self, to: Target, pool: RequestPool, *, timeout_s: float, pid: int | None) -> None:
+    def __init__(
+        self, to: Target, pool: Requests, *, timeout_s: float, pid: int | None, beside: int | None = None
+    ) -> None:
         """Prepare."""
         super().__init__(to, timeout_s)
         self._pool = pool
         self._pid = pid
+        self._beside = beside
         self._running = True
         self._asked_s: dict[Connection, float] = {}
         self._exhausted = asyncio.Event()
@@ -93,7 +106,7 @@ class ClosedLoop(Sender):
             await asyncio.wait_for(self._exhausted.wait(), seconds)
 
     def _mark(self) -> _Mark:
-        return _Mark(time.monotonic(), self.tally.ok, self.tally.sent, cost_now(self._pid))
+        return _Mark(time.monotonic(), self.tally.ok, self.tally.sent, cost_now(self._pid, self._beside))
 
     def _next(self, conn: Connection) -> None:
         if self._running and len(self.log) < len(self._pool):
@@ -130,21 +143,26 @@ async def closed_loop(
     duration_s: float = 10.0,
     warm_s: float = 2.0,
     span: Span | None = None,
+    requests: Requests | None = None,
     timeout_s: float = TIMEOUT_S,
     pid: int | None = None,
+    beside: int | None = None,
 ) -> LoadRun:
     """Send as fast as it goes over `connections` for `duration_s`, nothing to be deduplicated.
 
     `span` are the buckets of its keys, by default the newest ones; a second run on the same data wants later ones.
+    `requests` are sent instead of heartbeats made of it. `pid` is the server's, for its CPU time; `beside` is a process
+    that works for it without being its child.
 
     Rate, latencies and CPU are those of the steady window: from `warm_s` to the end. Latencies count from the
     actual send, as a closed loop has no other: they say what a request costs, not what a fleet would wait.
     """
     warm_s = min(warm_s, duration_s / 2)
-    span = span or recent_span(round(RATE_BOUND * duration_s), len(fleet), bucket_start_us())
-    pool = RequestPool(to, fleet, span)
+    if requests is None:
+        span = span or recent_span(round(RATE_BOUND * duration_s), len(fleet), bucket_start_us())
+        requests = RequestPool(to, fleet, span)
     async with measured_run():
-        loop = ClosedLoop(to, pool, timeout_s=timeout_s, pid=pid)
+        loop = ClosedLoop(to, requests, timeout_s=timeout_s, pid=pid, beside=beside)
         try:
             warm, end = await loop.run(connections, warm_s, duration_s)
         finally:
@@ -152,11 +170,14 @@ async def closed_loop(
     window_s, sends = end.at_s - warm.at_s, end.sent - warm.sent
     cost = end.cost.since(warm.cost)
     steady = [value for value in loop.log.latency_s[warm.sent :] if not math.isnan(value)]
+    each = per_heartbeat(cost, sends)
     extra: dict[str, float | int | None] = {
         "connections": connections,
         "window_s": round(window_s, 3),
         "window_sends": sends,
         "window_generator_cpu_share": round(cost.generator_s / window_s, 3),
+        "window_daemon_cpu_us": each.daemon_us,
+        "window_postgres_cpu_us": each.postgres_us,
         "window_server_cpu_share": None if cost.server_s is None else round(cost.server_s / window_s, 3),
     }
     result = make_result(

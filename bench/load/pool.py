@@ -48,6 +48,26 @@ def recent_span(requests: int, devices: int, now_us: int, *, ends_before_us: int
     return Span(end_us - buckets * BUCKET_US, buckets)
 
 
+class Keys:
+    """Buckets of one database, handed out stretch after stretch, each newer than the last."""
+
+    def __init__(self, span: Span, devices: int) -> None:
+        self._rest = span
+        self._devices = devices
+
+    def take(self, requests: int) -> Span:
+        """The next stretch that holds so many requests, one per device and bucket."""
+        return self.buckets(math.ceil(requests / self._devices))
+
+    def buckets(self, number: int) -> Span:
+        """The next so many buckets."""
+        if number > self._rest.buckets:
+            raise ValueError(f"{number} buckets are wanted, and {self._rest.buckets} are left")
+        taken = Span(self._rest.first_us, number)
+        self._rest = Span(taken.end_us, self._rest.buckets - number)
+        return taken
+
+
 class RequestPool:
     """Requests of distinct (device, bucket), oldest bucket first.
 

@@ -21,14 +21,15 @@ class Target:
     host: str
     port: int
     path: str = "/v1/heartbeat"
+    media: str = "application/json"
 
     def head(self, device: Device) -> bytes:
         """A request's head up to the number of `Content-Length`; not every agent names the charset."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        charset = "; charset=utf-8" if device.index % 3 else ""
+        charset = "; charset=utf-8" if device.index % 3 and self.media == "application/json" else ""
         return (
             f"POST {self.path} HTTP/1.1\r\nHost: {host}:{self.port}\r\n"
-            f"Authorization: Bearer {device.token}\r\nContent-Type: application/json{charset}\r\n"
+            f"Authorization: Bearer {device.token}\r\nContent-Type: {self.media}{charset}\r\n"
             "Connection: Keep-Alive\r\nUser-Agent: okhttp/4.12.0\r\nContent-Length: "
         ).encode()
 

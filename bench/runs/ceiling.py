@@ -2,51 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 from typing import Final, NamedTuple
 
-import asyncpg
 import uvloop
 
 from bench import stack
 from bench.finding import Finding, others
 from bench.fleet import Device, make_fleet
+from bench.floors import Orientation, orientation
 from bench.load import RATE_BOUND, LoadRun, Span, closed_loop, recent_span, target
-from bench.report import ALL_ACKNOWLEDGED, Limit, Result, SendLog, hold, to_json
+from bench.peers import process
+from bench.peers.process import Server
+from bench.report import ALL_ACKNOWLEDGED, Limit, hold, to_json
 from bench.scenarios import CeilingScenario
-from bench.trial import Trial, examine
+from bench.trial import Trial, examine, together
 
 _SEED: Final = 1
-_START_S: Final = 10.0
 _CLEAN: Final = (*ALL_ACKNOWLEDGED, Limit("nothing deduplicated", "deduplicated", 0))
-_MICROS: Final = 1_000_000
-
-
-class _Server(NamedTuple):
-    url: str
-    pid: int
-
-
-class Cost(NamedTuple):
-    """CPU µs that one heartbeat took."""
-
-    daemon_us: float
-    postgres_us: float
-
-
-class Orientation(NamedTuple):
-    """What the same PostgreSQL takes for the least there is to do, one client, medians in ms."""
-
-    one_row_commit_ms: float
-    select_1_ms: float
 
 
 class _Pair(NamedTuple):
@@ -64,7 +39,7 @@ class _Pair(NamedTuple):
 class _Arena:
     """Both servers, the fleet, and the buckets that are left for the rounds."""
 
-    def __init__(self, scenario: CeilingScenario, fleet: Sequence[Device], bare: _Server, nexhb: _Server) -> None:
+    def __init__(self, scenario: CeilingScenario, fleet: Sequence[Device], bare: Server, nexhb: Server) -> None:
         number = len(scenario.connections) + scenario.rounds
         now_us = time.time_ns() // 1000
         requests = round(RATE_BOUND * scenario.round_s) * number
@@ -77,7 +52,7 @@ class _Arena:
     def pair(self, connections: int, duration_s: float, warm_s: float) -> _Pair:
         """Both, one after the other, in the same way."""
 
-        def one(server: _Server, span: Span) -> LoadRun:
+        def one(server: Server, span: Span) -> LoadRun:
             return uvloop.run(
                 closed_loop(
                     target(server.url),
@@ -96,26 +71,14 @@ class _Arena:
 def run(scenario: CeilingScenario) -> Finding:
     """Try each number of connections, run the rounds at one of them, compare every row."""
     fleet = make_fleet(scenario.devices, _SEED)
-    with _bare() as bare, stack.running(fleet) as own:
-        arena = _Arena(scenario, fleet, bare, _Server(own.url, own.pid))
+    with process.running("bare_aiohttp") as bare, stack.running(fleet) as own:
+        arena = _Arena(scenario, fleet, bare, Server(own.url, own.pid))
         tried = {each: arena.pair(each, scenario.trial_s, scenario.warm_s / 2) for each in scenario.connections}
         rounds = [arena.pair(scenario.judged_at, scenario.round_s, scenario.warm_s) for _ in range(scenario.rounds)]
-        every = _all_of([each.nexhb for each in (*tried.values(), *rounds)])
+        every = together([each.nexhb for each in (*tried.values(), *rounds)])
         trial = uvloop.run(examine(own, fleet, every, _CLEAN))
-        orientation = uvloop.run(_orientation(own))
-    return _finding(scenario, tried, rounds, trial, orientation)
-
-
-def _all_of(runs: Sequence[LoadRun]) -> LoadRun:
-    """The last result, with the counts and the record of all of them: the database holds them all."""
-    record = SendLog()
-    for each in runs:
-        record.extend(each.sends)
-    counts = {
-        name: sum(getattr(each.result, name) for each in runs)
-        for name in ("sent", "ok", "refused", "failed", "deduplicated")
-    }
-    return LoadRun(replace(runs[-1].result, **counts), record)
+        least = uvloop.run(_orientation(own))
+    return _finding(scenario, tried, rounds, trial, least)
 
 
 def _finding(
@@ -123,20 +86,22 @@ def _finding(
     tried: dict[int, _Pair],
     rounds: list[_Pair],
     trial: Trial,
-    orientation: Orientation,
+    least: Orientation,
 ) -> Finding:
     bare = median(each.bare.result.rate_per_s for each in rounds)
     nexhb = median(each.nexhb.result.rate_per_s for each in rounds)
     ratio = round(nexhb / bare, 3)
-    costs = [_cost(each.nexhb.result) for each in rounds]
-    daemon_us, postgres_us = (round(median(each), 1) for each in zip(*costs, strict=True))
+    daemon_us, postgres_us = (
+        round(median(each.nexhb.result.extra[f"window_{whose}_cpu_us"] or 0.0 for each in rounds), 1)
+        for whose in ("daemon", "postgres")
+    )
     figures = {f"{connections} connections": each.text for connections, each in tried.items()}
     figures |= {f"round {number}": each.text for number, each in enumerate(rounds, 1)}
     figures |= {
         "median": f"{bare:,.0f}/s bare, {nexhb:,.0f}/s nexhb: {ratio:.3f}, at {scenario.judged_at} connections",
         "CPU per heartbeat": f"daemon {daemon_us:g} µs, PostgreSQL {postgres_us:g} µs",
-        "same PostgreSQL, one client": f"one-row commit {orientation.one_row_commit_ms:g} ms, "
-        f"SELECT 1 {orientation.select_1_ms:g} ms",
+        "same PostgreSQL, one client": f"one-row commit {least.one_row_commit_ms:g} ms, "
+        f"SELECT 1 {least.select_1_ms:g} ms",
         "rows": f"{trial.check.lines[0].found:,} found, {trial.check.lines[0].expected:,} expected",
         "daemon": f"{trial.memory.rss_mb:g} MB",
         **others(*(run.result for each in rounds for run in each)),
@@ -147,7 +112,7 @@ def _finding(
         "ratio": ratio,
         "daemon_cpu_us_per_heartbeat": daemon_us,
         "postgres_cpu_us_per_heartbeat": postgres_us,
-        "orientation": orientation._asdict(),
+        "orientation": least._asdict(),
         "tried": {str(connections): _as_json(each) for connections, each in tried.items()},
         "rounds": [_as_json(each) for each in rounds],
         "check": trial.check.to_json(),
@@ -160,64 +125,9 @@ def _as_json(pair: _Pair) -> dict[str, object]:
     return {"bare": to_json(pair.bare.result), "nexhb": to_json(pair.nexhb.result)}
 
 
-def _cost(result: Result) -> Cost:
-    """Of the steady window. PostgreSQL is the daemon's child, so the tree's CPU less its own."""
-    sends = result.extra["window_sends"] or 1
-    daemon_s, tree_s = result.server_cpu_s or 0.0, result.server_tree_cpu_s or 0.0
-    return Cost(daemon_s * _MICROS / sends, (tree_s - daemon_s) * _MICROS / sends)
-
-
-# ── what it is measured against ──────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def _bare() -> Iterator[_Server]:
-    """The bare handler, as a process of its own."""
-    port = stack.free_port()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "bench.peers.bare_aiohttp", "--port", str(port)],
-        cwd=Path(__file__).resolve().parents[2],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + _START_S
-        while not _listens(port):
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise stack.StackError("the bare handler did not start")
-            time.sleep(0.02)
-        yield _Server(f"http://127.0.0.1:{port}", child.pid)
-    finally:
-        child.terminate()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait(10)
-
-
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
-
-
-async def _orientation(own: stack.Stack, times: int = 500) -> Orientation:
+async def _orientation(own: stack.Stack) -> Orientation:
     conn = await own.connect()
     try:
-        await conn.execute("CREATE TABLE bench_commit (n integer)")
-        commit = await _median_ms(conn, "INSERT INTO bench_commit VALUES (1)", times)
-        return Orientation(commit, await _median_ms(conn, "SELECT 1", times))
+        return await orientation(conn)
     finally:
-        await conn.execute("DROP TABLE IF EXISTS bench_commit")
         await conn.close(timeout=5)
-
-
-async def _median_ms(conn: asyncpg.Connection, statement: str, times: int) -> float:
-    prepared, took = await conn.prepare(statement), []
-    for _ in range(times):
-        began = time.perf_counter()
-        await prepared.fetch()
-        took.append(time.perf_counter() - began)
-    return round(median(took) * 1e3, 3)

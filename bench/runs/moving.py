@@ -68,7 +68,7 @@ def moving(  # noqa: PLR0917 - typer reads each option from a parameter
 
 
 async def _both(own: stack.Stack, old: _Old) -> tuple[LoadRun, dict[str, Any]]:
-    source = _with_database(own.dsn)
+    source = own.dsn_of(_DATABASE)
     await _fill(own, source, old)
     fleet, over = make_fleet(old.devices, _SEED), asyncio.Event()
     plan = schedule(old.devices, 60, 0, _MOST_S, _SEED)
@@ -81,11 +81,6 @@ async def _both(own: stack.Stack, old: _Old) -> tuple[LoadRun, dict[str, Any]]:
         over.set()
         run = await load
     return run, imported
-
-
-def _with_database(dsn: str) -> str:
-    head, _, query = dsn.partition("?")
-    return f"{head.rpartition('/')[0]}/{_DATABASE}?{query}"
 
 
 async def _fill(own: stack.Stack, source: str, old: _Old) -> None:

@@ -19,6 +19,7 @@ from bench.check import Check, check, key_of
 from bench.fleet import MICROS, make_fleet, schedule
 from bench.load import LoadRun, agents, closed_loop, open_loop, recent_span, target
 from bench.load.agents import Backoff
+from bench.load.batches import Batches, Form, queue
 from bench.report import Outcome, SendLog
 from bench.trial import examine
 
@@ -75,6 +76,19 @@ async def test_a_closed_loop_gets_nothing_deduplicated(own: stack.Stack) -> None
     assert (run.result.deduplicated, run.result.refused, run.result.failed) == (0, 0, 0)
     assert run.result.sent > 100
     assert (await compared(own, run)).ok
+
+
+@pytest.mark.parametrize("form", ["array", "ndjson"])
+async def test_bodies_of_whole_queues_leave_a_row_for_each_heartbeat(own: stack.Stack, form: Form) -> None:
+    hours_ago_us = (time.time_ns() // 1000) - {"array": 4, "ndjson": 3}[form] * 3600 * MICROS
+    span = recent_span(len(FLEET) * 20, len(FLEET), hours_ago_us)
+    requests = Batches(target(own.url), FLEET, [queue(n, FLEET, span, size=20) for n in range(len(FLEET))], form)
+    run = await closed_loop(requests.to, FLEET, connections=4, duration_s=5, warm_s=0.01, requests=requests)
+    assert (run.result.sent, run.result.ok) == (50, 50)
+    before = len(RECORD)
+    found = await compared(own, replace(run, sends=requests.heartbeats(run.sends)))
+    assert found.ok
+    assert len(RECORD) == before + 1_000
 
 
 async def test_an_open_loop_with_repeated_heartbeats_leaves_one_row_a_bucket(own: stack.Stack) -> None:
