@@ -43,8 +43,8 @@ _BOUND: Final = 25_000
 _PEER_BOUND: Final = 6_000
 _HASHED_BOUND: Final = 50
 _BODIES_BOUND: Final = 240
-# queues whose rows are copied: 100,000
-_COPIED: Final = 200
+# transactions of the larger kind until the table is emptied
+_COPIES: Final = 10
 
 
 @dataclass
@@ -319,7 +319,8 @@ class _Contest:
         runs: dict[str, list[LoadRun]] = {name: [] for name in forms}
         copies: dict[int, list[float]] = {rows: [] for rows in plan.copy_rows}
         async with _connected(self._own) as conn:
-            copy = await Copy.of(conn, self._fleet, [self._queue(number) for number in range(_COPIED)])
+            queues = _COPIES * max(plan.copy_rows) // QUEUE
+            copy = await Copy.of(conn, self._fleet, [self._queue(number) for number in range(queues)])
             for _ in range(plan.rounds):
                 for rows, per_s in copies.items():
                     per_s.append(await copy.rate(rows, plan.batch_s / 2))

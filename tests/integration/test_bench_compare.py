@@ -67,6 +67,7 @@ async def _post(session: aiohttp.ClientSession, server: process.Server, raw: byt
         return answer.status, await answer.json()
 
 
+@pytest.mark.timeout(240)  # two daemons, five peers, one of them with 12 rounds of bcrypt
 async def test_a_comparison_measures_every_part_and_finds_every_row() -> None:
     plan = replace(
         COMPARE.quicker(),
@@ -82,9 +83,10 @@ async def test_a_comparison_measures_every_part_and_finds_every_row() -> None:
         pools=(2,),
         hashed_devices=2,
         hashed_connections=1,
-        hashed_s=2.0,
+        hashed_s=3.0,
         batch_connections=(2,),
         batch_s=0.4,
+        copy_rows=(500, 1_000),
         rates=(50, 200),
         rate_s=1.0,
         rate_connections=8,
