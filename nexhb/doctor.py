@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
+
+from asyncpg import Record
 
 from nexhb import db, flags, migrate, partitions, perfdiff, sql
 from nexhb.config import Settings
@@ -19,11 +22,13 @@ _Q = sql.queries("doctor")
 LATE_FOR = timedelta(days=2)  # late heartbeats are carried away nightly
 DRILL_WITHIN = timedelta(days=8)
 DRIFT_MOST = 0.01
-LOCK_MOST_S = 6 * 3600
+LOCK_MOST_S = 6 * 3600  # one of our own jobs
+STRANGER_MOST_S = 10  # anybody else, as long as heartbeats or jobs wait for them
 HOT_LEAST, HOT_SAMPLE = 0.5, 10_000
 DAYS_AHEAD_LEAST = 3
 DISK_DAYS_LEAST = 7
 MISMATCHES_OVER = timedelta(hours=24)
+REASON_MOST = 240  # characters; `GET /ops/jobs` has all of it
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,11 @@ async def _days_ahead(visit: Visit) -> Line:
     wanted = min(DAYS_AHEAD_LEAST, visit.settings.partitions.days_ahead)
     # Not at once: of a day that somebody detached, the run would make an archive.
     remedy = "nexhb nightly --dry-run, and docs/runbook.md#nexhbdaysaheadmissing"
-    return Line("days ahead", ahead >= wanted, f"{max(ahead, 0)} days without a gap", remedy)
+    said = f"{max(ahead, 0)} days without a gap"
+    if ahead < wanted:
+        gap = visit.now.date() + timedelta(days=ahead + 1)
+        said += f", then {gap} is {await partitions.gone(visit.conn, gap) or 'not there'}"
+    return Line("days ahead", ahead >= wanted, said, remedy)
 
 
 async def _pending(visit: Visit) -> Line:
@@ -91,10 +100,8 @@ async def _old_days(visit: Visit) -> Line:
     old = [r for r in rows if r["present"] and not r["restored_at"] and r["range_end"].date() <= kept]
     failed = await visit.conn.fetch(_Q["failed_days"])
     if failed:
-        said = "; ".join(f"{row['partition_name']}: {row['reason']}" for row in failed[:3])
-        return Line(
-            "archive", False, f"{len(failed)} days could not be archived: {said}", "mend the reason; nexhb nightly"
-        )
+        said = f"{len(failed)} could not be archived, {failed[0]['partition_name']} because: {failed[0]['reason']}"
+        return Line("archive", False, said, "mend the reason; nexhb nightly")
     return Line("archive", not old, f"{len(old)} days are older than the retention", "nexhb nightly")
 
 
@@ -116,7 +123,7 @@ def _job(name: str) -> Callable[[Visit], Awaitable[Line]]:
             )
         # The run that is due now may be under way: the one before it must have been good.
         before = schedule.due_since(cron, visit.now - timedelta(hours=1), row["good"])
-        why = f" ({row['reason']})" if row["reason"] else ""
+        why = f"; the last one failed: {textwrap.shorten(row['reason'], REASON_MOST)}" if row["reason"] else ""
         return Line(name, before is None, f"last good run {_at(row['good'])}{why}", f"nexhb {name}")
 
     return ask
@@ -141,10 +148,21 @@ async def _drift(visit: Visit) -> Line:
 
 async def _locks(visit: Visit) -> Line:
     rows = await visit.conn.fetch(_Q["lock_holders"], int(min(Lock)), int(max(Lock)))
-    held = [f"{Lock(row['lock']).name.lower()} by pid {row['pid']} for {row['seconds']} s" for row in rows]
-    good = all(row["seconds"] <= LOCK_MOST_S for row in rows)
-    remedy = f"SELECT pg_terminate_backend({rows[0]['pid']})" if rows else ""
-    return Line("locks", good, ", ".join(held) or "nobody holds one", remedy)
+    others = await visit.conn.fetch(_Q["holding_up"], STRANGER_MOST_S)
+    held = [f"{Lock(row['lock']).name.lower()} by {_session(row)}" for row in rows]
+    held += [f"heartbeats or jobs wait for {_session(row)}" for row in others]
+    stuck = [row["pid"] for row in rows if row["seconds"] > _lock_most_s(row)] + [row["pid"] for row in others]
+    remedy = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid in dict.fromkeys(stuck))
+    return Line("locks", not stuck, ", ".join(held) or "nobody holds one", remedy)
+
+
+def _lock_most_s(row: Record) -> int:
+    return LOCK_MOST_S if (row["application_name"] or "").startswith("nexhb") else STRANGER_MOST_S
+
+
+def _session(row: Record) -> str:
+    who = f"{row['application_name'] or 'unnamed'}, {row['state'] or 'not to be seen'}"
+    return f"pid {row['pid']} ({who}) for {row['seconds']} s"
 
 
 async def _hot(visit: Visit) -> Line:

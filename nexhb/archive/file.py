@@ -154,8 +154,13 @@ class _Put:
         """Make what is missing above the target; the uppermost folder whose entries may be new."""
         missing = [folder for folder in self.target.parents if not folder.exists()]
         for folder in reversed(missing):
-            with suppress(FileExistsError):  # another put's
+            try:
                 folder.mkdir(mode=0o700)
+            except FileExistsError:  # another put's
+                continue
+            except NotADirectoryError as error:  # it names the folder, not the file that is in its way
+                error.filename = next(str(above) for above in reversed(folder.parents) if not above.is_dir())
+                raise
         return missing[-1].parent if missing else self.target.parent
 
     def _remove_leftovers(self) -> None:

@@ -36,7 +36,7 @@ def say(found: Run) -> None:
     typer.echo(f"  active in the last hour        {counts['active']:,}")
     typer.echo(f"  oldest last heartbeat          {_moment(counts['oldest'])}")
     typer.echo(f"  newest last heartbeat          {_moment(counts['newest'])}")
-    typer.echo(f"Next step, fast reads: {NEXT_STEP}")
+    typer.echo(f"Next step, fast reads: {NEXT_STEP} (by steps: docs/runbook.md, Rolling out)")
 
 
 def _moment(value: object) -> str:

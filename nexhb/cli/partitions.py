@@ -25,7 +25,11 @@ def partitions(as_json: cli.Json = False) -> None:
         return
     table = Table("day", "state", "rows", "MiB", "")
     for row in rows:
-        state = row["state"] if row["present"] or row["state"] == "dropped" else f"{row['state']}, but not there"
+        state = row["state"]
+        if state != "dropped" and not row["present"]:
+            state += ", but not there"
+        elif state == "active" and not row["attached"]:
+            state += ", but detached"
         counted = "" if row["row_count"] is None else f"{row['row_count']:,}"
         note = row["reason"] or ("restored" if row["restored_at"] else "")
         table.add_row(f"{row['range_start']:%Y-%m-%d}", state, counted, f"{(row['bytes_size'] or 0) / 2**20:.1f}", note)

@@ -36,7 +36,7 @@ def status(
     url: Annotated[str | None, typer.Option(help="Where the daemon listens; else as configured.")] = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Is it ready, and how is the fleet? Exit code 1 where it is not ready."""
+    """Is it ready, and how is the fleet? Exit code 1 where it is not ready, or the fleet cannot be read."""
     settings = cli.settings()
     where = url or f"http://{settings.server.host}:{settings.server.port}"
     found = cli.run(_ask(where, keys.read(settings)))
@@ -48,4 +48,7 @@ def status(
             typer.echo(f"  {reason}")
         for name, value in found.get("fleet", {}).items():
             typer.echo(f"  {name}: {value}")
-    raise typer.Exit(0 if found["ready"] else cli.EXIT_FAILED)
+        if "fleet" not in found:
+            typer.echo(f"  fleet: not shown, there is no admin key in the configuration nor in {settings.data_dir}")
+    well = found["ready"] and "error" not in found.get("fleet", {})
+    raise typer.Exit(0 if well else cli.EXIT_FAILED)

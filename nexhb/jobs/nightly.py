@@ -20,7 +20,7 @@ from nexhb.archive import catalog, late, restore, verify
 from nexhb.archive.export import Source, clean_spool, export
 from nexhb.archive.store import Store
 from nexhb.db import Connection
-from nexhb.errors import JobFailed, LockLost
+from nexhb.errors import JobFailed, LockLost, NexhbError
 from nexhb.jobs import plan
 from nexhb.jobs.plan import Day, Kind, Step
 from nexhb.jobs.runner import CLOCKS_DIFFER, Done, Job
@@ -159,7 +159,11 @@ class Night:
             await self._do[step.kind](step)
         except Exception as error:
             reason = f"{step.kind} {step.target}: {error or type(error).__name__}"
-            _log.error("nightly_maintenance.step_failed", step=step.kind, target=step.target, exc_info=error)
+            # A foreseen one says all in its sentence; the trace of four days' archives would bury it.
+            trace = None if isinstance(error, NexhbError) else error
+            _log.error(
+                "nightly_maintenance.step_failed", step=step.kind, target=step.target, reason=reason, exc_info=trace
+            )
             if isinstance(error, LockLost) or not await self._is_ours():
                 raise JobFailed(f"Its connection was lost: {reason}") from error
             self._failures.append(reason)

@@ -31,11 +31,32 @@ ORDER BY run_no DESC LIMIT 1;
 
 -- name: lock_holders
 -- $1 the lowest of our lock numbers, $2 the highest. Who holds one, and for how long its connection has been busy.
-SELECT ((l.classid::bigint << 32) + l.objid::bigint) AS lock, a.pid, a.application_name,
-       extract(epoch FROM clock_timestamp() - coalesce(a.query_start, a.backend_start))::bigint AS seconds
+SELECT ((l.classid::bigint << 32) + l.objid::bigint) AS lock, a.pid, a.application_name, a.state,
+       coalesce(extract(epoch FROM clock_timestamp() - coalesce(a.query_start, a.backend_start)), 0)::bigint AS seconds
 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
   AND (l.classid::bigint << 32) + l.objid::bigint BETWEEN $1 AND $2
+ORDER BY seconds DESC;
+
+-- name: holding_up
+-- $1 seconds. Sessions that are not nexhb's, whose transaction is older and holds up one of ours, or keeps writers off
+-- the tables of every heartbeat: a writer waits for 3 s at a time, so at a given moment it may wait for nobody. Of other
+-- users' sessions a role without pg_read_all_stats sees nulls.
+SELECT b.pid, b.application_name, b.state,
+       coalesce(extract(epoch FROM clock_timestamp() - b.xact_start), 0)::bigint AS seconds
+FROM pg_stat_activity b
+WHERE b.datname = current_database() AND coalesce(b.backend_type, 'client backend') = 'client backend'
+  AND coalesce(b.application_name, '') NOT LIKE 'nexhb%'
+  AND (b.xact_start IS NULL OR b.xact_start < clock_timestamp() - make_interval(secs => $1))
+  AND (EXISTS (SELECT FROM pg_stat_activity a
+               WHERE a.datname = b.datname AND a.application_name LIKE 'nexhb%'
+                 AND b.pid = ANY (pg_blocking_pids(a.pid)))
+       OR EXISTS (SELECT FROM pg_locks l
+                  WHERE l.pid = b.pid AND l.granted
+                    AND (l.relation = 'device_last_status'::regclass
+                         AND l.mode NOT IN ('AccessShareLock', 'ShareUpdateExclusiveLock')
+                         OR l.relation = 'device_heartbeats'::regclass
+                         AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))))
 ORDER BY seconds DESC;
 
 -- name: hot

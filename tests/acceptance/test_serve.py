@@ -127,6 +127,16 @@ def test_a_first_heartbeat_comes_back_and_the_next_start_has_the_data(site: Site
     assert site.call("/v1/heartbeat", token, example(made))[1]["deduplicated"] is True
 
 
+def test_status_says_why_it_shows_no_fleet(site: Site) -> None:
+    site.start()
+    site.settings["NEXHB_AUTH__ADMIN_KEY"] = "of-another-environment"
+    found = site.nexhb("status", check=False)
+    assert (found.returncode, "The admin key is missing or wrong." in found.stdout) == (1, True)
+    del site.settings["NEXHB_AUTH__ADMIN_KEY"]
+    (site.folder / "data" / "admin_key").unlink()
+    assert "fleet: not shown, there is no admin key" in site.nexhb("status").stdout
+
+
 def test_what_was_acknowledged_before_a_kill_is_there_after_it(site: Site) -> None:
     daemon = site.start()
     token = site.nexhb("devices", "add", "kiosk-1").stdout.strip()

@@ -132,7 +132,9 @@ async def test_what_is_read_back_is_what_the_disk_has_and_not_what_memory_rememb
 async def test_a_file_where_a_folder_should_be_is_a_sentence(store: FolderStore, body: Body) -> None:
     store.folder.parent.mkdir()
     store.folder.write_bytes(b"")
-    with pytest.raises(StoreError, match=f"put {store.folder}/{NAME}: .*there is a file where a folder should be"):
+    with pytest.raises(
+        StoreError, match=f"put {store.folder}/{NAME}: {store.folder}: there is a file where a folder should be"
+    ):
         await store.put(NAME, body.path, body.sha256)
     with pytest.raises(StoreError, match="there is a file where a folder should be"):
         await read(store, NAME)

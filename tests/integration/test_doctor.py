@@ -195,3 +195,48 @@ async def test_fast_reads_that_somebody_switched_on_again_are_well(well: House) 
     assert not (await lines(well))["flags"].good
     await flags.change(well.conn, {"read_from_last_status": True}, "Ada", NOW, Flags())
     assert (await lines(well))["flags"].good
+
+
+async def test_anybody_else_for_whom_heartbeats_or_jobs_wait_is_named_at_once(
+    well: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "STRANGER_MOST_S", 0)
+    stranger = await well.database.connect(application="psql")
+    pid = stranger.get_server_pid()
+    for held_up in (
+        "LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE",
+        "LOCK TABLE device_heartbeats IN SHARE MODE",
+        "UPDATE device_last_status SET battery_pct = 1",
+    ):
+        async with stranger.transaction():
+            await stranger.execute(held_up)
+            found = (await lines(well))["locks"]
+        assert not found.good
+        assert f"heartbeats or jobs wait for pid {pid} (psql, idle in transaction)" in found.said
+        assert found.remedy == f"SELECT pg_terminate_backend({pid})"
+    assert (await lines(well))["locks"].good
+    async with stranger.transaction():  # a reader keeps nobody off
+        await stranger.execute("SELECT count(*) FROM device_last_status")
+        assert (await lines(well))["locks"].good
+    await stranger.close()
+
+
+async def test_a_jobs_lock_that_a_stranger_holds_is_stuck_and_a_jobs_own_is_not(
+    well: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "STRANGER_MOST_S", -1)
+    for application, good in (("psql", False), ("nexhb nightly", True)):
+        holder = await well.database.connect(application=application)
+        async with held(holder, Lock.NIGHTLY, wait=False):
+            found = (await lines(well))["locks"]
+        assert found.good is good
+        assert f"nightly by pid {holder.get_server_pid()} ({application}, idle)" in found.said
+        await holder.close()
+
+
+async def test_a_day_that_is_detached_is_named(well: House) -> None:
+    today = partitions.name_of(NOW.date())
+    await well.conn.execute(f"ALTER TABLE device_heartbeats DETACH PARTITION {today}")
+    found = (await lines(well))["days ahead"]
+    assert not found.good
+    assert f"{NOW.date()} is detached" in found.said
