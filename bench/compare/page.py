@@ -14,6 +14,7 @@ from bench.report import Verdict, write_text
 
 BEGIN: Final = "<!-- compare:begin, written by `make bench-compare` -->"
 END: Final = "<!-- compare:end -->"
+NOT_QUIET: Final = "**Not a quiet machine: these figures are provisional.**"
 _ALT: Final = {
     "singles": "heartbeats per second, one a request",
     "connections": "heartbeats per second by number of connections",
@@ -49,7 +50,9 @@ def write(page: Path, found: f.Found, verdicts: Sequence[Verdict], where: str) -
 def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str) -> str:
     """All of it in Markdown; `where`: when and on what."""
     parts = [
-        f"Measured {where}. {f.busy(found.others_cores).capitalize()} while it ran.",
+        f"Measured {where}. {f.busy(found.others_cores).capitalize()} while it ran."
+        # a few percent are the kernel's own
+        + (f" {NOT_QUIET}" if max(found.others_cores, default=0) > 0.1 else ""),
         _verdicts(verdicts),
         "### One heartbeat a request",
         _chart("singles", folder),

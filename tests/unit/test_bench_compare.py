@@ -167,6 +167,8 @@ def test_a_broken_verdict_is_said_in_the_table(tmp_path: Path) -> None:
     text = where.read_text(encoding="utf-8")
     assert "| rows that peers acknowledged and do not have | 2 | ≤ 0 | **broken** |" in text
     assert "0.10 cores (median), 0.70 (at most) were busy with something else" in text
+    assert page.NOT_QUIET in text
+    assert page.NOT_QUIET not in page.section(replace(FOUND, others_cores=(0.0, 0.1)), (), "", "")
     assert f"| {f.FASTAPI} | 64 | 2,000 | one | 9 | 300 | 150 |" in text
     named = re.findall(r"\((performance/\w+\.svg)\)", text)
     assert len(named) == 4
