@@ -35,13 +35,24 @@ async def scratch(cluster: str, name: str) -> AsyncIterator[str]:
         await conn.close()
 
 
-async def lived(cluster: str, guard: Guard, proof: Proof, name: str, command: tuple[str, ...]) -> Outcome:
+async def lived(
+    cluster: str, guard: Guard, proof: Proof, name: str, command: tuple[str, ...], seconds: float
+) -> Outcome:
     """What came of the proof's faults, for one writer."""
     async with AsyncExitStack() as stack:
         own = await stack.enter_async_context(running(guard)) if proof.crashes else None
         dsn = own.dsn if own else await stack.enter_async_context(scratch(cluster, f"faults_{name}"))
         world = living(guard, dsn, seed=1, devices=DEVICES, cluster=own, command=command)
-        return await undergo(await stack.enter_async_context(world), proof, SECONDS)
+        return await undergo(await stack.enter_async_context(world), proof, seconds)
+
+
+async def until_caught(cluster: str, guard: Guard, proof: Proof) -> bool:
+    """Whether the broken writer is caught: on a busy machine a few seconds may hold no fault that finds it at work."""
+    for seconds in (SECONDS, 2 * SECONDS, 4 * SECONDS):
+        outcome = await lived(cluster, guard, proof, "broken", (*_BROKEN, proof.variant), seconds)
+        if any(one.what == proof.caught_as and proof.saying in one.story for one in outcome.violations):
+            return True
+    return False
 
 
 @pytest.mark.timeout(120)
@@ -49,12 +60,11 @@ async def lived(cluster: str, guard: Guard, proof: Proof, name: str, command: tu
 async def test_a_broken_writer_is_caught_and_the_real_one_passes(cluster: str, proof: Proof) -> None:
     with guarding() as guard:
         broken, real = await asyncio.gather(
-            lived(cluster, guard, proof, "broken", (*_BROKEN, proof.variant)),
-            lived(cluster, guard, proof, "real", REAL),
+            until_caught(cluster, guard, proof), lived(cluster, guard, proof, "real", REAL, SECONDS)
         )
     assert [str(one) for one in real.violations] == []
     assert any(not one.failed for one in real.struck)
-    assert any(one.what == proof.caught_as and proof.saying in one.story for one in broken.violations)
+    assert broken
 
 
 def test_every_variant_has_its_proof() -> None:
