@@ -9,12 +9,15 @@ import asyncio
 import enum
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
-from nexhb import metrics
+from nexhb import log, metrics
 from nexhb.errors import Overloaded
 from nexhb.wire import FieldError, Heartbeat
+
+_log = log.get("intake")
 
 
 class Outcome(enum.Enum):
@@ -38,16 +41,19 @@ WRITTEN = Verdict(Outcome.WRITTEN)
 DEDUPLICATED = Verdict(Outcome.DEDUPLICATED)
 
 
+Settled = Callable[[list[Verdict]], None]  # takes a verdict for each heartbeat of a ticket; must not raise
+
+
 class Ticket:
-    """A heartbeat that somebody waits for. Settled exactly once; later verdicts are ignored."""
+    """Heartbeats that somebody waits for together. Settled exactly once; later verdicts are ignored."""
 
-    __slots__ = ("admitted_at", "future", "heartbeat", "size")
+    __slots__ = ("admitted_at", "heartbeats", "settled", "size")
 
-    def __init__(self, heartbeat: Heartbeat, size: int, admitted_at: float, future: asyncio.Future[Verdict]) -> None:
-        self.heartbeat = heartbeat
+    def __init__(self, heartbeats: Sequence[Heartbeat], size: int, admitted_at: float, settled: Settled) -> None:
+        self.heartbeats = heartbeats
         self.size = size
         self.admitted_at = admitted_at  # s, the event loop's clock
-        self.future = future
+        self.settled = settled  # called, not awaited: a future and the task behind it cost 4 µs a heartbeat
 
 
 class Intake:
@@ -64,7 +70,8 @@ class Intake:
             ""  # the writer's: set while every try fails and nobody knows why; heartbeats go on trying
         )
         self._waiting: deque[Ticket] = deque()
-        self._unanswered: set[Ticket] = set()
+        self._unanswered: dict[Ticket, None] = {}  # the oldest first
+        self._items = 0
         self._bytes = 0
         self._arrived: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
@@ -74,7 +81,7 @@ class Intake:
     @property
     def items(self) -> int:
         """Heartbeats admitted and unanswered."""
-        return len(self._unanswered)
+        return self._items
 
     @property
     def bytes(self) -> int:
@@ -84,30 +91,42 @@ class Intake:
     @property
     def filled(self) -> float:
         """How full it is, by items or by bytes: 0 to 1, or a little more."""
-        return max(len(self._unanswered) / self.max_items, self._bytes / self.max_bytes)
+        return max(self._items / self.max_items, self._bytes / self.max_bytes)
 
     def check(self, items: int = 1) -> None:
-        """Raise Overloaded where `items` more heartbeats would not be admitted. Called before a body is read."""
+        """Raise Overloaded where `items` more heartbeats would not be admitted: but where none waits, more of them than
+        the bound are, as they could never be. Called before a body is read."""
         if self.closed_because or self.held_because:
             raise Overloaded(self.closed_because or self.held_because)
-        if len(self._unanswered) + items > self.max_items or self._bytes >= self.max_bytes:
-            raise Overloaded(f"{len(self._unanswered)} heartbeats ({self._bytes} bytes) wait to be committed.")
+        if (self._items and self._items + items > self.max_items) or self._bytes >= self.max_bytes:
+            raise Overloaded(f"{self._items} heartbeats ({self._bytes} bytes) wait to be committed.")
 
     def retry_after_s(self) -> int:
         """When to come back: 2 to 12 s, spread so that a fleet does not return as one."""
         return 2 + int(10 * self._random_fraction())
 
-    def admit(self, heartbeat: Heartbeat, size: int) -> Ticket:
-        """Queue one heartbeat of `size` bytes. Raises Overloaded over the bounds."""
-        self.check()
-        loop = asyncio.get_running_loop()
-        ticket = Ticket(heartbeat, size, loop.time(), loop.create_future())
-        self._unanswered.add(ticket)
-        self._idle.clear()
+    def admit(self, heartbeats: Sequence[Heartbeat], size: int, settled: Settled) -> Ticket:
+        """Queue heartbeats of `size` bytes, all of them or none. Raises Overloaded over the bounds."""
+        self.check(len(heartbeats))
+        ticket = Ticket(heartbeats, size, asyncio.get_running_loop().time(), settled)
+        self._unanswered[ticket] = None
+        self._items += len(heartbeats)
         self._bytes += size
         self._waiting.append(ticket)
+        self._idle.clear()
         self.wake()
         return ticket
+
+    def ask(self, heartbeats: Sequence[Heartbeat], size: int) -> asyncio.Future[list[Verdict]]:
+        """The same for somebody who awaits the verdicts."""
+        future: asyncio.Future[list[Verdict]] = asyncio.get_running_loop().create_future()
+
+        def settled(verdicts: list[Verdict]) -> None:
+            if not future.done():  # done: its handler was cancelled
+                future.set_result(verdicts)
+
+        self.admit(heartbeats, size, settled)
+        return future
 
     async def wait(self, timeout_s: float) -> None:
         """Wait for a ticket, for `wake`, or for `timeout_s`. One waiter: the writer."""
@@ -129,37 +148,55 @@ class Intake:
             self._arrived.set_result(None)
 
     def take(self, most: int) -> list[Ticket]:
-        """Every ticket that waits, `most` at the most; none that was settled meanwhile."""
-        taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
-        return [ticket for ticket in taken if ticket in self._unanswered]
+        """Every ticket that waits, of `most` heartbeats at the most (but one ticket at least); none that was settled
+        meanwhile."""
+        taken: list[Ticket] = []
+        waiting = self._waiting
+        while waiting:
+            ticket = waiting[0]
+            if ticket in self._unanswered:
+                most -= len(ticket.heartbeats)
+                if most < 0 and taken:
+                    break
+                taken.append(ticket)
+            waiting.popleft()
+        return taken
 
     async def idle(self) -> None:
         """Wait until everything admitted is answered."""
         await self._idle.wait()
 
-    def settle(self, tickets: Sequence[Ticket], verdicts: Iterable[Verdict]) -> None:
-        """Answer these tickets; of two verdicts on one, the first counts."""
-        outcomes: dict[Outcome, int] = {}
-        for ticket, verdict in zip(tickets, verdicts, strict=True):
+    def settle(self, tickets: Sequence[Ticket], verdicts: Sequence[Verdict]) -> None:
+        """Answer these tickets, a verdict for each of their heartbeats; of two verdicts on one, the first counts."""
+        if len(verdicts) != sum(len(ticket.heartbeats) for ticket in tickets):
+            raise ValueError("Verdicts and heartbeats do not match.")
+        counted: list[Verdict] = []
+        end = 0
+        for ticket in tickets:
+            start, end = end, end + len(ticket.heartbeats)
             if ticket not in self._unanswered:
                 continue
-            self._unanswered.discard(ticket)
+            del self._unanswered[ticket]
+            self._items -= end - start
             self._bytes -= ticket.size
-            if not ticket.future.done():  # done: its handler was cancelled
-                ticket.future.set_result(verdict)
-            outcomes[verdict.outcome] = outcomes.get(verdict.outcome, 0) + 1
+            own = list(verdicts[start:end])
+            counted += own
+            try:
+                ticket.settled(own)
+            except Exception:  # one that cannot be told must not keep the verdict from the others
+                _log.exception("intake.not_told")
         if not self._unanswered:
             self._idle.set()
-        for outcome, count in outcomes.items():
-            _COUNTERS[outcome].inc(count)
+        for verdict, count in _counts(counted):
+            _COUNTERS[verdict.outcome].inc(count)
 
     def fail(self, tickets: Sequence[Ticket], reason: str) -> None:
         """Answer these tickets: the device keeps what it sent."""
-        self.settle(tickets, [Verdict(Outcome.FAILED, reason)] * len(tickets))
+        self.settle(tickets, [Verdict(Outcome.FAILED, reason)] * sum(len(ticket.heartbeats) for ticket in tickets))
 
     def expire(self, now: float, after_s: float) -> None:
         """Fail what has waited for longer than `after_s` at `now` (the loop's clock): the device keeps it."""
-        late = [t for t in self._unanswered if now - t.admitted_at > after_s]
+        late = list(takewhile(lambda ticket: now - ticket.admitted_at > after_s, self._unanswered))
         if late:
             self.fail(late, "not committed in time")
             # While the database is away nobody takes them: the queue must not grow by what is answered already.
@@ -174,9 +211,22 @@ class Intake:
         """Bring the metrics up to date; done now and then, because a counter's lock costs 1 µs a heartbeat."""
         metrics.heartbeats_ingested.inc(self.received - self._received_counted)
         self._received_counted = self.received
-        metrics.intake_items.set(len(self._unanswered))
+        metrics.intake_items.set(self._items)
         metrics.intake_bytes.set(self._bytes)
         metrics.intake_filled.set(self.filled)
+
+
+def _counts(verdicts: list[Verdict]) -> Iterator[tuple[Verdict, int]]:
+    """Verdicts and how many there are of them: nearly all are the two that are always the same object."""
+    usual = 0
+    for verdict in (WRITTEN, DEDUPLICATED):
+        if count := verdicts.count(verdict):
+            yield verdict, count
+            usual += count
+    if usual < len(verdicts):
+        for verdict in verdicts:
+            if verdict is not WRITTEN and verdict is not DEDUPLICATED:
+                yield verdict, 1
 
 
 _COUNTERS = {

@@ -110,14 +110,18 @@ class Writer:
         await self._disconnect()
 
     async def _write(self, tickets: list[Ticket]) -> None:
+        heartbeats = [heartbeat for ticket in tickets for heartbeat in ticket.heartbeats]
         verdicts: list[Verdict] = []
         try:
-            verdicts = await self._commit([t.heartbeat for t in tickets])
+            verdicts = await self._commit(heartbeats)
             self._all_foreseen()
         except Exception as error:
-            await self._not_foreseen(error, len(tickets))
+            await self._not_foreseen(error, len(heartbeats))
         finally:
-            self._intake.settle(tickets, verdicts or [Verdict(Outcome.FAILED, "internal error")] * len(tickets))
+            if verdicts:
+                self._intake.settle(tickets, verdicts)
+            else:
+                self._intake.fail(tickets, "internal error")
 
     async def _not_foreseen(self, error: Exception, heartbeats: int) -> None:
         """Nobody knows what to do about this one. The devices keep what they sent and come again."""

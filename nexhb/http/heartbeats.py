@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from datetime import datetime
 from typing import Any
@@ -18,7 +17,7 @@ from nexhb.http import auth, body
 from nexhb.http.connections import Guarded
 from nexhb.http.parts import PARTS, Parts, writable_connection
 from nexhb.http.problem import Problem, answer
-from nexhb.intake import Outcome, Ticket, Verdict
+from nexhb.intake import Outcome, Verdict
 
 _log = log.get("heartbeats")
 _JSON = ("application/json",)
@@ -33,7 +32,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     device, raw = await _receive(request, parts, parts.settings.server.body_max_bytes, _JSON)
     parts.intake.received += 1
     try:
-        ticket = parts.intake.admit(_parse(parts, raw, device, parts.now()), len(raw))
+        asked = parts.intake.ask([heartbeat_of(parts, raw, device, parts.now())], len(raw))
     except wire.Refused as refused:
         metrics.heartbeats_refused.labels(reason="invalid").inc()
         raise Problem(refused.status, "The heartbeat is not valid.", errors=refused.errors) from None
@@ -41,15 +40,21 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
         metrics.heartbeats_failed.labels(reason="overloaded").inc()
         parts.device_rate.give_back(device.device_no)
         raise await _refusal_in_turn(request, parts, error) from None
-    verdict = await ticket.future
-    if verdict.outcome is Outcome.WRITTEN:
-        return parts.answer(deduplicated=False).to(request)
-    if verdict.outcome is Outcome.DEDUPLICATED:
-        return parts.answer(deduplicated=True).to(request)
+    [verdict] = await asked
+    if problem := problem_of(parts, device, verdict):
+        raise problem
+    return parts.answer(deduplicated=verdict.outcome is Outcome.DEDUPLICATED).to(request)
+
+
+def problem_of(parts: Parts, device: Device, verdict: Verdict) -> Problem | None:
+    """What to answer to a heartbeat that is not in; None for one that is."""
     if verdict.outcome is Outcome.REFUSED:
-        raise Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
-    parts.device_rate.give_back(device.device_no)  # who sends again what we could not keep does not come too often
-    raise parts.come_back(f"Not committed: {verdict.reason}. Keep it and send it again.")
+        return Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
+    if verdict.outcome is Outcome.FAILED:
+        # Who sends again what we could not keep does not come too often.
+        parts.device_rate.give_back(device.device_no)
+        return parts.come_back(f"Not committed: {verdict.reason}. Keep it and send it again.")
+    return None
 
 
 async def post_heartbeats(request: web.Request) -> web.Response:
@@ -62,44 +67,41 @@ async def post_heartbeats(request: web.Request) -> web.Response:
         raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
     _hold_to_rate(parts, device, len(items) - 1)  # one is taken for the request itself
     parts.intake.received += len(items)
-    tickets, refusals = _admit_all(parts, items, device)
-    verdicts: list[Verdict] = await asyncio.gather(*(ticket.future for _, ticket in tickets))
-    if len(tickets) + len(refusals) < len(items) or any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
+    good, refusals = _parse_all(parts, items, device)
+    verdicts: list[Verdict] = []
+    try:
+        verdicts = await parts.intake.ask(list(good.values()), len(raw)) if good else []
+    except Overloaded:
+        metrics.heartbeats_failed.labels(reason="overloaded").inc(len(good))
+    if len(verdicts) < len(good) or any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
         parts.device_rate.give_back(device.device_no, len(items))
         raise parts.come_back("Not all heartbeats could be committed. Keep them and send them again.")
-    return _answer_all(parts, tickets, verdicts, refusals)
+    return _answer_all(parts, good, verdicts, refusals)
 
 
-def _admit_all(
+def _parse_all(
     parts: Parts, items: list[bytes], device: Device
-) -> tuple[list[tuple[int, Ticket]], list[dict[str, Any]]]:
+) -> tuple[dict[int, wire.Heartbeat], list[dict[str, Any]]]:
+    """The good ones by their place, and what is wrong with the others."""
     received_at = parts.now()
-    tickets: list[tuple[int, Ticket]] = []
+    good: dict[int, wire.Heartbeat] = {}
     refusals: list[dict[str, Any]] = []
     for index, item in enumerate(items):
         try:
-            tickets.append((index, parts.intake.admit(_parse(parts, item, device, received_at), len(item))))
+            good[index] = heartbeat_of(parts, item, device, received_at)
         except wire.Refused as refused:
             metrics.heartbeats_refused.labels(reason="invalid").inc()
             refusals.append(_refusal(index, tuple(refused.errors)))
-        except Overloaded:
-            # What is admitted is committed; the request as a whole is answered 503 and sent again: the key of each
-            # row makes that harmless.
-            metrics.heartbeats_failed.labels(reason="overloaded").inc(len(items) - index)
-            break
-    return tickets, refusals
+    return good, refusals
 
 
 def _answer_all(
-    parts: Parts,
-    tickets: list[tuple[int, Ticket]],
-    verdicts: list[Verdict],
-    refusals: list[dict[str, Any]],
+    parts: Parts, good: dict[int, wire.Heartbeat], verdicts: list[Verdict], refusals: list[dict[str, Any]]
 ) -> web.Response:
     outcomes = [verdict.outcome for verdict in verdicts]
     refusals += [
         _refusal(index, verdict.errors)
-        for (index, _), verdict in zip(tickets, verdicts, strict=True)
+        for index, verdict in zip(good, verdicts, strict=True)
         if verdict.outcome is Outcome.REFUSED
     ]
     return answer(
@@ -148,7 +150,8 @@ async def _refusal_in_turn(request: web.Request, parts: Parts, error: Overloaded
     return parts.come_back(str(error))
 
 
-def _parse(parts: Parts, raw: bytes, device: Device, received_at: datetime) -> wire.Heartbeat:
+def heartbeat_of(parts: Parts, raw: bytes, device: Device, received_at: datetime) -> wire.Heartbeat:
+    """A body as a heartbeat, its oddities counted. Raises wire.Refused."""
     heartbeat = wire.parse(
         raw,
         device_no=device.device_no,

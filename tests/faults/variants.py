@@ -12,18 +12,22 @@ from collections.abc import Callable, Sequence
 from nexhb import cli, daemon, writer
 from nexhb.daemon import State
 from nexhb.db import Connection
-from nexhb.intake import WRITTEN, Ticket, Verdict
+from nexhb.intake import WRITTEN, Intake, Ticket, Verdict
 from nexhb.wire import Heartbeat
 from nexhb.writer import Writer, _InDoubt
 
 _ONLY_NEWER = "WHERE excluded.last_ts > s.last_ts"
 
 
+def _say_written(intake: Intake, tickets: list[Ticket]) -> None:
+    intake.settle(tickets, [WRITTEN] * sum(len(ticket.heartbeats) for ticket in tickets))
+
+
 class AnswersFirst(Writer):
     """Answers before the commit: what then does not come about was promised."""
 
     async def _write(self, tickets: list[Ticket]) -> None:
-        self._intake.settle(tickets, [WRITTEN] * len(tickets))
+        _say_written(self._intake, tickets)
         await super()._write(tickets)
 
 
@@ -68,8 +72,7 @@ class Forgets(Writer):
     def forget(self) -> None:
         """All that is unanswered."""
         self._stopped = True
-        unanswered = list(self._intake._unanswered)
-        self._intake.settle(unanswered, [WRITTEN] * len(unanswered))
+        _say_written(self._intake, list(self._intake._unanswered))
         if self._conn is not None:
             self._conn.terminate()
 

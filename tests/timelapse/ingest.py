@@ -45,9 +45,9 @@ class Ingest:
     async def send(self, heartbeats: Sequence[Heartbeat]) -> None:
         """Send them, and what was not taken the last time; write down the answers."""
         sent, self._unanswered = [*self._unanswered, *heartbeats], []
-        tickets = [self._intake.admit(heartbeat, _BYTES) for heartbeat in sent]
+        answers = [self._intake.ask([heartbeat], _BYTES) for heartbeat in sent]
         async with asyncio.timeout(_ANSWER_S):
-            verdicts = [await ticket.future for ticket in tickets]
+            verdicts = [verdict for answer in answers for verdict in await answer]
         for heartbeat, verdict in zip(sent, verdicts, strict=True):
             self._ledger.take(heartbeat, verdict.outcome)
             if verdict.outcome is Outcome.WRITTEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client import REGISTRY
@@ -21,9 +22,27 @@ def intake_of(max_items: int = 100, max_bytes: int = 100_000, fraction: float = 
     return Intake(max_items=max_items, max_bytes=max_bytes, random_fraction=lambda: fraction)
 
 
+def nobody(_: list[Verdict]) -> None:
+    """Does not care."""
+
+
 def admit(intake: Intake, count: int = 1, size: int = 100) -> list[Ticket]:
-    """So many heartbeats."""
-    return [intake.admit(beat(device_no), size) for device_no in range(1, count + 1)]
+    """So many heartbeats, each of its own."""
+    return [intake.admit([beat(device_no)], size, nobody) for device_no in range(1, count + 1)]
+
+
+@dataclass
+class Asked:
+    """Heartbeats of which somebody awaits the verdicts."""
+
+    ticket: Ticket
+    future: asyncio.Future[list[Verdict]]
+
+
+def ask(intake: Intake, count: int = 1, size: int = 100) -> list[Asked]:
+    """So many heartbeats, each of its own, and their verdicts to come."""
+    futures = [intake.ask([beat(device_no)], size) for device_no in range(1, count + 1)]
+    return [Asked(*pair) for pair in zip(list(intake._unanswered)[-count:], futures, strict=True)]
 
 
 LEDGER = {
@@ -58,10 +77,10 @@ async def test_so_many_heartbeats_are_admitted_and_not_one_more() -> None:
     intake = intake_of(max_items=3)
     tickets = admit(intake, 3)
     with pytest.raises(Overloaded, match="3 heartbeats"):
-        intake.admit(beat(), 1)
+        intake.admit([beat()], 1, nobody)
     assert intake.items == 3
     intake.settle(tickets[:1], [WRITTEN])
-    intake.admit(beat(), 1)
+    intake.admit([beat()], 1, nobody)
     with pytest.raises(Overloaded):
         intake.check()
 
@@ -79,10 +98,10 @@ async def test_so_many_bytes_are_admitted_and_over_them_nothing() -> None:
     [ticket] = admit(intake, size=999)
     intake.check()
     # A body's size is known only when it is read: the last one may reach over the bound.
-    intake.admit(beat(), 50)
+    intake.admit([beat()], 50, nobody)
     assert intake.bytes == 1_049
     with pytest.raises(Overloaded, match="1049 bytes"):
-        intake.admit(beat(), 1)
+        intake.admit([beat()], 1, nobody)
     intake.settle([ticket], [WRITTEN])
     assert intake.bytes == 50
     intake.check()
@@ -96,11 +115,20 @@ async def test_a_whole_queue_is_checked_as_one() -> None:
         intake.check(5)
 
 
+async def test_a_queue_longer_than_the_bound_is_admitted_where_nothing_waits() -> None:
+    intake = intake_of(max_items=3)
+    asked = intake.ask([beat(number) for number in range(5)], 500)
+    with pytest.raises(Overloaded, match="5 heartbeats"):
+        intake.check()
+    intake.settle(intake.take(2), [WRITTEN] * 5)
+    assert await asked == [WRITTEN] * 5
+
+
 async def test_a_closed_intake_admits_nothing_and_says_why() -> None:
     intake = intake_of()
     intake.closed_because = "The database cannot commit."
     with pytest.raises(Overloaded, match="cannot commit"):
-        intake.admit(beat(), 1)
+        intake.admit([beat()], 1, nobody)
     assert intake.items == 0
     intake.closed_because = ""
     admit(intake)
@@ -137,35 +165,67 @@ async def test_a_ticket_answered_meanwhile_is_not_taken() -> None:
 
 async def test_each_ticket_hears_its_own_verdict() -> None:
     intake = intake_of()
-    tickets = admit(intake, 3)
-    intake.settle(tickets, [WRITTEN, DEDUPLICATED, REFUSED])
-    assert [await ticket.future for ticket in tickets] == [WRITTEN, DEDUPLICATED, REFUSED]
+    asked = ask(intake, 3)
+    intake.settle(intake.take(10), [WRITTEN, DEDUPLICATED, REFUSED])
+    assert [await one.future for one in asked] == [[WRITTEN], [DEDUPLICATED], [REFUSED]]
     assert (intake.items, intake.bytes) == (0, 0)
+
+
+async def test_heartbeats_that_came_together_are_admitted_taken_and_answered_together(
+    counted: Callable[[], dict[str, int]],
+) -> None:
+    intake = intake_of(max_items=6)
+    first = intake.ask([beat(1), beat(2), beat(3)], 300)
+    second = intake.ask([beat(4), beat(5)], 200)
+    with pytest.raises(Overloaded, match="5 heartbeats"):
+        intake.ask([beat(6), beat(7)], 1)  # one of them would fit: none of them is in
+    assert (intake.items, intake.bytes) == (5, 500)
+    [taken] = intake.take(4)  # a ticket is not divided …
+    assert len(taken.heartbeats) == 3
+    [other] = intake.take(1)  # … and one that is larger than what is asked for stands alone
+    intake.settle([other, taken], [WRITTEN, REFUSED, DEDUPLICATED, WRITTEN, WRITTEN])
+    assert await first == [DEDUPLICATED, WRITTEN, WRITTEN]
+    assert await second == [WRITTEN, REFUSED]
+    assert (intake.items, intake.bytes) == (0, 0)
+    assert counted() == {"written": 3, "deduplicated": 1, "refused": 1}
+
+
+async def test_one_who_cannot_be_told_keeps_the_verdict_from_nobody(counted: Callable[[], dict[str, int]]) -> None:
+    def deaf(_: list[Verdict]) -> None:
+        raise RuntimeError("the transport is closed")
+
+    intake = intake_of()
+    intake.admit([beat(1)], 100, deaf)
+    told = intake.ask([beat(2)], 100)
+    intake.settle(intake.take(10), [WRITTEN, WRITTEN])
+    assert await told == [WRITTEN]
+    assert intake.items == 0
+    assert counted() == {"written": 2}
 
 
 async def test_verdicts_that_do_not_match_their_tickets_are_a_bug() -> None:
     intake = intake_of()
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="do not match"):
         intake.settle(admit(intake, 2), [WRITTEN])
 
 
 async def test_of_two_verdicts_the_first_counts_and_is_counted_once(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    [ticket] = admit(intake, size=70)
-    intake.fail([ticket], "not committed in time")
-    intake.settle([ticket], [WRITTEN])
-    assert await ticket.future == Verdict(Outcome.FAILED, "not committed in time")
+    [asked] = ask(intake, size=70)
+    intake.fail([asked.ticket], "not committed in time")
+    intake.settle([asked.ticket], [WRITTEN])
+    assert await asked.future == [Verdict(Outcome.FAILED, "not committed in time")]
     assert (intake.items, intake.bytes) == (0, 0)
     assert counted() == {"failed": 1}
 
 
 async def test_a_handler_that_went_away_leaves_no_ticket_behind(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    tickets = admit(intake, 2)
-    tickets[0].future.cancel()
+    asked = ask(intake, 2)
+    asked[0].future.cancel()
     intake.settle(intake.take(10), [WRITTEN, WRITTEN])
-    assert tickets[0].future.cancelled()
-    assert await tickets[1].future == WRITTEN
+    assert asked[0].future.cancelled()
+    assert await asked[1].future == [WRITTEN]
     assert intake.items == 0
     assert counted() == {"written": 2}
 
@@ -190,26 +250,27 @@ async def test_waiting_ends_with_a_ticket_with_a_wake_and_with_its_time() -> Non
 
 async def test_what_waited_too_long_is_failed_and_the_rest_is_not() -> None:
     intake = intake_of()
-    old, young = admit(intake, 2)
-    young.admitted_at = old.admitted_at + 5
+    old, young = ask(intake, 2)
+    began = old.ticket.admitted_at
+    young.ticket.admitted_at = began + 5
     intake.take(1)  # the old one is in a transaction, the young one is queued: both are somebody's wait
-    intake.expire(old.admitted_at + 10, 10)
+    intake.expire(began + 10, 10)
     assert not old.future.done()
-    intake.expire(old.admitted_at + 10.001, 10)
-    assert await old.future == Verdict(Outcome.FAILED, "not committed in time")
+    intake.expire(began + 10.001, 10)
+    assert await old.future == [Verdict(Outcome.FAILED, "not committed in time")]
     assert not young.future.done()
     assert intake.items == 1
-    intake.expire(young.admitted_at + 10.001, 10)
-    assert (await young.future).outcome is Outcome.FAILED
+    intake.expire(began + 15.001, 10)
+    assert await young.future == [Verdict(Outcome.FAILED, "not committed in time")]
     assert intake.take(10) == []
 
 
 async def test_on_the_way_out_everything_unanswered_is_failed(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    tickets = admit(intake, 3)
+    asked = ask(intake, 3)
     intake.take(1)
     intake.fail_all("the daemon stops")
-    assert [await ticket.future for ticket in tickets] == [Verdict(Outcome.FAILED, "the daemon stops")] * 3
+    assert [await one.future for one in asked] == [[Verdict(Outcome.FAILED, "the daemon stops")]] * 3
     assert intake.take(10) == []
     assert counted() == {"failed": 3}
 
