@@ -7,7 +7,7 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare install uninstall lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +64,9 @@ bench: $(VENV)/.test ## run every scenario; results in bench/results/
 
 bench-compare: $(VENV)/.compare ## nexhb beside floors and peers in one run, eight minutes; writes docs/performance.md (QUICK=1: two minutes)
 	@$(BIN)/python -m bench compare $(if $(QUICK),--quick)
+
+bench-curve: $(VENV)/.test ## 2,000 to 500,000 devices and the ceiling, five minutes; writes docs/performance.md (QUICK=1: two minutes)
+	@$(BIN)/python -m bench curve $(if $(QUICK),--quick)
 
 install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= for packagers)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' LOCK='$(LOCK)' PIP_ARGS='$(PIP_ARGS)' packaging/install install

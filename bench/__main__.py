@@ -14,6 +14,7 @@ import uvloop
 from bench import demo, progress, stack, suite
 from bench import load as loads
 from bench.compare.command import compare
+from bench.curve.command import curve
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
@@ -92,6 +93,7 @@ app.command()(soak.soak)
 app.command()(idle.idle)
 app.command()(micro)
 app.command()(compare)
+app.command()(curve)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import asyncpg
 from rich.table import Table
 
-from bench.fleet import BUCKET_US, MICROS, Device
+from bench.fleet import BUCKET_US, MICROS
 from bench.report import Outcome, SendLog
 
 # buckets count from 2020-01-01T00:00:00Z, in seconds
 _EPOCH_S: Final = 1_577_836_800
 _PREFETCH: Final = 10_000
 _ACKED: Final = (Outcome.WRITTEN, Outcome.DEDUPLICATED)
+
+
+class Named(Protocol):
+    """Whatever has a device's id."""
+
+    @property
+    def device_id(self) -> str:
+        """The id."""
+
 
 # a device's number in the fleet, and the start of a bucket in seconds since _EPOCH_S
 Key = tuple[int, int]
@@ -132,7 +141,7 @@ class _Examples:
             self.lines.append(text)
 
 
-async def check(conn: asyncpg.Connection, fleet: Sequence[Device], log: SendLog) -> Check:
+async def check(conn: asyncpg.Connection, fleet: Sequence[Named], log: SendLog) -> Check:
     """Compare. The database must hold nothing from before the record began."""
     sent, examples = _turned(log), _Examples()
     numbers = {device.device_id: number for number, device in enumerate(fleet)}

@@ -100,7 +100,12 @@ def make_fleet(n: int, seed: int) -> tuple[Device, ...]:
     return tuple(_device(index, seed) for index in range(n))
 
 
-def _device(index: int, seed: int, known: tuple[str, str, str] | None = None) -> Device:
+def known_device(index: int, seed: str, known: tuple[str, str, str]) -> Device:
+    """One device whose id, alias and token are given; the rest comes from (seed, index)."""
+    return _device(index, seed, known)
+
+
+def _device(index: int, seed: int | str, known: tuple[str, str, str] | None = None) -> Device:
     """Make one device; `known` (id, alias, token) stands in for what the seed would give."""
     rng = random.Random(f"nexhb:{seed}:{index}")
     store = index // _KIOSKS_PER_STORE + 1

@@ -277,6 +277,30 @@ class CompareScenario:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CurveScenario:
+    """Fleets of four sizes, each at its rate and each known to the daemon to the last token, and the ceiling."""
+
+    name: str
+    title: str
+    fleets: tuple[int, ...]
+    interval_s: float
+    # at the rate before the window counts
+    settle_s: float
+    window_s: float
+    connections: int
+    # of the closed loop, in which every device is heard once beforehand; and of the ceiling
+    first_connections: int
+    ceiling_devices: int
+    ceiling_connections: int
+    # else only those that send in the window are heard beforehand
+    all_heard: bool
+
+    def quicker(self) -> CurveScenario:
+        """Short windows."""
+        return replace(self, settle_s=1.0, window_s=5.0, all_heard=False)
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -509,6 +533,20 @@ COMPARE: Final = CompareScenario(
     rates=(20_000 / 60, 500_000 / 60),
     rate_s=20.0,
     rate_connections=1_000,
+)
+
+CURVE: Final = CurveScenario(
+    name="curve",
+    title="fleets of 2,000 to 500,000 devices at 60 s, and the ceiling: latency, CPU, memory, bytes, daemons wanted",
+    fleets=(2_000, 20_000, 200_000, 500_000),
+    interval_s=60,
+    settle_s=3.0,
+    window_s=30.0,
+    connections=1_000,
+    first_connections=256,
+    ceiling_devices=2_000,
+    ceiling_connections=256,
+    all_heard=True,
 )
 
 SCENARIOS: Final[tuple[Scenario, ...]] = (

@@ -23,6 +23,7 @@ import orjson
 
 from bench.cost import Memory, memory_of
 from bench.fleet import Device, write_csv
+from bench.scrape import Scrape, parse
 from nexhb import embedded, keys
 from nexhb.pgaccount import USER
 
@@ -175,6 +176,23 @@ class Stack:
             return answer.status, found
         finally:
             connection.close()
+
+    def metrics(self) -> Scrape:
+        """What GET /metrics says now."""
+        return parse(self.get("/metrics").decode())
+
+    def get(self, path: str) -> bytes:
+        """What GET `path` answers to the operator. Raises StackError unless that is a 200."""
+        connection = http.client.HTTPConnection(_HOST, self.port, timeout=30)
+        try:
+            connection.request("GET", path, headers={"x-admin": self.admin_key})
+            answer = connection.getresponse()
+            found = answer.read()
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise StackError(f"GET {path} was answered {answer.status}: {found[:500]!r}")
+        return found
 
     def events(self) -> list[dict[str, Any]]:
         """What the daemon has logged, oldest first."""

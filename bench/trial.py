@@ -10,9 +10,8 @@ from typing import Final
 
 from rich.console import Console
 
-from bench.check import Check, check
+from bench.check import Check, Named, check
 from bench.cost import Memory
-from bench.fleet import Device
 from bench.load import LoadRun
 from bench.report import Limit, Result, SendLog, judge, table, to_json, write_text
 from bench.stack import Stack
@@ -62,7 +61,7 @@ def together(runs: Sequence[LoadRun]) -> LoadRun:
     return LoadRun(replace(runs[-1].result, **counts), record)
 
 
-async def examine(stack: Stack, fleet: Sequence[Device], run: LoadRun, limits: Iterable[Limit]) -> Trial:
+async def examine(stack: Stack, fleet: Sequence[Named], run: LoadRun, limits: Iterable[Limit]) -> Trial:
     """Read the daemon's memory, compare the rows, hold all of it against the limits."""
     memory = stack.memory()
     conn = await stack.connect()

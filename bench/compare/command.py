@@ -16,6 +16,7 @@ from bench import progress, stack, suite
 from bench.compare import found as f
 from bench.compare import page
 from bench.finding import Finding, spread
+from bench.report import Verdict
 from bench.scenarios import COMPARE, CompareScenario
 from nexhb import log
 
@@ -60,7 +61,7 @@ def _measured(plan: CompareScenario) -> tuple[Finding, f.Found]:
     outcome = uvloop.run(contest.run(plan))
     found = outcome.found
     checks = [verdict for trial in outcome[1:] for verdict in trial.result.verdicts]
-    verdicts = (*f.verdicts(found), *_worst(checks))
+    verdicts = (*f.verdicts(found), *worst(checks))
     least = found.least
     lines = [outcome.steady.check.lines[0], outcome.rounds.check.lines[0]]
     figures = {
@@ -84,10 +85,10 @@ def _measured(plan: CompareScenario) -> tuple[Finding, f.Found]:
     return Finding(plan.name, plan.title, verdicts, figures, details), found
 
 
-def _worst(verdicts: list[Any]) -> list[Any]:
+def worst(verdicts: list[Verdict]) -> list[Verdict]:
     """One of each name: the broken one, where there is one."""
-    by_name: dict[str, Any] = {}
-    for each in sorted(verdicts, key=lambda verdict: bool(verdict.ok)):
+    by_name: dict[str, Verdict] = {}
+    for each in sorted(verdicts, key=lambda verdict: verdict.ok):
         by_name.setdefault(each.name, each)
     return list(by_name.values())
 

@@ -27,13 +27,13 @@ class NoPlaceError(ValueError):
     """The page has no two markers to write between."""
 
 
-def between(text: str, section: str) -> str:
+def between(text: str, section: str, begins: str = BEGIN, ends: str = END) -> str:
     """The page with this section between its markers, and everything around them as it was."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(begins)
+    _, end, tail = rest.partition(ends)
     if not begin or not end:
-        raise NoPlaceError(f"{BEGIN} and {END} must stand in the page")
-    return f"{head}{BEGIN}\n\n{section.strip()}\n\n{END}{tail}"
+        raise NoPlaceError(f"{begins} and {ends} must stand in the page")
+    return f"{head}{begins}\n\n{section.strip()}\n\n{ends}{tail}"
 
 
 def write(page: Path, found: f.Found, verdicts: Sequence[Verdict], where: str) -> None:
@@ -53,7 +53,7 @@ def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str
         f"Measured {where}. {f.busy(found.others_cores).capitalize()} while it ran."
         # a few percent are the kernel's own
         + (f" {NOT_QUIET}" if max(found.others_cores, default=0) > 0.1 else ""),
-        _verdicts(verdicts),
+        verdict_table(verdicts),
         "### One heartbeat a request",
         _chart("singles", folder),
         _singles(found),
@@ -79,7 +79,8 @@ def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str
     return "\n\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, its first column to the left."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -88,13 +89,14 @@ def _chart(name: str, folder: str) -> str:
     return f"![{_ALT[name]}]({folder}/{name}.svg)"
 
 
-def _verdicts(verdicts: Sequence[Verdict]) -> str:
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """Each with its limit, and whether it was kept."""
     signs = {"at_most": "≤", "at_least": "≥"}
     rows = (
         (each.name, figure(each.value), f"{signs[each.kind]} {figure(each.limit)}", "kept" if each.ok else "**broken**")
         for each in verdicts
     )
-    return _table(("verdict", "value", "limit", ""), rows)
+    return table(("verdict", "value", "limit", ""), rows)
 
 
 def _singles(found: f.Found) -> str:
@@ -114,7 +116,7 @@ def _singles(found: f.Found) -> str:
             )
         )
     head = ("", "connections", "heartbeats/s", "rounds", "nexhb's, of it", "CPU µs", "PostgreSQL's")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _pools(found: f.Found) -> str:
@@ -128,7 +130,7 @@ def _sides(found: f.Found) -> str:
         (figure(connections), figure(side.bare), figure(side.nexhb), f"{side.nexhb / side.bare:.2f}")
         for connections, side in found.sides.items()
     )
-    return _table(("connections", "bare handler/s", "nexhb/s", "nexhb's, of it"), rows)
+    return table(("connections", "bare handler/s", "nexhb/s", "nexhb's, of it"), rows)
 
 
 def _batches(found: f.Found) -> str:
@@ -142,7 +144,7 @@ def _batches(found: f.Found) -> str:
     tried = ", ".join(f"{connections} {figure(per_s)}/s" for connections, per_s in found.batch_tries.items())
     head = ("", "heartbeats/s", "rounds", "of COPY", "CPU µs", "PostgreSQL's")
     connections = next(iter(found.batches.values())).connections
-    return f"{_table(head, rows)}\n\nOver {connections} connections; tried with arrays: {tried}."
+    return f"{table(head, rows)}\n\nOver {connections} connections; tried with arrays: {tried}."
 
 
 def _paces(found: f.Found) -> str:
@@ -158,7 +160,7 @@ def _paces(found: f.Found) -> str:
         )
         for pace in found.paces
     )
-    return _table(("rate", "devices at 60 s", "sent/s", "daemon µs", "PostgreSQL µs", "p50 ms", "p99 ms"), rows)
+    return table(("rate", "devices at 60 s", "sent/s", "daemon µs", "PostgreSQL µs", "p50 ms", "p99 ms"), rows)
 
 
 def _spread(per_s: Sequence[float]) -> str:

@@ -7,12 +7,12 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from bench.cost import Cost, cost_now, per_heartbeat
 from bench.fleet import Device
 from bench.load.connection import IDLE, Connection, Head
-from bench.load.pool import RATE_BOUND, RequestPool, Span, recent_span
+from bench.load.pool import RATE_BOUND, RequestPool, Requests, Span, recent_span
 from bench.load.sender import TIMEOUT_S, LoadRun, Sender, bucket_start_us, make_result, measured_run
 from bench.load.target import Target
 from bench.report import Outcome, percentiles
@@ -25,16 +25,6 @@ class _Mark(NamedTuple):
     ok: int
     sent: int
     cost: Cost
-
-
-class Requests(Protocol):
-    """What a closed loop sends, by number."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def request(self, number: int) -> tuple[int, int, bytes]:
-        """Request `number`: its device, its timestamp (µs since 1970) and its bytes."""
 
 
 class ClosedLoop(Sender):

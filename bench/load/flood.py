@@ -25,7 +25,7 @@ from bench.cost import Cost, cost_now
 from bench.fleet import MICROS, Device
 from bench.load.alarm import Alarm
 from bench.load.connection import IDLE, Connection, Head
-from bench.load.pool import RequestPool, Span
+from bench.load.pool import RequestPool, Requests, Span
 from bench.load.sender import TIMEOUT_S, LoadRun, Sender, make_result, measured_run
 from bench.load.target import Target
 from bench.report import Outcome, SendLog, percentiles
@@ -93,7 +93,7 @@ class Flood(Sender):
     """Sends at its times on whichever connection is free. One that is due while none is free is not sent, but counted:
     a device that waits for an answer does not send either."""
 
-    def __init__(self, to: Target, pool: RequestPool, due: array[int], *, timeout_s: float) -> None:
+    def __init__(self, to: Target, pool: Requests, due: array[int], *, timeout_s: float) -> None:
         """Prepare."""
         super().__init__(to, timeout_s)
         self.record = Record(sends=self.log)
@@ -243,7 +243,7 @@ async def flood(
     to: Target,
     fleet: Sequence[Device],
     stages: Sequence[Stage],
-    span: Span,
+    keys: Span | Requests,
     *,
     connections: int,
     timeout_s: float = TIMEOUT_S,
@@ -253,11 +253,12 @@ async def flood(
 ) -> Flooded:
     """Send stage after stage; `started` is called when all connections are open and the first send is due.
 
+    `keys` are the buckets of the fleet's heartbeats, or the requests themselves.
     Latencies count from the intended times, and those of the result cover every stage.
     """
-    pool, due = RequestPool(to, fleet, span), due_us(stages, seed)
+    pool, due = RequestPool(to, fleet, keys) if isinstance(keys, Span) else keys, due_us(stages, seed)
     if len(due) > len(pool):
-        raise ValueError(f"{len(due)} sends want more buckets than the {span.buckets} there are")
+        raise ValueError(f"{len(due)} sends want more than the {len(pool)} requests there are")
     ends_s = list(itertools.accumulate(stage.duration_s for stage in stages))[:-1]
     async with measured_run() as alarm:
         loop = Flood(to, pool, due, timeout_s=timeout_s)

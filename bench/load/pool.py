@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from bench.fleet import BUCKET_US, MICROS, Device, body_us, second_text
 from bench.load.target import Target
@@ -66,6 +66,16 @@ class Keys:
         taken = Span(self._rest.first_us, number)
         self._rest = Span(taken.end_us, self._rest.buckets - number)
         return taken
+
+
+class Requests(Protocol):
+    """What a load sends, by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def request(self, number: int) -> tuple[int, int, bytes]:
+        """Request `number`: its device, its timestamp (µs since 1970) and its bytes."""
 
 
 class RequestPool:
