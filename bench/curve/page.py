@@ -97,10 +97,10 @@ def _signals(points: Sequence[Point]) -> str:
 def _formula() -> str:
     return (
         f"Daemons wanted, as `nexhb:daemons_wanted` of packaging/prometheus has it: the cores that daemons use, "
-        f"divided by {CORE_SHARE:g}, rounded up; one more than there are where that is enough and yet "
-        f"heartbeats wait longer than {QUEUE_WAIT_S * 1e3:g} ms for the writer (p99 of each batch's oldest), the event loop wakes more than "
-        f"{LOOP_LAG_S * 1e3:g} ms late (p99), or batches are over {BATCH_FILLED:.0%} full, provided that daemons use "
-        f"more than {BUSY_SHARE:g} of a core each: with less it is PostgreSQL that they wait for."
+        f"divided by {CORE_SHARE:g}, rounded up; one more than there are where that is enough and yet heartbeats "
+        f"wait longer than {QUEUE_WAIT_S * 1e3:g} ms for the writer (p99 of each batch's oldest), the event loop "
+        f"wakes more than {LOOP_LAG_S * 1e3:g} ms late (p99), or batches are over {BATCH_FILLED:.0%} full, provided "
+        f"that daemons use more than {BUSY_SHARE:g} of a core each: with less it is PostgreSQL that they wait for."
     )
 
 
