@@ -385,7 +385,9 @@ async def _sweep(settings: Settings, intake: Intake, state: State, connections: 
     """Twice a second: answer what has waited too long, cut what takes too long to ask."""
     loop = asyncio.get_running_loop()
     while True:
+        due = loop.time() + SWEEP_S
         await asyncio.sleep(SWEEP_S)
+        metrics.loop_lag.observe(max(0.0, loop.time() - due))
         intake.expire(loop.time(), settings.ingest.answer_within_seconds)
         intake.observe()
         intake.held_because = state.hold

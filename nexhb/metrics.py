@@ -79,6 +79,15 @@ device_queue_depth = Histogram(
 intake_items = Gauge("nexhb_intake_items", "Heartbeats admitted and not yet answered")
 intake_bytes = Gauge("nexhb_intake_bytes", "Bytes of heartbeats admitted and not yet answered")
 intake_filled = Gauge("nexhb_intake_filled_ratio", "How full the queue is, by items or by bytes; at 1 devices hear 503")
+# How many daemons are wanted (packaging/prometheus) hangs on these two, on batches and on the process' CPU.
+_WAITS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2.5, 5, 10)
+queue_wait = Histogram(
+    "nexhb_queue_wait_seconds", "From a batch's oldest heartbeat's admission to the writer's taking it", buckets=_WAITS
+)
+loop_lag = Histogram(
+    "nexhb_loop_lag_seconds", "How late the event loop woke a task that slept, twice a second", buckets=_WAITS
+)
+batch_limit = Gauge("nexhb_batch_limit_heartbeats", "ingest.batch_max: heartbeats committed together at most")
 batch_rows = Histogram(
     "nexhb_batch_heartbeats",
     "Heartbeats committed together",

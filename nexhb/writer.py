@@ -64,6 +64,7 @@ class Writer:
         self._database = database
         self._intake = intake
         self._batch_max = batch_max
+        metrics.batch_limit.set(batch_max)
         self._conn: Connection | None = None
         self._recent = RecentKeys(RECENT_KEYS)
         self._labels = Labels()
@@ -110,6 +111,8 @@ class Writer:
         await self._disconnect()
 
     async def _write(self, tickets: list[Ticket]) -> None:
+        # Of the oldest: once a batch, and no heartbeat of it waited longer.
+        metrics.queue_wait.observe(asyncio.get_running_loop().time() - tickets[0].admitted_at)
         heartbeats = [heartbeat for ticket in tickets for heartbeat in ticket.heartbeats]
         verdicts: list[Verdict] = []
         try:

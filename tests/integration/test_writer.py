@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
@@ -289,3 +290,34 @@ async def test_the_status_says_what_the_newest_heartbeat_said_whatever_their_ord
     )
     status = await nexhb.get(f"/v1/devices/{agent.device_id}")
     assert (status["last_ts"], status["battery_pct"]) == (shown(now), 0)
+
+
+async def test_what_waits_for_the_writer_is_measured_once_a_batch(
+    nexhb: Nexhb, now: datetime, conn: Connection
+) -> None:
+    agents = [await nexhb.agent() for _ in range(4)]
+    assert (await agents[0].send(now - timedelta(minutes=1))).status == 200
+    count, waited = [await nexhb.metric(f"nexhb_queue_wait_seconds_{what}") for what in ("count", "sum")]
+    loop = asyncio.get_running_loop()
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status")
+        sends = [asyncio.create_task(agents[0].send(now))]
+        while await nexhb.metric("nexhb_queue_wait_seconds_count") == count:
+            pass
+        sends += [asyncio.create_task(agent.send(now)) for agent in agents[1:]]
+        while await nexhb.metric("nexhb_intake_items") < 4:
+            pass
+        since = loop.time()
+        while loop.time() - since < 0.3:
+            await nexhb.metric("nexhb_intake_items")
+    assert [answer.status for answer in await asyncio.gather(*sends)] == [200] * 4
+    assert await nexhb.metric("nexhb_queue_wait_seconds_count") - count == 2
+    assert await nexhb.metric("nexhb_queue_wait_seconds_sum") - waited > 0.3
+
+
+async def test_an_event_loop_that_stands_still_is_measured(nexhb: Nexhb) -> None:
+    lagged = await nexhb.metric("nexhb_loop_lag_seconds_sum")
+    time.sleep(1.0)  # noqa: ASYNC251 - the daemon's sweeper sleeps for half of it, on the same loop
+    async with asyncio.timeout(15):
+        while await nexhb.metric("nexhb_loop_lag_seconds_sum") - lagged < 0.4:
+            pass
