@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import example as case
 from hypothesis import strategies as st
 
 from nexhb import wire
-from nexhb.wire import Heartbeat, Refused, Rules
+from nexhb.wire import Heartbeat, Queue, Refused, Rules
 from tests.conftest import example, timestamp
 
 PACKAGE = "io.unitynodes.unityapp"
@@ -95,6 +96,8 @@ ABSENT = object()
         (INSTALLED, None, 0, True, "2.1.0"),
         (INSTALLED, ABSENT, 599, True, "2.1.0"),
         (INSTALLED, None, 599, True, "2.1.0"),
+        (INSTALLED, ABSENT, 599.6, False, "2.1.0"),
+        (INSTALLED, ABSENT, -0.4, True, "2.1.0"),
         (INSTALLED, ABSENT, 600, False, "2.1.0"),
         (INSTALLED, None, 600, False, "2.1.0"),
         (INSTALLED, ABSENT, 86_400, False, "2.1.0"),
@@ -444,6 +447,95 @@ def test_a_whole_character_beside_half_of_one_is_kept(text: str, held: str) -> N
 def test_half_a_character_in_one_of_a_list_is_left_to_that_one() -> None:
     found = wire.split(rb'[1,{"alias":"\ud83d"},2]', most=3)
     assert found == [b"1", rb'{"alias":"\u0000"}', b"2"]
+
+
+GOOD = b'{"timestamp_utc":"2026-11-24T02:00:00Z"}'
+ITEMS = [
+    GOOD, GOOD[:-1] + b',"queue_depth":3.0,"alias":"Store 42"}', GOOD[:-1] + b',"fcm_token":"\\ud83d"}',
+    GOOD[:-1] + b',"device_id":7}', GOOD[:-1] + b',"battery":{"pct":101},"battery":{"pct":50}}',
+    # not valid, each in its own way
+    GOOD[:-1] + b',"alias":"\\u0000"}', GOOD[:-1] + b',"alias":"\\ud83d"}', GOOD[:-1] + b',"alias":' + b"9" * 99 + b"}",
+    GOOD[:-1] + b',"battery":{"pct":101,"temperature_c":1e39}}', GOOD[:-1] + b',"alias":"\xff"}', b"{}", b"null", b"7",
+    # and where one ends and the next begins is not as it seems
+    b"", b" \t", b"\r", b"{", b"}", b"[]", b"\0", b"\xef\xbb\xbf" + GOOD, GOOD + b" " + GOOD, GOOD + b"," + GOOD,
+    GOOD.replace(b":", b":\n", 1), b'{"timestamp_utc":', b'"2026-11-24T02:00:00Z"}', b"[" * 3_000,
+]  # fmt: skip
+blocks = st.tuples(
+    st.lists(st.sampled_from([GOOD, *ITEMS[:5]] * 4 + ITEMS), max_size=8),
+    st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n", b" \n\t", b",", b",", b" ,\r\n", b",,", b""]),
+    st.sampled_from(
+        [(b"", b""), (b"", b"\n"), (b"[", b"]"), (b"[", b"]"), (b" [\n", b" ]\n"), (b"[", b""), (b"[", b"]x")]
+    ),
+).map(lambda part: part[2][0] + part[1].join(part[0]) + part[2][1])
+
+
+def one_by_one(body: bytes, most: int, ndjson: bool) -> list[Heartbeat | str]:
+    """What each item of a queue becomes by itself: a heartbeat, or why not."""
+
+    def read(item: bytes) -> Heartbeat | str:
+        try:
+            return parse(item)
+        except Refused as refused:
+            return f"{refused.status} {refused}"
+
+    return [read(item) for item in wire.split(body, most=most, ndjson=ndjson)]
+
+
+def read_queue(body: bytes, most: int, ndjson: bool) -> Queue:
+    """A queue of device 7."""
+    return wire.parse_many(
+        body, ndjson=ndjson, most=most, device_no=7, device_id="kiosk-7", received_at=RECEIVED, rules=RULES
+    )
+
+
+def at_once(body: bytes, most: int, ndjson: bool) -> list[Heartbeat | str]:
+    """The same of the queue as a whole."""
+    queue = read_queue(body, most, ndjson)
+    found: dict[int, Heartbeat | str] = dict(zip(queue.places, queue.heartbeats, strict=True))
+    found |= {place: f"{refused.status} {refused}" for place, refused in queue.refused.items()}
+    return [found[place] for place in range(len(queue))]
+
+
+def outcome(read: Callable[[bytes, int, bool], list[Heartbeat | str]], *what: Any) -> list[Heartbeat | str]:
+    """What it makes of a queue, or why it refuses the whole."""
+    try:
+        return read(*what)
+    except Refused as whole:
+        return [f"the whole: {whole.status} {whole}"]
+
+
+@settings(max_examples=1_500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(blocks, st.sampled_from([500, 500, 2]), st.none() | st.booleans())
+@case(b"\n".join([GOOD] * 3), 2, None)
+# as many ends of lines as ends of items
+@case(b"\n".join([GOOD + GOOD, b'{"timestamp_utc":', b'"2026-11-24T02:00:00Z"}', GOOD]), 500, None)
+@case(b"[" + b",".join([GOOD, ITEMS[6], GOOD]) + b"]", 500, None)
+@case(b"\xef\xbb\xbf" + GOOD, 500, None)
+@case(b"[]\n" + GOOD, 500, True)
+def test_a_queue_read_at_once_is_what_its_items_are_one_by_one(body: bytes, most: int, ndjson: bool | None) -> None:
+    if ndjson is None:
+        ndjson = not body.lstrip().startswith(b"[")
+    assert outcome(at_once, body, most, ndjson) == outcome(one_by_one, body, most, ndjson)
+
+
+@pytest.mark.parametrize("ndjson", [True, False])
+def test_what_is_wrong_in_a_queue_is_named_by_its_place_and_the_rest_is_kept(ndjson: bool) -> None:
+    items = [GOOD, b"7", GOOD, b"{}"]
+    queue = read_queue(b"\n\n".join(items) if ndjson else b"[" + b",".join(items) + b"]", 4, ndjson)
+    assert (len(queue), list(queue.places)) == (4, [0, 2])
+    assert queue.heartbeats == [parse(GOOD)] * 2
+    assert {place: refused.errors[0].path for place, refused in queue.refused.items()} == {1: "", 3: "timestamp_utc"}
+
+
+def test_what_a_device_says_of_itself_again_and_again_is_held_once() -> None:
+    first, second = parse(orjson.dumps(example(MADE))), parse(orjson.dumps(example(MADE + timedelta(minutes=1))))
+    assert first.label is second.label
+    assert first.facts is second.facts
+
+
+def test_of_a_field_that_stands_twice_the_last_one_counts() -> None:
+    twice = GOOD[:-1] + b',"battery":{"pct":200},"battery":{"pct":50}}'
+    assert parse(twice).battery_pct == 50
 
 
 # ---- anything at all --------------------------------------------------------------------------------------------
