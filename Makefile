@@ -7,7 +7,7 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve install uninstall lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve bench-status install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -67,6 +67,9 @@ bench-compare: $(VENV)/.compare ## nexhb beside floors and peers in one run, eig
 
 bench-curve: $(VENV)/.test ## 2,000 to 500,000 devices and the ceiling, five minutes; writes docs/performance.md (QUICK=1: two minutes)
 	@$(BIN)/python -m bench curve $(if $(QUICK),--quick)
+
+bench-status: $(VENV)/.test ## a last status of a million devices over HTTP, and its growth, four minutes; writes docs/performance.md (QUICK=1)
+	@$(BIN)/python -m bench status $(if $(QUICK),--quick)
 
 install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= for packagers)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' LOCK='$(LOCK)' PIP_ARGS='$(PIP_ARGS)' packaging/install install

@@ -20,6 +20,7 @@ from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
 from bench.runs import idle, moving, outage, soak
 from bench.scenarios import FLOORS
+from bench.status.command import status
 from bench.trial import Trial, examine
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -94,6 +95,7 @@ app.command()(idle.idle)
 app.command()(micro)
 app.command()(compare)
 app.command()(curve)
+app.command()(status)
 
 
 @dataclass(frozen=True, slots=True)

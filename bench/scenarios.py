@@ -301,6 +301,31 @@ class CurveScenario:
         return replace(self, settle_s=1.0, window_s=5.0, all_heard=False)
 
 
+@dataclass(frozen=True, slots=True)
+class StatusScenario:
+    """A last status of a million rows, asked over HTTP under a load, and what a fleet's updates make of it."""
+
+    name: str
+    title: str
+    devices: int
+    silent: int
+    unity_down: int
+    # of the devices, those that send meanwhile, and how many heartbeats a second come of them
+    senders: int
+    rate_per_s: float
+    # of each question, one every so often
+    requests: int
+    every_s: float
+    # devices, silent ones, minutes of updates
+    growth: tuple[tuple[int, int, int], ...]
+    p95: Limit
+    hot: Limit
+
+    def quicker(self) -> StatusScenario:
+        """Fewer questions, and less growth."""
+        return replace(self, requests=60, growth=((100_000, 100, 5), (2_000, 20, 60)))
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -547,6 +572,22 @@ CURVE: Final = CurveScenario(
     ceiling_devices=2_000,
     ceiling_connections=256,
     all_heard=True,
+)
+
+STATUS: Final = StatusScenario(
+    name="status",
+    title="device_last_status of 1,000,000 devices, 1,000 of them silent, asked over HTTP while heartbeats come in",
+    devices=1_000_000,
+    silent=1_000,
+    unity_down=300,
+    senders=20_000,
+    rate_per_s=333,
+    requests=200,
+    every_s=0.05,
+    growth=((1_000_000, 1_000, 5), (100_000, 100, 60), (2_000, 20, 60)),
+    p95=Limit("p95 below 10 ms", "p95_ms", 10),
+    # facts: 76 % at a million rows; the others change their slot
+    hot=Limit("HOT share of the updates meanwhile", "", 0.6, "at_least"),
 )
 
 SCENARIOS: Final[tuple[Scenario, ...]] = (

@@ -79,6 +79,7 @@ class Database:
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,
+            init=_use_inet_as_text,
             server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
         )
 
@@ -103,6 +104,11 @@ def _settings(application: str, more: dict[str, str]) -> dict[str, str]:
 async def use_packed_inet(conn: Connection) -> None:
     """Let this connection take inet values as PostgreSQL's own bytes: asyncpg would parse each text again, 2 µs."""
     await conn.set_type_codec("inet", schema="pg_catalog", encoder=_same, decoder=_same, format="binary")
+
+
+async def _use_inet_as_text(conn: Connection) -> None:
+    """Who reads shows addresses as they are written: parsed and written again, a thousand of them took 1.1 ms."""
+    await conn.set_type_codec("inet", schema="pg_catalog", encoder=_same, decoder=_same, format="text")
 
 
 def _same(value: Any) -> Any:

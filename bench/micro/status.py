@@ -24,6 +24,8 @@ _SEED: Final = 1
 _BATCH: Final = 2_000
 _INTERVAL: Final = timedelta(seconds=60)
 _OFFLINE_AFTER: Final = timedelta(minutes=10)
+# day[], written[], deduplicated[] of the same statement
+_NO_LEDGER: Final[tuple[list[Any], ...]] = ([], [], [])
 # where a heartbeat's columns lie among the upsert's arguments
 _TS, _RECEIVED = 2, 3
 
@@ -45,7 +47,7 @@ WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) /
 ORDER BY last_ts, device_no LIMIT 10000
 """
 _SIZES: Final = "SELECT pg_table_size($1::text::regclass), pg_indexes_size($1::text::regclass)"
-_UPDATES: Final = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = $1"
+_UPDATES: Final = "SELECT n_tup_upd, n_tup_hot_upd, n_dead_tup FROM pg_stat_user_tables WHERE relname = $1"
 
 
 class Design(NamedTuple):
@@ -63,6 +65,7 @@ DESIGNS: Final = (
     # the schema's own, copied with it
     Design("btree (last_slot) + unity, as in the schema", "", slot=True),
 )
+OURS: Final = DESIGNS[-1]
 
 
 class Scale(NamedTuple):
@@ -87,6 +90,27 @@ class Measured:
     offline_found: int
     table_mb: float
     index_mb: float
+
+
+class Size(NamedTuple):
+    """Of a table and of its indexes, MB (10^6 bytes)."""
+
+    table_mb: float
+    index_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What so many minutes of a fleet made of the table, updated as fast as it goes."""
+
+    devices: int
+    minutes: int
+    took_s: float
+    upserts_per_s: float
+    hot_share: float
+    dead_rows: int
+    before: Size
+    after: Size
 
 
 class _Batch(NamedTuple):
@@ -128,6 +152,37 @@ async def _scale(scale: Scale) -> Finding:
     return _finding(scale, found)
 
 
+async def grown(conn: asyncpg.Connection, scale: Scale) -> Grown:
+    """The schema's own design after a fleet's minutes, by the writer's statement in batches. The table is dropped."""
+    templates = await _templates(conn, min(scale.devices, _BATCH))
+    ids = _device_ids(scale.devices)
+    silent = set(random.Random(_SEED).sample(range(scale.devices), scale.silent))
+    run_of = _Run(conn, f"status_grown_{scale.devices}", OURS, scale, datetime.now(UTC).replace(microsecond=0))
+    await _make(run_of)
+    await _fill(run_of, ids, silent)
+    before = await _size(run_of)
+    took_s, upserts = await _upsert(run_of, list(_batches(scale, ids, silent, templates)))
+    await conn.execute("SELECT pg_stat_force_next_flush()")
+    ((updates, hot, dead),) = await conn.fetch(_UPDATES, run_of.table)
+    after = await _size(run_of)
+    await conn.execute(f"DROP TABLE {run_of.table}")
+    return Grown(
+        scale.devices,
+        scale.rounds,
+        round(took_s, 1),
+        round(upserts / took_s),
+        round(hot / updates, 4),
+        dead,
+        before,
+        after,
+    )
+
+
+async def _size(of: _Run) -> Size:
+    ((table, index),) = await of.conn.fetch(_SIZES, of.table)
+    return Size(table / 1e6, index / 1e6)
+
+
 def _finding(scale: Scale, found: Sequence[Measured]) -> Finding:
     table = text_table(
         ("index", "upserts/s", "HOT", "offline query", "table", "indexes"),
@@ -162,7 +217,7 @@ async def _templates(conn: asyncpg.Connection, number: int) -> list[wire.Heartbe
     now_us = time.time_ns() // 1000
     heartbeats = writer.heartbeats(history.Beat(index, now_us - MICROS, index) for index in range(number))
     await db.use_packed_inet(conn)
-    await conn.fetchrow(sql.queries("writer")["upsert_last_status"], *batch.status_columns(heartbeats))
+    await conn.fetchrow(sql.queries("writer")["upsert_last_status"], *batch.status_columns(heartbeats), *_NO_LEDGER)
     return heartbeats
 
 
@@ -243,7 +298,7 @@ async def _upsert(of: _Run, batches: Sequence[_Batch]) -> tuple[float, int]:
             columns = list(each.columns)
             columns[_TS] = columns[_RECEIVED] = [stamp] * len(each.numbers)
             began = time.perf_counter()
-            row = await prepared.fetchrow(*columns)
+            row = await prepared.fetchrow(*columns, *_NO_LEDGER)
             took_s += time.perf_counter() - began
             if row is None or row["written"] != len(each.numbers):
                 raise RuntimeError(f"{row} were written, not {len(each.numbers)}")
