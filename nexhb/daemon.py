@@ -32,6 +32,7 @@ from nexhb.http import tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
 from nexhb.http.connections import Connections
+from nexhb.http.express import Express
 from nexhb.http.parts import Parts
 from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
@@ -435,7 +436,7 @@ async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext |
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - it is set up
     factory = connections.factory(
-        runner.server, tls, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False,
+        runner.server, Express(parts), tls, access_log=None, keepalive_timeout=KEEPALIVE_S, auto_decompress=False,
         lingering_time=LINGER_S,
     )  # fmt: skip
     listeners: list[asyncio.Server] = []

@@ -58,6 +58,27 @@ class RequestLatency(Collector):
         yield family
 
 
+class PlainHistogram(Collector):
+    """A histogram without labels, counted as RequestLatency is and for the same reason."""
+
+    def __init__(self, name: str, documentation: str, buckets: tuple[float, ...]) -> None:
+        self._name, self._documentation, self._buckets = name, documentation, buckets
+        self._counts = [0] * (len(buckets) + 1)  # of what is beyond the last, too
+        self._sum = 0.0
+        REGISTRY.register(self)
+
+    def observe(self, value: float) -> None:
+        """Count it."""
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """As Prometheus wants it: cumulative."""
+        bounds = [*(str(float(bound)) for bound in self._buckets), "+Inf"]
+        cumulated = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=cumulated, sum_value=self._sum)
+
+
 heartbeats_ingested = Counter("heartbeats_ingested", "Heartbeats received, whatever became of them")
 hb_writes = Counter("hb_writes", "Heartbeats committed as a row of the history")
 hb_dedupe = Counter("hb_dedupe", "Heartbeats dropped: their bucket already had its row")
@@ -70,7 +91,7 @@ clock_outside_window = Counter(
 )
 device_id_mismatch = Counter("nexhb_device_id_mismatch", "Heartbeats whose device_id is not the token's")
 fields_dropped = Counter("nexhb_fields_dropped", "Optional values stored as null, being unreadable", ["field"])
-device_queue_depth = Histogram(
+device_queue_depth = PlainHistogram(
     "nexhb_device_queue_depth",
     "Heartbeats that devices say they still hold",
     buckets=(0, 1, 2, 5, 10, 50, 100, 250, 500),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 from aiohttp import web
@@ -17,12 +18,26 @@ from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
 from nexhb import log, metrics
+from nexhb.http.head import INCOMPLETE, Request, is_bodiless
 from nexhb.http.problem import Problem
 
 _log = log.get("http")
 
 READ_BUFFER = 2**16  # bytes of a body that a handler has not asked for; twice as much is held, then the line is paused
 READS_AT_LEAST = 4096  # bytes from one look to the next, of answers that wait: whoever drips does not read
+
+
+HOLD_S = 0.25  # how long the start of a heartbeat waits for its rest, before aiohttp and its bounds see to it
+
+
+class Direct(Protocol):
+    """A way around aiohttp, for requests that it understands."""
+
+    def read(self, data: bytes) -> Request | None:
+        """The one request that `data` is; INCOMPLETE where it may become one; None where it is anything else."""
+
+    def serve(self, connection: Guarded, request: Request) -> bool:
+        """Take it, and call connection.answer later. False: it is aiohttp's, and nothing happened."""
 
 
 class _Line(Protocol):
@@ -46,12 +61,14 @@ class Connections:
         # Those that never showed a valid key, the oldest first: the ones to go when there are too many.
         self._unproven: dict[_Line, None] = {}
 
-    def factory(self, server: web.Server, tls: ssl.SSLContext | None, **options: Any) -> Callable[[], asyncio.Protocol]:
+    def factory(
+        self, server: web.Server, direct: Direct, tls: ssl.SSLContext | None, **options: Any
+    ) -> Callable[[], asyncio.Protocol]:
         """What asyncio calls for each connection. `options` as aiohttp's RequestHandler takes them."""
         loop = asyncio.get_running_loop()
 
         def guarded() -> Guarded:
-            return Guarded(self, server, loop=loop, read_bufsize=READ_BUFFER, **options)
+            return Guarded(self, server, direct, loop=loop, read_bufsize=READ_BUFFER, **options)
 
         return guarded if tls is None else lambda: Handshake(self, tls, guarded)
 
@@ -152,11 +169,20 @@ class Handshake(asyncio.Protocol):
 class Guarded(RequestHandler):
     """aiohttp's connection, watched."""
 
-    __slots__ = ("_connections", "_line", "_pausing", "_stuck_since", "_unsent", "waiting_since")
+    __slots__ = (
+        "_answered", "_clean", "_connections", "_direct", "_due", "_held", "_hold", "_line", "_pausing", "_stuck_since",
+        "_unsent", "waiting_since",
+    )  # fmt: skip
 
-    def __init__(self, connections: Connections, server: web.Server, **options: Any) -> None:
+    def __init__(self, connections: Connections, server: web.Server, direct: Direct, **options: Any) -> None:
         super().__init__(server, **options)
         self._connections = connections
+        self._direct = direct
+        self._clean = True  # aiohttp's parser stands between two requests, for certain
+        self._due = False  # an answer that `direct` owes
+        self._held = b""  # what came while one was due, or the start of a request
+        self._hold: asyncio.TimerHandle | None = None  # ends the wait for the rest of it
+        self._answered: asyncio.Future[None] | None = None  # awaited by the shutdown
         self._line: asyncio.Transport | None = None  # aiohttp forgets it when it closes, whether or not it is closed
         self.waiting_since = 0.0  # s, since when a head is awaited that has begun, or the first one; 0 while none is
         self._stuck_since = 0.0  # s, since when its answers are not read, or it does not close; 0 while all is well
@@ -174,16 +200,101 @@ class Guarded(RequestHandler):
         """See asyncio.Protocol."""
         self._line = None
         self._connections.closed(self)
+        self._unhold()
         self._go_on()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        if self._due:
+            self._keep(data)
+            return
+        if self._clean and data:  # aiohttp calls with nothing to go on with what it has
+            if self._held:
+                data = self._held + data
+            request = self._direct.read(data)
+            if request is INCOMPLETE and self._idle:
+                self._await_rest(data)
+                return
+            if self._held:
+                self._unhold()
+            if request and request is not INCOMPLETE:
+                if self._idle and not self._closes and self._direct.serve(self, request):
+                    self._due = True
+                    return
+            elif not is_bodiless(data):
+                self._clean = False
+        self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
+        """To aiohttp."""
         super().data_received(data)
         if not self._idle:
             self.waiting_since = 0.0  # a whole head is there; its body has a timeout of its own
         elif not self.waiting_since:
             self.waiting_since = self._loop.time()
+
+    def _keep(self, data: bytes) -> None:
+        """What comes before the answer waits for it, within bounds."""
+        self._held += data
+        if len(self._held) > READ_BUFFER and self._line is not None:
+            self._line.pause_reading()
+
+    def _await_rest(self, data: bytes) -> None:
+        self._held = data
+        if self._hold is None:
+            self._hold = self._loop.call_later(HOLD_S, self._give_up_rest)
+        if not self.waiting_since:
+            self.waiting_since = self._loop.time()
+
+    def _give_up_rest(self) -> None:
+        """It takes its time: aiohttp may wait for it, under the bounds for heads and bodies."""
+        self._clean = False
+        self._pass_on(self._unhold())
+
+    def _unhold(self) -> bytes:
+        if self._hold is not None:
+            self._hold.cancel()
+            self._hold = None
+        data, self._held = self._held, b""
+        return data
+
+    def answer(self, said: bytes) -> None:
+        """The answer that `direct` owed."""
+        self._due = False
+        line = self._line
+        if line is not None and not line.is_closing():
+            if self._closes:
+                line.write(said.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                line.close()
+            else:
+                line.write(said)
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result(None)
+        if self._held:
+            self._loop.call_soon(self._go_on_reading)
+
+    def _go_on_reading(self) -> None:
+        if self._due or self._line is None or not self._held:
+            return
+        if len(self._held) > READ_BUFFER:
+            self._line.resume_reading()
+        self.data_received(self._unhold())
+
+    @property
+    def _closes(self) -> bool:
+        """No further request is taken; aiohttp's own flags."""
+        return self._close or self._force_close
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's signature
+        """As aiohttp's: what is under way is answered first."""
+        if self._due:
+            self._answered = self._loop.create_future()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._answered
+        await super().shutdown(timeout)
 
     @property
     def _idle(self) -> bool:

@@ -43,7 +43,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     [verdict] = await asked
     if problem := problem_of(parts, device, verdict):
         raise problem
-    return parts.answer(deduplicated=verdict.outcome is Outcome.DEDUPLICATED).to(request)
+    return parts.answer_to(verdict).to(request)
 
 
 def problem_of(parts: Parts, device: Device, verdict: Verdict) -> Problem | None:

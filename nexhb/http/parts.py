@@ -17,6 +17,7 @@ from nexhb.errors import DatabaseUnavailable
 from nexhb.http import pace
 from nexhb.http.problem import Problem, dumps
 from nexhb.http.quick import QuickAnswer
+from nexhb.intake import DEDUPLICATED
 from nexhb.ratelimit import Allowance
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nexhb.devices import DeviceStore
     from nexhb.flags import FlagStore
     from nexhb.http.auth import AdminKey
-    from nexhb.intake import Intake
+    from nexhb.intake import Intake, Verdict
     from nexhb.jobs.board import Jobs
     from nexhb.legacy.adopt import Adoption
     from nexhb.perfdiff import PerfDiff
@@ -84,12 +85,12 @@ class Parts:
             return usual
         return pace.interval_s(usual, self.settings.heartbeat.offline_after_seconds, filled, random.random())  # noqa: S311
 
-    def answer(self, *, deduplicated: bool) -> QuickAnswer:
+    def answer_to(self, verdict: Verdict) -> QuickAnswer:
         """What a device hears whose heartbeat is committed. One for each interval there is: a few hundred at most."""
-        key = (self.next_heartbeat_s(), deduplicated)
+        key = (self.next_heartbeat_s(), verdict is DEDUPLICATED)
         found = self._answers.get(key)
         if found is None:
-            value = {"ok": True, "next_heartbeat_seconds": key[0], "deduplicated": deduplicated}
+            value = {"ok": True, "next_heartbeat_seconds": key[0], "deduplicated": key[1]}
             found = self._answers.setdefault(key, QuickAnswer(dumps(value)))
         return found
 

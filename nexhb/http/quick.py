@@ -41,13 +41,14 @@ class QuickAnswer(web.StreamResponse):
     async def prepare(self, request: BaseRequest) -> AbstractStreamWriter | None:
         """Write all of it."""
         if request.transport is not None:
-            request.transport.write(self._now())
+            request.transport.write(self.as_bytes())
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
         """All of it is written."""
 
-    def _now(self) -> bytes:
+    def as_bytes(self) -> bytes:
+        """All of it, with the Date of this second."""
         second = int(time.time())
         if second != self._second:
             self._second = second
