@@ -6,12 +6,12 @@ also where its history row was a duplicate. Everything is sorted by key, so that
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
+from collections.abc import Iterable, Mapping, Sequence, Set
+from datetime import UTC, date, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from nexhb.wire import Heartbeat, Label
+from nexhb.wire import BUCKET_EPOCH, Heartbeat, Label
 
 Key = int  # device_no and bucket in one integer: half the memory of a tuple, and its order is theirs
 
@@ -38,6 +38,10 @@ class RecentKeys:
     def __contains__(self, key: Key) -> bool:
         return key in self._young or key in self._old
 
+    def none_of(self, keys: Set[Key]) -> bool:
+        """Whether it holds none of these."""
+        return self._young.isdisjoint(keys) and self._old.isdisjoint(keys)
+
     def add(self, keys: Iterable[Key]) -> None:
         """Remember keys that are committed (and no others: a lost batch must be able to come again)."""
         self._young.update(keys)
@@ -51,28 +55,57 @@ class Plan(NamedTuple):
     rows: dict[date, list[tuple[Key, int]]]  # day → (key, index of the heartbeat), sorted by key
     duplicates: set[int]  # indices that get no row
     newest: list[Heartbeat]  # one per device, sorted by device_no
+    keys: Set[Key] = frozenset()  # those of the rows
 
 
 def make(heartbeats: Sequence[Heartbeat], recent: RecentKeys) -> Plan:
     """The plan for these heartbeats, in the order in which they arrived."""
-    rows: dict[date, list[tuple[Key, int]]] = {}
+    keys = [(h.device_no << 32) + h.bucket for h in heartbeats]
+    taken = set(keys)
+    if len(taken) < len(keys) or not recent.none_of(taken):
+        return _make_of_some(heartbeats, keys, recent)
+    # Nothing is there twice, as nearly always: half the time. The largest key of a device is its newest heartbeat.
+    pairs = sorted(zip(keys, range(len(keys)), strict=True))
+    newest = {key >> 32: index for key, index in pairs}
+    return Plan(_by_day(heartbeats, pairs), set(), [heartbeats[index] for index in newest.values()], taken)
+
+
+def _make_of_some(heartbeats: Sequence[Heartbeat], keys: Sequence[Key], recent: RecentKeys) -> Plan:
+    pairs: list[tuple[Key, int]] = []
     duplicates: set[int] = set()
     newest: dict[int, Heartbeat] = {}
     taken: set[Key] = set()
-    for index, heartbeat in enumerate(heartbeats):
-        number = heartbeat.device_no
-        key = (number << 32) + heartbeat.bucket
+    for index, (key, heartbeat) in enumerate(zip(keys, heartbeats, strict=True)):
         if key in taken or key in recent:
             duplicates.add(index)
         else:
             taken.add(key)
-            rows.setdefault(heartbeat.ts.date(), []).append((key, index))
-        known = newest.get(number)
+            pairs.append((key, index))
+        known = newest.get(heartbeat.device_no)
         if known is None or heartbeat.ts >= known.ts:  # of those with a wrong clock, received together, the last
-            newest[number] = heartbeat
-    for day in rows.values():
-        day.sort()
-    return Plan(rows, duplicates, [newest[number] for number in sorted(newest)])
+            newest[heartbeat.device_no] = heartbeat
+    pairs.sort()
+    return Plan(_by_day(heartbeats, pairs), duplicates, [newest[number] for number in sorted(newest)], taken)
+
+
+def _by_day(heartbeats: Sequence[Heartbeat], pairs: list[tuple[Key, int]]) -> dict[date, list[tuple[Key, int]]]:
+    days = {heartbeats[index].bucket // 86_400 for _, index in pairs}
+    if len(days) == 1:
+        return {_date(days.pop()): pairs}
+    rows: dict[int, list[tuple[Key, int]]] = {day: [] for day in sorted(days)}
+    for pair in pairs:
+        rows[heartbeats[pair[1]].bucket // 86_400].append(pair)
+    return {_date(day): found for day, found in rows.items()}
+
+
+def day_of(heartbeat: Heartbeat) -> date:
+    """The day that `ts` lies in: its bucket's, for a bucket divides a day."""
+    return _date(heartbeat.bucket // 86_400)
+
+
+@lru_cache(maxsize=512)
+def _date(day: int) -> date:
+    return datetime.fromtimestamp(BUCKET_EPOCH + day * 86_400, UTC).date()
 
 
 def history_row(h: Heartbeat, label_no: int) -> tuple[Any, ...]:
@@ -85,27 +118,30 @@ def history_row(h: Heartbeat, label_no: int) -> tuple[Any, ...]:
 
 def status_columns(newest: Sequence[Heartbeat]) -> tuple[Sequence[Any], ...]:
     """The arguments of upsert_last_status: one sequence a column."""
-    return tuple(
-        zip(
-            *(
-                (
-                    h.device_no, h.device_id, h.ts, h.received_at, h.battery_pct, h.plugged, h.temp_c,
-                    h.label.network_type or None, h.label.ssid or None, h.ip, h.signal_dbm, h.uptime_s,
-                    h.ram_used_mb, h.label.unity_pkg_version or None, h.unity_running,
-                    h.label.agent_version or None, h.clock_wrong,
-                )
-                for h in newest
-            ),
-            strict=True,
+    rows = [
+        (
+            h.device_no, h.device_id, h.ts, h.received_at, h.battery_pct, h.plugged, h.temp_c, network_type or None,
+            ssid or None, h.ip, h.signal_dbm, h.uptime_s, h.ram_used_mb, unity_version or None, h.unity_running,
+            agent_version or None, h.clock_wrong,
         )
-    )  # fmt: skip
+        for h in newest
+        for agent_version, unity_version, network_type, ssid in (h.label,)
+    ]  # fmt: skip
+    return tuple(zip(*rows, strict=True))
 
 
-def ledger_columns(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) -> tuple[Sequence[Any], ...]:
+def ledger_columns(heartbeats: Sequence[Heartbeat], plan: Plan, written: Set[Key]) -> tuple[Sequence[Any], ...]:
     """What is committed of each day: day[], written[], deduplicated[]. `written`: the keys that became rows."""
-    received = Counter(h.ts.date() for h in heartbeats)
+    received = {day: len(rows) for day, rows in plan.rows.items()}
+    if len(written) == sum(received.values()):  # all that could be, as nearly always
+        became_rows = dict(received)
+    else:
+        became_rows = {day: sum(key in written for key, _ in rows) for day, rows in plan.rows.items()}
+    for index in plan.duplicates:
+        day = day_of(heartbeats[index])
+        received[day] = received.get(day, 0) + 1
     days = sorted(received)
-    rows = [sum(key in written for key, _ in plan.rows.get(day, ())) for day in days]
+    rows = [became_rows.get(day, 0) for day in days]
     return days, rows, [received[day] - count for day, count in zip(days, rows, strict=True)]
 
 
@@ -117,4 +153,4 @@ def changed_facts(newest: Sequence[Heartbeat], known: Mapping[int, int]) -> list
 
 def unknown_labels(labels: Iterable[Label], known: Mapping[Label, int]) -> list[Label]:
     """Labels that have no number yet, sorted."""
-    return sorted({label for label in labels if label not in known})
+    return sorted(set(labels).difference(known))

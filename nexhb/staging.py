@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import asyncpg
 
@@ -24,6 +24,11 @@ class Labels:
 
     def __getitem__(self, label: Label) -> int:
         return self._numbers[label]
+
+    @property
+    def numbers(self) -> Mapping[Label, int]:
+        """All that are known; for many at once, since a call costs as much as the look-up."""
+        return self._numbers
 
     async def learn(self, conn: Connection, labels: Iterable[Label]) -> None:
         """Number the labels that are new to us. Outside a transaction: a number must not vanish with it."""

@@ -291,8 +291,8 @@ class Writer:
             _log.warning("heartbeat.late", day=str(day), heartbeats=late, reason=self._gone[day])
 
     def _records(self, heartbeats: Sequence[Heartbeat], rows: Iterable[tuple[Key, int]]) -> list[tuple[object, ...]]:
-        labels = self._labels
-        return [batch.history_row(h, labels[h.label]) for h in (heartbeats[index] for _, index in rows)]
+        numbers = self._labels.numbers
+        return [batch.history_row(h, numbers[h.label]) for h in (heartbeats[index] for _, index in rows)]
 
     # ---- what an attempt needs ----------------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class Writer:
 
     def _remember(self, plan: Plan, changed: Sequence[Heartbeat]) -> None:
         """Only what is committed: a batch that was lost must be able to come again."""
-        self._recent.add(key for rows in plan.rows.values() for key, _ in rows)
+        self._recent.add(plan.keys)
         for heartbeat in changed:
             self._facts[heartbeat.device_no] = hash(heartbeat.facts)
 
@@ -445,6 +445,8 @@ def _say_retry(state: RetryCallState) -> None:
 
 
 def _verdicts(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) -> list[Verdict]:
+    if len(written) == len(heartbeats):
+        return [WRITTEN] * len(heartbeats)
     verdicts = [DEDUPLICATED] * len(heartbeats)
     for rows in plan.rows.values():
         for key, index in rows:

@@ -65,6 +65,13 @@ async def test_what_another_daemon_wrote_is_a_duplicate(start_daemon: StartDaemo
     assert len(await one.rows("SELECT FROM device_heartbeats")) == 2
 
 
+async def test_what_this_daemon_wrote_is_a_duplicate_without_asking_the_database(nexhb: Nexhb, now: datetime) -> None:
+    agent = await nexhb.agent()
+    before = await nexhb.metric("nexhb_staging_batches_total")
+    assert [(await agent.send(now)).body["deduplicated"] for _ in range(2)] == [False, True]
+    assert await nexhb.metric("nexhb_staging_batches_total") == before
+
+
 async def test_two_daemons_at_once_write_each_bucket_once(start_daemon: StartDaemon, now: datetime) -> None:
     daemons = [await start_daemon(), await start_daemon()]
     agents = [await daemons[0].agent() for _ in range(12)]

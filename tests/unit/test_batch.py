@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
-from nexhb import batch
+from nexhb import batch, wire
 from nexhb.batch import HISTORY_COLUMNS, Key, RecentKeys, key_of
 from nexhb.wire import Heartbeat, Label
 from tests.unit.beats import FACTS, LABEL, NOON, beat
 
 MIDNIGHT = NOON.replace(hour=0)
+EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 
 # Few devices and half a minute on each side of a midnight: buckets, days and devices meet often.
 heartbeats = st.lists(
@@ -53,6 +56,7 @@ def test_a_plan_is_what_the_model_says(arrived: list[Heartbeat], data: st.DataOb
     rows = [index for day in plan.rows.values() for _, index in day]
     assert sorted(rows) == sorted(expected)
     assert plan.duplicates == set(range(len(arrived))) - expected
+    assert plan.keys == {key_of(*key(arrived[index])) for index in expected}
     for day, entries in plan.rows.items():
         assert entries
         assert all(arrived[index].ts.date() == day for _, index in entries)
@@ -110,6 +114,7 @@ def test_recent_keys_hold_the_last_generation_and_never_more_than_two(capacity: 
         last = list(dict.fromkeys(reversed(added)))[:capacity]
         assert all(one in recent for one in last)
         assert not any(one in recent for one in set(range(201)) - set(added))
+        assert all(recent.none_of({one, 201}) is (one not in recent) for one in range(201))
 
 
 def test_a_key_is_forgotten_after_two_generations() -> None:
@@ -143,6 +148,32 @@ def test_the_status_columns_are_one_sequence_a_column_and_unknown_texts_are_null
         1, "kiosk-1", one.ts, one.received_at, 87, True, 31.5, "wifi", "Store-42", one.ip, -67, 12_345_678, 1837,
         "2.1.0", True, "1.0.9", False,
     ]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(heartbeats, st.data())
+def test_the_ledger_counts_each_day_what_became_a_row_and_what_did_not(
+    arrived: list[Heartbeat], data: st.DataObject
+) -> None:
+    keys = sorted({key_of(*key(h)) for h in arrived})
+    stored = data.draw(st.sets(st.sampled_from(keys))) if keys else set()
+    plan = batch.make(arrived, recent_of(list(stored)))
+    written = plan.keys - (data.draw(st.sets(st.sampled_from(keys))) if keys else set())
+    days, rows, deduplicated = batch.ledger_columns(arrived, plan, written)
+    received = Counter(h.ts.date() for h in arrived)
+    became = Counter(arrived[index].ts.date() for rows in plan.rows.values() for one, index in rows if one in written)
+    assert list(days) == sorted(received)
+    assert list(rows) == [became[day] for day in days]
+    assert list(deduplicated) == [received[day] - became[day] for day in days]
+
+
+@given(
+    st.integers(-31 * 86_400 * 10**6, 67 * 365 * 86_400 * 10**6).map(lambda us: EPOCH + timedelta(microseconds=us)),
+    st.sampled_from([size for size in range(1, 3_601) if 86_400 % size == 0]),
+)
+def test_a_heartbeats_day_is_its_buckets(ts: datetime, bucket_seconds: int) -> None:
+    made = structs.replace(beat(ts=ts), bucket=wire.bucket_of(ts, bucket_seconds))
+    assert batch.day_of(made) == ts.date()
 
 
 def test_facts_are_written_only_where_they_changed() -> None:
