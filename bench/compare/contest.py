@@ -39,7 +39,7 @@ _SETTINGS: Final = {
     "NEXHB_INGEST__QUEUE_BYTES": "67108864",
 }
 # requests/s that a server certainly does not reach: keys and bodies are made for so many
-_BOUND: Final = 25_000
+_BOUND: Final = 45_000
 _PEER_BOUND: Final = 6_000
 _HASHED_BOUND: Final = 50
 _BODIES_BOUND: Final = 240

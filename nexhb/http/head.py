@@ -7,7 +7,7 @@ the two never read the same bytes differently.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 _LINE = b"POST /v1/heartbeat HTTP/1.1\r\n"
 _HEAD_MOST = 4096  # bytes; an agent's has 250
@@ -19,7 +19,7 @@ _KNOWN = (
     b"x-forwarded-port", b"x-real-ip", b"x-request-id", b"traceparent", b"tracestate",
 )  # fmt: skip
 _BITS = {name: 1 << number for number, name in enumerate(_KNOWN)}
-_NEEDED = _BITS[b"host"] | _BITS[b"authorization"] | _BITS[b"content-length"]
+_HOST, _KEY, _LENGTH = _BITS[b"host"], _BITS[b"authorization"], _BITS[b"content-length"]
 _JSON = frozenset((b"application/json", b"application/json; charset=utf-8", b"application/json;charset=utf-8"))
 
 # Fields, by how they begin, that may put a body or another protocol behind a head. A leading blank continues a field.
@@ -31,7 +31,7 @@ _HARMLESS_MOST = 4096
 _HARMLESS_LENGTH = 100
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """A heartbeat as it came."""
 
     token: bytes
@@ -48,28 +48,19 @@ def read(data: bytes, body_most: int) -> Request | None:
     end = data.find(b"\r\n\r\n", len(_LINE) - 2, _HEAD_MOST)
     if end < 0:
         return INCOMPLETE if len(data) < _HEAD_MOST else None
-    token = b""
-    length = 0
-    seen = 0
+    seen, key, length_line = 0, b"", b""
     for line in data[len(_LINE) : end].split(b"\r\n"):
-        bit = _harmless.get(line)
-        if bit is None:
-            name, colon, value = line.partition(b":")
-            name, value = name.lower(), value.strip(b" ")
-            bit = _BITS.get(name, 0) if colon else 0
-            if name == b"content-length" and value.isdigit() and len(value) < 8:
-                length = int(value)
-            elif name == b"authorization" and value[:7].lower() == b"bearer " and _is_plain(value):
-                token = value[7:].strip(b" ")
-            elif not bit or not _is_harmless(line, name, value):
-                return None
-            elif len(line) <= _HARMLESS_LENGTH:
-                _remember(line, bit)
-        if seen & bit:
+        bit = _harmless.get(line) or _bit_of(line)
+        if not bit or seen & bit:
             return None
         seen |= bit
+        if bit == _KEY:
+            key = line
+        elif bit == _LENGTH:
+            length_line = line
+    token, length = _token_in(key), _length_in(length_line)
     size = len(data) - end - 4
-    if seen & _NEEDED != _NEEDED or not token or not 0 < length <= body_most or size > length:
+    if not seen & _HOST or not token or not 0 < length <= body_most or size > length:
         return None
     return Request(token, data[end + 4 :]) if size == length else INCOMPLETE
 
@@ -84,23 +75,38 @@ def is_bodiless(data: bytes) -> bool:
     return all(map(_is_plain, lines)) and not any(line.lower().startswith(_FRAMING) for line in lines[1:])
 
 
-def _is_harmless(line: bytes, name: bytes, value: bytes) -> bool:
-    """Whether a known field changes nothing about what the request is. A type other than JSON and `Connection: close`
-    do."""
-    match name:
-        case b"authorization" | b"content-length":
-            return False
-        case b"content-type":
-            return value.lower() in _JSON
-        case b"connection":
-            return value.lower() == b"keep-alive"
-    return _is_plain(line)
+def _bit_of(line: bytes) -> int:
+    """The field that a line is; 0 where it is none that is known, or says more than is understood here: a type other
+    than JSON, `Connection: close`."""
+    name, colon, value = line.partition(b":")
+    name = name.lower()
+    bit = _BITS.get(name, 0) if colon else 0
+    if bit in (_KEY, _LENGTH):
+        return bit  # looked at by itself, and never remembered: there are as many as devices
+    if name == b"content-type":
+        harmless = value.strip(b" ").lower() in _JSON
+    elif name == b"connection":
+        harmless = value.strip(b" ").lower() == b"keep-alive"
+    else:
+        harmless = _is_plain(line)
+    if not bit or not harmless:
+        return 0
+    if len(line) <= _HARMLESS_LENGTH:
+        if len(_harmless) >= _HARMLESS_MOST:
+            _harmless.clear()
+        _harmless[line] = bit
+    return bit
 
 
-def _remember(line: bytes, bit: int) -> None:
-    if len(_harmless) >= _HARMLESS_MOST:
-        _harmless.clear()
-    _harmless[line] = bit
+def _token_in(line: bytes) -> bytes:
+    """The token of `Authorization: Bearer …`, or nothing."""
+    value = line.partition(b":")[2].strip(b" ")
+    return value[7:].strip(b" ") if value[:7].lower() == b"bearer " and _is_plain(value) else b""
+
+
+def _length_in(line: bytes) -> int:
+    value = line.partition(b":")[2].strip(b" ")
+    return int(value) if value.isdigit() and len(value) < 8 else 0
 
 
 def _is_plain(text: bytes) -> bool:
