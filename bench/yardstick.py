@@ -14,13 +14,14 @@ from typing import Final
 from bench.stack import Stack, StackError
 from nexhb import sql
 from nexhb.archive import export
-from nexhb.partitions import quoted
 
 _Q = sql.queries("archive")
 # for a machine without the program of that name
 _ZSTD: Final = """
 import sys, zstandard
-parameters = zstandard.ZstdCompressionParameters.from_level(int(sys.argv[1]), window_log=int(sys.argv[2]))
+parameters = zstandard.ZstdCompressionParameters.from_level(
+    int(sys.argv[1]), window_log=int(sys.argv[2]), min_match=int(sys.argv[3])
+)
 zstandard.ZstdCompressor(compression_params=parameters).copy_stream(sys.stdin.buffer, sys.stdout.buffer)
 """
 _SHA256: Final = """
@@ -40,8 +41,9 @@ class Piped:
 
 def compressed(own: Stack, table: str) -> Piped:
     """`psql \\copy | zstd | sha256sum`, with the parameters that nexhb compresses with."""
-    level, window = export.LEVEL, export.WINDOW_LOG
-    zstd, name = _program("zstd", ["-q", "-T1", f"-{level}", f"--zstd=wlog={window}"], _ZSTD, [f"{level}", f"{window}"])
+    level, window, match = export.LEVEL, export.WINDOW_LOG, export.MIN_MATCH
+    words = ["-q", "-T1", f"-{level}", f"--zstd=wlog={window},mml={match}"]
+    zstd, name = _program("zstd", words, _ZSTD, [f"{level}", f"{window}", f"{match}"])
     return _run([_psql(own, table), zstd, _sha256()], f"psql | {name} | sha256sum")
 
 
@@ -52,7 +54,7 @@ def plain(own: Stack, table: str) -> Piped:
 
 def _psql(own: Stack, table: str) -> list[str]:
     # one line: \copy knows no other
-    select = " ".join(_Q["export"].replace("$table", quoted(table)).rstrip().rstrip(";").split())
+    select = " ".join(export.select_table(table).split())
     copy = f"\\copy ({select}) TO STDOUT WITH (FORMAT csv, HEADER, ENCODING 'utf-8')"
     return [str(own.program("psql")), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", _Q["session"], "-c", copy, own.dsn]
 

@@ -21,7 +21,7 @@ from typing import BinaryIO, cast
 import zstandard
 
 from nexhb import log, migrate, sql
-from nexhb.archive.manifest import COLUMNS, Manifest, Object, encode, manifest_name, object_name
+from nexhb.archive.manifest import PACKED, Manifest, Object, encode, manifest_name, object_name
 from nexhb.archive.store import Store
 from nexhb.db import Connection
 from nexhb.errors import ObjectExists
@@ -32,19 +32,22 @@ _log = log.get("archive")
 
 OBJECT_BYTES = 240 << 20  # compressed; with what the compressor still holds an object stays below 256 MiB
 
-# Bytes a row, and seconds of one core, for a day of 2,000 varied devices at 60 s ± 15 s: 2.88 million rows, 523 MB of
+# Bytes a row, and seconds of one core, for a day of 2,000 varied devices at 60 s ± 15 s: 2.88 million rows, 481 MB of
 # CSV (level 19: a fifth of it, times five):
 #
-#   window    level 3       level 6       level 9       level 12       level 19
-#   default   31.5, 1.2 s   28.3, 3.3 s   27.0, 6.4 s   26.9, 14.2 s   22.7, 256 s
-#   128 KiB   28.9, 0.8 s   27.1, 3.2 s   25.9, 5.3 s   25.7,  9.3 s   22.6,  78 s
+#   window                level 3        level 6        level 9        level 12        level 19
+#   default               19.63, 0.9 s   17.82, 2.6 s   17.29, 5.2 s   17.10, 11.1 s   15.35, 252 s
+#   128 KiB               18.72, 0.6 s   17.14, 2.2 s   16.60, 3.6 s   16.58,  7.0 s   15.28, 129 s
+#   128 KiB, matches ≥ 6  18.16, 0.6 s   16.72, 2.2 s   16.42, 3.4 s   16.42,  6.5 s   15.37, 118 s
 #
 # A device's rows are like each other and like no other's, so whatever is found further back than half a day of one
-# device costs time and a longer distance. Larger windows (32 MiB: 27.2, 8.9 s) and long-distance matching (128 MiB:
-# 27.3, 9.1 s) are worse still. Half of the bytes are the two times, ts and received_at; of a fleet whose devices
-# send at exact intervals, a row is 14.4.
+# device costs time and a longer distance (32 MiB, matches ≥ 6: 17.11, 6.8 s). Matches of less than six bytes are found
+# in digits that are chance, and cost more than the digits. docs/archive.md has what each column costs.
 LEVEL = 9
 WINDOW_LOG = 17
+MIN_MATCH = 6
+
+BUCKET_SECONDS = 10  # ingest.bucket_seconds, where it is not changed
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,36 @@ class Stored:
     sha256: str  # of the manifest, hex
 
 
+def select(rows: str, bucket_seconds: int) -> str:
+    """The statement whose CSV is an archive's stream; `rows`: a plain table, or a query in brackets."""
+    return _Q["packed"].replace("$rows", rows).replace("$bucket_seconds", str(bucket_seconds))
+
+
+def select_table(table: str, bucket_seconds: int = BUCKET_SECONDS) -> str:
+    """The same for a table of heartbeats."""
+    return select(f"({_Q['spelled_out'].replace('$table', quoted(table))})", bucket_seconds)
+
+
 async def export(
     conn: Connection,
     source: Source,
     store: Store,
     spool: Path,
     *,
+    bucket_seconds: int = BUCKET_SECONDS,
     object_bytes: int = OBJECT_BYTES,
     at: Callable[[str], None] = lambda _: None,
 ) -> Stored:
     """Store every row of `source.table`. Raises StoreError, or what the database says.
 
-    `spool`: a folder for one object at a time. `at` hears of each thing that is durable.
+    `bucket_seconds`: what most rows' buckets are; another one is stored as well, and longer. `spool`: a folder for one
+    object at a time. `at` hears of each thing that is durable.
     """
     await conn.execute(_Q["session"])
     stream = _Stream(source, store, spool, object_bytes, at)
     try:
-        select = _Q["export"].replace("$table", quoted(source.table))
-        status = await conn.copy_from_query(select, output=stream.take, format="csv", header=True, encoding="utf-8")
+        statement = select_table(source.table, bucket_seconds)
+        status = await conn.copy_from_query(statement, output=stream.take, format="csv", header=True, encoding="utf-8")
         await stream.finish()
     finally:
         stream.close()
@@ -97,7 +112,8 @@ async def export(
         range_start=source.start,
         range_end=source.end,
         schema_version=migrate.find()[-1].version,
-        columns=COLUMNS,
+        bucket_seconds=bucket_seconds,
+        columns=PACKED,
         rows=rows,
         min_ts=span["min_ts"],
         max_ts=span["max_ts"],
@@ -218,7 +234,9 @@ class _Part:
         self.sha256 = hashlib.sha256()
         self.bytes = 0
         self._file = file
-        how = zstandard.ZstdCompressionParameters.from_level(LEVEL, window_log=WINDOW_LOG, write_checksum=True)
+        how = zstandard.ZstdCompressionParameters.from_level(
+            LEVEL, window_log=WINDOW_LOG, min_match=MIN_MATCH, write_checksum=True
+        )
         self._compress = zstandard.ZstdCompressor(compression_params=how).compressobj()
 
     def write(self, piece: bytes) -> None:

@@ -14,13 +14,13 @@ _TS = COLUMNS.index("ts")
 
 
 async def heartbeats_of(store: Store, archives: Sequence[Archived], device_id: str) -> list[dict[str, str | None]]:
-    """Its rows, oldest first, as the archives' texts by column. Raises ArchiveDamaged or StoreError: what is returned
+    """Its rows, oldest first, as texts by column. Raises ArchiveDamaged or StoreError: what is returned
     comes from archives that were read to their end and found whole."""
     found: list[list[str]] = []
     for archived in archives:
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
-        async with aclosing(verify.rows(store, manifest)) as pieces:
+        async with aclosing(verify.rows(store, manifest, ("device_id", {device_id}))) as pieces:
             async for rows in pieces:
-                found += [row for row in rows if row[0] == device_id]
+                found += rows
     found.sort(key=lambda row: row[_TS])
     return [dict(zip(COLUMNS, (text or None for text in row), strict=True)) for row in found]

@@ -9,7 +9,7 @@ from pathlib import Path
 from nexhb import log, partitions, sql
 from nexhb.archive import verify
 from nexhb.archive.catalog import Archived
-from nexhb.archive.export import Source, export
+from nexhb.archive.export import BUCKET_SECONDS, Source, export
 from nexhb.archive.store import Store
 from nexhb.db import Connection
 
@@ -26,6 +26,7 @@ async def supplement(
     spool: Path,
     now: datetime,
     *,
+    bucket_seconds: int = BUCKET_SECONDS,
     at: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Carry a day's late heartbeats into a supplement, verified; how many rows. `archives`: what the day has so far.
@@ -45,7 +46,7 @@ async def supplement(
             await _forget(conn, day, keys, len(keys))
         return 0
     source = Source("late_day", "late", day.partition, day.start, day.end)
-    stored = await export(conn, source, store, spool, at=at)
+    stored = await export(conn, source, store, spool, bucket_seconds=bucket_seconds, at=at)
     await verify.verify(store, stored.name, stored.sha256)
     at("verified")
     async with conn.transaction():
@@ -65,9 +66,10 @@ async def _forget(conn: Connection, day: Archived, keys: list[tuple[int, int]], 
 async def _known(store: Store, archives: list[Archived], keys: set[tuple[int, int]]) -> set[tuple[int, int]]:
     """Those of `keys` that the day's archives have."""
     found: set[tuple[int, int]] = set()
+    theirs = {str(device_no) for device_no, _ in keys}
     for archived in archives:
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
-        async for rows in verify.rows(store, manifest):
+        async for rows in verify.rows(store, manifest, ("device_no", theirs)):
             found |= keys & {(int(row[-2]), int(row[-1])) for row in rows}
     return found
 

@@ -13,15 +13,24 @@ import msgspec
 
 from nexhb.errors import ArchiveDamaged
 
-FORMAT = "nexhb-archive-1"
+FORMAT = "nexhb-archive-2"  # what is written; both are read
+FORMER = "nexhb-archive-1"  # every column as it is, without bucket_seconds
 MOST_BYTES = 1 << 20  # of a manifest: a day of a million devices is some 200 objects of 150 bytes each
 
-# The stream's columns, in their order. The first is what people look for; the key, whose order the rows have, is last.
+# A heartbeat's columns, as it is handed to people: `archive get`, `archive restore --into`; a stream's in FORMER.
 COLUMNS = (
     "device_id", "ts", "received_at", "clock_wrong", "battery_pct", "plugged", "temp_c", "network_type", "ssid",
     "ip", "signal_dbm", "uptime_s", "ram_used_mb", "unity_pkg_version", "unity_running", "agent_version", "device_no",
     "bucket",
 )  # fmt: skip
+
+# The stream's columns, in their order: first what people look for. sql/queries/archive.sql packs, packed.py unpacks.
+PACKED = (
+    "device_id", "device_no", "agent_version", "unity_pkg_version", "network_type", "ssid", "ip", "clock_wrong",
+    "plugged", "up_since", "received_at", "uptime_s", "bucket", "battery_pct", "ts", "received_after_us", "ram_used_mb",
+    "temp_c", "signal_dbm", "unity_running",
+)  # fmt: skip
+STREAM_COLUMNS = {FORMER: COLUMNS, FORMAT: PACKED}
 
 
 class Object(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +50,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     range_start: datetime  # UTC
     range_end: datetime
     schema_version: int
+    bucket_seconds: int | None = None  # what an empty bucket is reckoned with; none in FORMER
     columns: tuple[str, ...]
     rows: int
     min_ts: datetime | None
@@ -67,8 +77,11 @@ def decode(raw: bytes) -> Manifest:
         found = msgspec.json.decode(raw, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ArchiveDamaged(f"The manifest cannot be read: {error}.") from error
-    if found.format != FORMAT or found.compression != "zstd":
-        raise ArchiveDamaged(f"Its format is {found.format}, {found.compression}; this nexhb reads {FORMAT}, zstd.")
+    if found.format not in STREAM_COLUMNS or found.compression != "zstd":
+        known = " and ".join(STREAM_COLUMNS)
+        raise ArchiveDamaged(f"Its format is {found.format}, {found.compression}; this nexhb reads {known}, zstd.")
+    if found.format == FORMAT and not found.bucket_seconds:
+        raise ArchiveDamaged("The manifest does not say how long a bucket is.")
     for moment in (found.range_start, found.range_end, found.min_ts, found.max_ts):
         if moment is not None and moment.utcoffset() != UTC.utcoffset(None):
             raise ArchiveDamaged(f"The manifest has a time that is not UTC: {moment}.")

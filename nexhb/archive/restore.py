@@ -13,7 +13,8 @@ import asyncpg
 from nexhb import log, partitions, sql
 from nexhb.archive import verify
 from nexhb.archive.catalog import Archived
-from nexhb.archive.manifest import COLUMNS, Manifest
+from nexhb.archive.export import select
+from nexhb.archive.manifest import STREAM_COLUMNS, Manifest
 from nexhb.archive.store import Store
 from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged, BadInput
@@ -24,8 +25,8 @@ _log = log.get("archive")
 
 
 @dataclass(frozen=True)
-class _Plain:
-    """A table with an archive's columns."""
+class _Table:
+    """A table that an archive is read into."""
 
     table: str
     schema: str | None = None
@@ -35,7 +36,8 @@ class _Plain:
         return f"{self.schema}.{quoted(self.table)}" if self.schema else quoted(self.table)
 
 
-_SCRATCH = _Plain("nexhb_restore", "pg_temp")  # a temporary table: a restore that is killed leaves nothing
+_PACKED = _Table("nexhb_packed", "pg_temp")
+_SCRATCH = _Table("nexhb_restore", "pg_temp")  # a temporary table: a restore that is killed leaves nothing
 
 
 async def restore_into(conn: Connection, store: Store, archives: Sequence[Archived], table: str) -> int:
@@ -45,7 +47,7 @@ async def restore_into(conn: Connection, store: Store, archives: Sequence[Archiv
     """
     try:
         async with conn.transaction():
-            return await _fill(conn, store, archives, _Plain(table))
+            return await _fill(conn, store, archives, _Table(table))
     except asyncpg.DuplicateTableError as error:
         raise BadInput(f"There is a table {table} already.", hint="Name another.") from error
 
@@ -89,23 +91,30 @@ async def _bring_back(conn: Connection, store: Store, archives: Sequence[Archive
     return rows
 
 
-async def _fill(conn: Connection, store: Store, archives: Sequence[Archived], into: _Plain) -> int:
+async def _fill(conn: Connection, store: Store, archives: Sequence[Archived], into: _Table) -> int:
     """A plain table out of archives, each compared with its manifest on the way."""
     await conn.execute(_Q["make_plain"].replace("$table", into.qualified))
     rows = 0
     for archived in archives:
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
-        rows += await _copy(conn, store, manifest, into)
+        if manifest.bucket_seconds is None:
+            rows += await _copy(conn, store, manifest, into)
+            continue
+        await conn.execute(_Q["make_packed"])
+        rows += await _copy(conn, store, manifest, _PACKED)
+        unpack = _Q["unpack"].replace("$plain", into.qualified).replace("$packed", _PACKED.qualified)
+        await conn.execute(unpack.replace("$bucket_seconds", str(manifest.bucket_seconds)))
+        await conn.execute(f"DROP TABLE {_PACKED.qualified}")
     return rows
 
 
-async def _copy(conn: Connection, store: Store, manifest: Manifest, into: _Plain) -> int:
+async def _copy(conn: Connection, store: Store, manifest: Manifest, into: _Table) -> int:
     async with aclosing(verify.stream(store, manifest)) as pieces:
         status = await conn.copy_to_table(
             into.table,
             schema_name=into.schema,
             source=pieces,
-            columns=COLUMNS,
+            columns=STREAM_COLUMNS[manifest.format],
             format="csv",
             header=True,
             encoding="utf-8",
@@ -132,9 +141,10 @@ async def drill(conn: Connection, store: Store, archived: Archived) -> int:
         async def take(piece: bytes) -> None:
             again.update(piece)
 
-        await conn.copy_from_query(
-            _Q["plain_again"].replace("$table", scratch), output=take, format="csv", header=True, encoding="utf-8"
-        )
+        again_as = _Q["plain_again"].replace("$table", scratch)
+        if manifest.bucket_seconds is not None:
+            again_as = select(scratch, manifest.bucket_seconds)
+        await conn.copy_from_query(again_as, output=take, format="csv", header=True, encoding="utf-8")
         span = await conn.fetchrow(_Q["span"].replace("$table", scratch))
         await conn.execute(f"DROP TABLE {scratch}")
     assert span is not None  # noqa: S101 - an aggregate has one row

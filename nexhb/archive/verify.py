@@ -6,13 +6,14 @@ import asyncio
 import csv
 import hashlib
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Container
 from contextlib import aclosing
 
 import msgspec
 import zstandard
 
-from nexhb.archive.manifest import COLUMNS, MOST_BYTES, Manifest, Object, decode
+from nexhb.archive.manifest import MOST_BYTES, STREAM_COLUMNS, Manifest, Object, decode
+from nexhb.archive.packed import unpacked
 from nexhb.archive.store import Store
 from nexhb.errors import ArchiveDamaged
 
@@ -86,18 +87,34 @@ async def _unpacked(store: Store, one: Object) -> AsyncGenerator[bytes, None]:
         raise ArchiveDamaged(f"{one.name} is not what was stored: {size} bytes or its SHA-256 differ.")
 
 
-async def rows(store: Store, manifest: Manifest) -> AsyncGenerator[list[list[str]], None]:
-    """The CSV's rows without its head, some thousand at a time; an empty text is null. Raises as `stream` does."""
+async def rows(
+    store: Store, manifest: Manifest, where: tuple[str, Container[str]] | None = None
+) -> AsyncGenerator[list[list[str]], None]:
+    """The heartbeats as texts in the order of COLUMNS, some thousand at a time; an empty text is null. `where`: only
+    those whose column (device_id or device_no) is one of those texts. Raises as `stream` does."""
+    columns = STREAM_COLUMNS[manifest.format]
     rest, head = b"", True
     async for piece in stream(store, manifest):
         found, rest = await asyncio.to_thread(_whole_rows, rest + piece)
         if found and head:
-            if tuple(found[0]) != COLUMNS:
+            if tuple(found[0]) != columns:
                 raise ArchiveDamaged(f"The archive of {manifest.partition} has other columns than this nexhb knows.")
             found, head = found[1:], False
+        if where is not None:
+            place, wanted = columns.index(where[0]), where[1]
+            found = [row for row in found if row[place] in wanted]
+        if manifest.bucket_seconds is not None:
+            found = await asyncio.to_thread(_plain, found, manifest.bucket_seconds)
         yield found
     if rest:
         raise ArchiveDamaged(f"The archive of {manifest.partition} ends within a row.")
+
+
+def _plain(found: list[list[str]], bucket_seconds: int) -> list[list[str]]:
+    try:
+        return [unpacked(row, bucket_seconds) for row in found]
+    except ValueError as error:
+        raise ArchiveDamaged(f"An archive's row cannot be read: {error}.") from error
 
 
 def _whole_rows(data: bytes) -> tuple[list[list[str]], bytes]:

@@ -33,6 +33,7 @@ def means(settings: Settings) -> Means:
         ),
         store=lambda: open_store(settings.archive_url, settings.archive),
         spool=settings.data_dir / "spool",
+        bucket_seconds=settings.ingest.bucket_seconds,
         compare_clocks=True,
     )
 

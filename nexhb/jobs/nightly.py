@@ -17,7 +17,7 @@ from asyncpg import Record
 
 from nexhb import locks, log, metrics, partitions, sql
 from nexhb.archive import catalog, late, restore, verify
-from nexhb.archive.export import Source, clean_spool, export
+from nexhb.archive.export import BUCKET_SECONDS, Source, clean_spool, export
 from nexhb.archive.store import Store
 from nexhb.db import Connection
 from nexhb.errors import JobFailed, LockLost, NexhbError
@@ -48,6 +48,7 @@ class Means:
     spool: Path  # a folder for objects on their way
     random: random.Random = field(default_factory=random.SystemRandom)  # which day is drilled
     at: Callable[[str], None] = nothing  # hears of each thing that is durable; the tests kill a run there
+    bucket_seconds: int = BUCKET_SECONDS  # of the days that are archived, as a rule
     compare_clocks: bool = False  # do nothing where this machine's clock is not the database's
 
 
@@ -214,13 +215,13 @@ class Night:
         _log.info("archive.end", partition=day.name, rows=rows, url=url)
 
     async def _stored_and_verified(self, day: Day) -> tuple[int, str]:
-        at = self._means.at
+        means, at = self._means, self._means.at
         await partitions.detach(self._conn, day.name)
         at("detached")
         await partitions.seal(self._conn, day.name, day.start, day.end)
         at("sealed")
         source = Source(day.name, "day", day.name, day.start, day.end)
-        stored = await export(self._conn, source, self._store, self._means.spool, at=at)
+        stored = await export(self._conn, source, self._store, means.spool, bucket_seconds=means.bucket_seconds, at=at)
         await verify.verify(self._store, stored.name, stored.sha256)
         at("verified")
         manifest, url = stored.manifest, self._store.url(stored.name)
@@ -260,9 +261,15 @@ class Night:
         if day.attached and not gone:
             self._counts["late_merged"] += await partitions.merge_late(self._conn, day.name, day.start, day.end)
         elif gone or not day.present:
-            archives = await catalog.find(self._conn, day.start.date())
+            archives, means = await catalog.find(self._conn, day.start.date()), self._means
             rows = await late.supplement(
-                self._conn, self._store, archives, self._means.spool, self._now, at=self._means.at
+                self._conn,
+                self._store,
+                archives,
+                means.spool,
+                self._now,
+                bucket_seconds=means.bucket_seconds,
+                at=means.at,
             )
             self._counts["late_archived"] += rows
 

@@ -1,5 +1,6 @@
 -- A day on its way out and back. `$table` stands for a table's quoted name out of the catalog: a statement's parameters
--- cannot name one.
+-- cannot name one. Plain is a heartbeat as people read it (heartbeat_history); packed is the same as an archive has it:
+-- what follows from other columns is left out or written as what hardly changes (docs/archive.md has the bytes).
 
 -- name: session
 -- What the text of a value depends on, so that the same rows are the same bytes on every server; memory for one sort.
@@ -9,17 +10,36 @@ SET timezone = 'UTC';
 SET work_mem = '64MB';
 SET jit = off;
 
--- name: export
--- The stream of an archive: every column, device and label spelled out, in the order of the key. LEFT: a row whose
--- device or label is missing is a row all the same.
+-- name: spelled_out
+-- A table's rows, plain: every column, device and label spelled out. LEFT: a row whose device or label is missing is a
+-- row all the same.
 SELECT d.device_id, h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, h.temp_c,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
        h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
        nullif(l.agent_version, '') AS agent_version, h.device_no, h.bucket
 FROM $table h
 LEFT JOIN devices d USING (device_no)
-LEFT JOIN heartbeat_labels l USING (label_no)
-ORDER BY h.device_no, h.bucket;
+LEFT JOIN heartbeat_labels l USING (label_no);
+
+-- name: packed
+-- The stream of an archive: plain `$rows` (a table, or a query in brackets), packed, in the order of the key. What stays
+-- the same from row to row stands together, then what changes. received_at, uptime_s and bucket are empty where they
+-- follow from ts and received_after_us, up_since, $bucket_seconds; spelled out where one of the times lies outside the
+-- years that a bucket can count (an infinite one, too), so that no row is lost to arithmetic.
+SELECT device_id, device_no, agent_version, unity_pkg_version, network_type, ssid, ip, clock_wrong, plugged,
+       CASE WHEN follows THEN date_trunc('second', ts) - uptime_s * interval '1 second' END AS up_since,
+       CASE WHEN NOT follows THEN received_at END AS received_at,
+       CASE WHEN NOT follows THEN uptime_s END AS uptime_s,
+       CASE WHEN follows
+            THEN nullif(bucket, (floor(date_part('epoch', ts))::bigint - 1577836800) / $bucket_seconds * $bucket_seconds)
+            ELSE bucket END AS bucket,
+       battery_pct, ts,
+       CASE WHEN follows THEN (date_part('epoch', received_at - ts) * 1000000)::bigint END AS received_after_us,
+       ram_used_mb, temp_c, signal_dbm, unity_running
+FROM (SELECT *, least(ts, received_at) >= timestamptz '2020-01-01 00:00:00+00'
+                AND greatest(ts, received_at) < timestamptz '2088-01-01 00:00:00+00' AS follows
+      FROM $rows r) p
+ORDER BY p.device_no, p.bucket;
 
 -- name: span
 SELECT min(ts) AS min_ts, max(ts) AS max_ts FROM $table;
@@ -47,8 +67,44 @@ CREATE TABLE $table (
     bucket            integer NOT NULL
 );
 
+-- name: make_packed
+-- What an archive's stream is read into, before it is unpacked.
+CREATE TEMP TABLE nexhb_packed (
+    device_id         text,
+    device_no         integer NOT NULL,
+    agent_version     text,
+    unity_pkg_version text,
+    network_type      text,
+    ssid              text,
+    ip                inet,
+    clock_wrong       boolean NOT NULL,
+    plugged           boolean,
+    up_since          timestamptz,
+    received_at       timestamptz,
+    uptime_s          integer,
+    bucket            integer,
+    battery_pct       smallint,
+    ts                timestamptz NOT NULL,
+    received_after_us bigint,
+    ram_used_mb       integer,
+    temp_c            real,
+    signal_dbm        smallint,
+    unity_running     boolean
+);
+
+-- name: unpack
+-- The opposite of `packed`: into the plain table `$plain`, out of `$packed`.
+INSERT INTO $plain (device_id, ts, received_at, clock_wrong, battery_pct, plugged, temp_c, network_type, ssid, ip,
+                    signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, device_no, bucket)
+SELECT device_id, ts, coalesce(received_at, ts + received_after_us * interval '1 microsecond'), clock_wrong,
+       battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm,
+       coalesce(uptime_s, date_part('epoch', date_trunc('second', ts) - up_since)::integer), ram_used_mb,
+       unity_pkg_version, unity_running, agent_version, device_no,
+       coalesce(bucket, (floor(date_part('epoch', ts))::bigint - 1577836800) / $bucket_seconds * $bucket_seconds)
+FROM $packed;
+
 -- name: plain_again
--- A plain table as the stream that it was made from.
+-- A plain table as the stream that it was made from, where that was one of the first format.
 SELECT * FROM $table ORDER BY device_no, bucket;
 
 -- name: restore_devices

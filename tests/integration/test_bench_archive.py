@@ -22,7 +22,7 @@ def test_two_days_are_archived_and_judged(monkeypatch: pytest.MonkeyPatch) -> No
     assert not broken
     details: dict[str, Any] = dict(finding.details)
     assert details["rows_archived"] == 2 * 20 * 24
-    assert details["pipe"] == "psql | python (zstd) 9 17 | sha256sum"
+    assert details["pipe"] == "psql | python (zstd) 9 17 6 | sha256sum"
     assert details["check"]["ok"]
     assert 10 < details["bytes_per_row"] < details["stream_bytes_per_row"] < 250
     assert {"archived": 1, "dropped": 1, "drilled": 1}.items() <= details["nightly"]["alone"].items()

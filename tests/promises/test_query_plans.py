@@ -305,12 +305,14 @@ async def test_postgresql_takes_every_query_there_is(conn: Connection) -> None:
     await conn.execute(sql.queries("devices")["import_table"].replace("ON COMMIT DROP", ""))
     await conn.execute(sql.queries("archive")["late_day"])
     await conn.execute(sql.queries("archive")["make_plain"].replace("$table", "plain"))
+    await conn.execute(sql.queries("archive")["make_packed"])
     for path in (sql.root() / "queries").glob("*.sql"):
         if path.stem == "nexmdm":
             continue  # asked of the old system: tests/acceptance/test_import_legacy.py
         for name, text in sql.queries(path.stem).items():
             table = "plain" if name in OF_PLAIN_TABLES else "device_heartbeats"
-            statement = text.replace("$table", table).replace("$plain", "plain")
+            statement = text.replace("$table", table).replace("$plain", "plain").replace("$rows", "plain")
+            statement = statement.replace("$packed", "nexhb_packed").replace("$bucket_seconds", "10")
             if not statement.startswith(("CREATE", "SET")):
                 assert await conn.prepare(statement), f"{path.stem}.{name}"
     for statement in sql.legacy().values():
