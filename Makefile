@@ -7,7 +7,7 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve bench-status install uninstall lock clean
+.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve bench-status bench-daemons install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,9 @@ bench-curve: $(VENV)/.test ## 2,000 to 500,000 devices and the ceiling, five min
 
 bench-status: $(VENV)/.test ## a last status of a million devices over HTTP, and its growth, four minutes; writes docs/performance.md (QUICK=1)
 	@$(BIN)/python -m bench status $(if $(QUICK),--quick)
+
+bench-daemons: $(VENV)/.test ## 1, 2 and 3 daemons on one PostgreSQL, on one host and on two, two minutes; writes docs/performance.md (QUICK=1)
+	@$(BIN)/python -m bench daemons $(if $(QUICK),--quick)
 
 install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= for packagers)
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' PYTHON='$(PYTHON)' LOCK='$(LOCK)' PIP_ARGS='$(PIP_ARGS)' packaging/install install

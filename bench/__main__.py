@@ -15,6 +15,7 @@ from bench import demo, progress, stack, suite
 from bench import load as loads
 from bench.compare.command import compare
 from bench.curve.command import curve
+from bench.daemons.command import daemons
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
 from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
@@ -96,6 +97,7 @@ app.command()(micro)
 app.command()(compare)
 app.command()(curve)
 app.command()(status)
+app.command()(daemons)
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,6 +326,30 @@ class StatusScenario:
         return replace(self, requests=60, growth=((100_000, 100, 5), (2_000, 20, 60)))
 
 
+@dataclass(frozen=True, slots=True)
+class DaemonsScenario:
+    """Several daemons on one PostgreSQL: as fast as it goes, the same heartbeats to all of them, a job on all."""
+
+    name: str
+    title: str
+    devices: int
+    numbers: tuple[int, ...]
+    connections: int
+    warm_s: float
+    round_s: float
+    # heartbeats of each device that are sent to every daemon at once
+    copies_beats: int
+    copies_connections: int
+    # of an old day that the nightly run archives: else it ends before the second daemon has heard of it
+    old_beats: int
+    # hosts are network namespaces, each with a daemon and a generator of its own
+    hosts: int
+
+    def quicker(self) -> DaemonsScenario:
+        """Shorter rounds."""
+        return replace(self, warm_s=0.5, round_s=3.0, copies_beats=2, old_beats=50)
+
+
 Scenario = (
     OpenLoopScenario
     | OfflineQueryScenario
@@ -588,6 +612,20 @@ STATUS: Final = StatusScenario(
     p95=Limit("p95 below 10 ms", "p95_ms", 10),
     # facts: 76 % at a million rows; the others change their slot
     hot=Limit("HOT share of the updates meanwhile", "", 0.6, "at_least"),
+)
+
+DAEMONS: Final = DaemonsScenario(
+    name="daemons",
+    title="1, 2 and 3 daemons on one PostgreSQL, on one host and on two",
+    devices=2_000,
+    numbers=(1, 2, 3),
+    connections=256,
+    warm_s=1.5,
+    round_s=8.0,
+    copies_beats=5,
+    copies_connections=64,
+    old_beats=100,
+    hosts=2,
 )
 
 SCENARIOS: Final[tuple[Scenario, ...]] = (

@@ -60,9 +60,11 @@ def free_port() -> int:
 class Stack:
     """One daemon and its data. Calls block: from an event loop, use `asyncio.to_thread`."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
-        """Prepare in an existing folder; `settings` are NEXHB_… variables."""
+    def __init__(self, folder: Path, settings: Mapping[str, str], *, shared_port: int | None = None) -> None:
+        """Prepare in an existing folder; `settings` are NEXHB_… variables. With a shared port the daemon answers there
+        as well, beside others, and `port` is its own."""
         self.folder = folder
+        self._shared_port = shared_port
         self.data_dir = folder / "data"
         self.log_path = folder / "daemon.log"
         self.port = free_port()
@@ -210,6 +212,12 @@ class Stack:
         aliases = {"DATABASE_URL", "ADMIN_KEY", "READ_FROM_LAST_STATUS", "PERF_DIFF_ENABLED", "STATE_DIRECTORY"}
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("NEXHB_", "PG")) and k not in aliases}
         where = {"NEXHB_DATA_DIR": str(self.data_dir), "NEXHB_SERVER__PORT": str(self.port)}
+        if self._shared_port is not None:
+            where |= {
+                "NEXHB_SERVER__PORT": str(self._shared_port),
+                "NEXHB_SERVER__INSTANCE_PORT": str(self.port),
+                "NEXHB_SERVER__REUSE_PORT": "true",
+            }
         # the checkout that this bench belongs to, whatever the working directory
         return (
             ours | where | _NO_SCHEDULE | self._settings | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
