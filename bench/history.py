@@ -93,7 +93,7 @@ class Writer:
     @classmethod
     async def of(cls, conn: asyncpg.Connection, fleet: Sequence[Device]) -> Writer:
         """For devices that the database knows."""
-        await db.use_packed_inet(conn)
+        await db.use_packed(conn)
         found = await conn.fetch("SELECT device_id, device_no FROM devices")
         return cls(conn, fleet, {row["device_id"]: row["device_no"] for row in found})
 

@@ -11,7 +11,7 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from nexhb.wire import BUCKET_EPOCH, Heartbeat, Label
+from nexhb.wire import BUCKET_EPOCH, Heartbeat, Label, pack_moment
 
 Key = int  # device_no and bucket in one integer: half the memory of a tuple, and its order is theirs
 
@@ -109,20 +109,20 @@ def _date(day: int) -> date:
 
 
 def history_row(h: Heartbeat, label_no: int) -> tuple[Any, ...]:
-    """The row of device_heartbeats, in the order of HISTORY_COLUMNS."""
+    """The row of device_heartbeats, in the order of HISTORY_COLUMNS; its moments as `db.use_packed` takes them."""
     return (
-        h.ts, h.received_at, h.device_no, h.bucket, label_no, h.uptime_s, h.ram_used_mb, h.temp_c, h.battery_pct,
-        h.signal_dbm, h.plugged, h.unity_running, h.clock_wrong, h.ip,
+        pack_moment(h.ts), pack_moment(h.received_at), h.device_no, h.bucket, label_no, h.uptime_s, h.ram_used_mb,
+        h.temp_c, h.battery_pct, h.signal_dbm, h.plugged, h.unity_running, h.clock_wrong, h.ip,
     )  # fmt: skip
 
 
 def status_columns(newest: Sequence[Heartbeat]) -> tuple[Sequence[Any], ...]:
-    """The arguments of upsert_last_status: one sequence a column."""
+    """The arguments of upsert_last_status: one sequence a column; moments as in history_row."""
     rows = [
         (
-            h.device_no, h.device_id, h.ts, h.received_at, h.battery_pct, h.plugged, h.temp_c, network_type or None,
-            ssid or None, h.ip, h.signal_dbm, h.uptime_s, h.ram_used_mb, unity_version or None, h.unity_running,
-            agent_version or None, h.clock_wrong,
+            h.device_no, h.device_id, pack_moment(h.ts), pack_moment(h.received_at), h.battery_pct, h.plugged, h.temp_c,
+            network_type or None, ssid or None, h.ip, h.signal_dbm, h.uptime_s, h.ram_used_mb, unity_version or None,
+            h.unity_running, agent_version or None, h.clock_wrong,
         )
         for h in newest
         for agent_version, unity_version, network_type, ssid in (h.label,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import asyncpg
@@ -12,6 +13,7 @@ import asyncpg
 from nexhb import sql
 from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
+from nexhb.wire import pack_moment, unpack_moment
 
 _Q = sql.queries("db")
 
@@ -101,9 +103,13 @@ def _settings(application: str, more: dict[str, str]) -> dict[str, str]:
     } | more
 
 
-async def use_packed_inet(conn: Connection) -> None:
-    """Let this connection take inet values as PostgreSQL's own bytes: asyncpg would parse each text again, 2 µs."""
+async def use_packed(conn: Connection) -> None:
+    """Let this connection take inet and timestamptz values as PostgreSQL's own bytes too: asyncpg would parse each
+    address again (2 µs), and take 0.5 µs for each moment, of which a heartbeat has four."""
     await conn.set_type_codec("inet", schema="pg_catalog", encoder=_same, decoder=_same, format="binary")
+    await conn.set_type_codec(
+        "timestamptz", schema="pg_catalog", encoder=_moment, decoder=unpack_moment, format="binary"
+    )
 
 
 async def _use_inet_as_text(conn: Connection) -> None:
@@ -113,6 +119,10 @@ async def _use_inet_as_text(conn: Connection) -> None:
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _moment(value: bytes | datetime) -> bytes:
+    return value if value.__class__ is bytes else pack_moment(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -414,6 +415,21 @@ def _facts(  # noqa: PLR0917 - they are the cache's key, and names would cost as
 def _check_storable(texts: str) -> None:
     if "\0" in texts:
         raise _Unstorable
+
+
+_PG_EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_int64 = struct.Struct("!q")
+
+
+def pack_moment(moment: datetime) -> bytes:
+    """A moment in PostgreSQL's binary form of timestamptz: µs since 2000."""
+    since = moment - _PG_EPOCH
+    return _int64.pack((since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds)
+
+
+def unpack_moment(packed: bytes) -> datetime:
+    """The moment again. Raises OverflowError for infinity, which no table of nexhb holds."""
+    return _PG_EPOCH + timedelta(microseconds=_int64.unpack(packed)[0])
 
 
 @lru_cache(maxsize=16_384)  # a fleet's addresses repeat with every heartbeat; parsing one costs 2 µs, a hit 0.1

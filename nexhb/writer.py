@@ -308,7 +308,7 @@ class Writer:
                 idle_in_transaction_session_timeout="10000",
             )
             try:
-                await db.use_packed_inet(conn)
+                await db.use_packed(conn)
             except BaseException:
                 conn.terminate()  # half ready, it would take every address for a bad one
                 raise

@@ -216,7 +216,7 @@ async def _templates(conn: asyncpg.Connection, number: int) -> list[wire.Heartbe
     writer = history.Writer(conn, fleet, numbers)
     now_us = time.time_ns() // 1000
     heartbeats = writer.heartbeats(history.Beat(index, now_us - MICROS, index) for index in range(number))
-    await db.use_packed_inet(conn)
+    await db.use_packed(conn)
     await conn.fetchrow(sql.queries("writer")["upsert_last_status"], *batch.status_columns(heartbeats), *_NO_LEDGER)
     return heartbeats
 

@@ -115,7 +115,7 @@ class Imported:
 
 async def run(source: Source, conn: Connection, now: datetime, options: Options, tell: Tell) -> Imported:
     """Take what the source has and nexhb has not. `conn` is the caller's own. Killed anywhere, the next one goes on."""
-    await db.use_packed_inet(conn)
+    await db.use_packed(conn)
     started = time.monotonic()
     days = min(options.days, options.retention_days)
     first = source.clock.date() - timedelta(days=days)

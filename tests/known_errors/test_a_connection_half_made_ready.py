@@ -22,7 +22,7 @@ async def test_a_connection_that_was_not_made_ready_is_not_used(
     async with Proxy(database.dsn).serving() as proxy:
         nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
         agent = await nexhb.agent()
-        packed = db.use_packed_inet
+        packed = db.use_packed
         stalled: list[Connection] = []
 
         async def stalls_once(conn: Connection) -> None:
@@ -31,7 +31,7 @@ async def test_a_connection_that_was_not_made_ready_is_not_used(
                 raise TimeoutError
             await packed(conn)
 
-        monkeypatch.setattr(db, "use_packed_inet", stalls_once)
+        monkeypatch.setattr(db, "use_packed", stalls_once)
         proxy.trick = Trick.CUT_BEFORE
         assert (await agent.send(now)).status == 200
         assert stalled[0].is_closed()

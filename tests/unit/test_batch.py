@@ -12,7 +12,7 @@ from msgspec import structs
 
 from nexhb import batch, wire
 from nexhb.batch import HISTORY_COLUMNS, Key, RecentKeys, key_of
-from nexhb.wire import Heartbeat, Label
+from nexhb.wire import Heartbeat, Label, pack_moment, unpack_moment
 from tests.unit.beats import FACTS, LABEL, NOON, beat
 
 MIDNIGHT = NOON.replace(hour=0)
@@ -133,6 +133,7 @@ def test_a_history_row_has_a_value_for_each_column_and_under_its_name() -> None:
     heartbeat = beat()
     row = dict(zip(HISTORY_COLUMNS, batch.history_row(heartbeat, 17), strict=True))
     assert row.pop("label_no") == 17
+    assert [unpack_moment(row.pop(name)) for name in ("ts", "received_at")] == [heartbeat.ts, heartbeat.received_at]
     assert row == {name: getattr(heartbeat, name) for name in row}
 
 
@@ -145,8 +146,8 @@ def test_the_status_columns_are_one_sequence_a_column_and_unknown_texts_are_null
         ("wifi", None), ("Store-42", None), ("2.1.0", None), ("1.0.9", None),
     ]  # fmt: skip
     assert [column[0] for column in columns] == [
-        1, "kiosk-1", one.ts, one.received_at, 87, True, 31.5, "wifi", "Store-42", one.ip, -67, 12_345_678, 1837,
-        "2.1.0", True, "1.0.9", False,
+        1, "kiosk-1", pack_moment(one.ts), pack_moment(one.received_at), 87, True, 31.5, "wifi", "Store-42", one.ip,
+        -67, 12_345_678, 1837, "2.1.0", True, "1.0.9", False,
     ]  # fmt: skip
 
 
