@@ -27,7 +27,7 @@ FOUND = Found((OFFLINE, DOWN), 0.8, 5_000, 0, 0.04, (GROWN,))
         (replace(FOUND, lists=(OFFLINE._replace(devices=999), DOWN)), "not in the list"),
         (replace(FOUND, lists=(OFFLINE._replace(devices=1_001), DOWN)), "not in the list"),
         (replace(FOUND, lists=(OFFLINE, DOWN._replace(devices=299))), "Unity down"),
-        (replace(FOUND, hot_share=0.5), "HOT"),
+        (replace(FOUND, growth=(GROWN, replace(GROWN, devices=2_000, hot_share=0.59))), "2,000 devices: HOT"),
         (replace(FOUND, lacking=1), "not acknowledged"),
     ],
 )
