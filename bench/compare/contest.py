@@ -170,8 +170,8 @@ class _Contest:
         self._peer_span, self._hashed_span = any_span.parts(2)
         self._queue_numbers = count()
         server = Server(own.url, own.pid)
-        self._nexhb = _Lane(f.NEXHB, server, fleet, self._buckets.singles, _BOUND, plan.judged_at)
-        self._bare = _Lane(f.BARE, bare, fleet, Keys(any_span, plan.devices), 3 * _BOUND, plan.judged_at)
+        self._nexhb = _Lane(f.NEXHB, server, fleet, self._buckets.singles, _BOUND, plan.connections[0])
+        self._bare = _Lane(f.BARE, bare, fleet, Keys(any_span, plan.devices), 3 * _BOUND, plan.connections[0])
         # of nexhb alone, a heartbeat a line
         self._batch_runs: list[LoadRun] = []
 
@@ -197,7 +197,6 @@ class _Contest:
         # counted by request
         batch_us = median(each.result.generator_cpu_us_per_send / QUEUE for each in self._batch_runs)
         found = f.Found(
-            judged_at=plan.judged_at,
             sides=sides,
             singles={lane.name: lane.found for lane in lanes},
             pools=pools,
@@ -220,7 +219,7 @@ class _Contest:
     # ── single heartbeats ────────────────────────────────────────────────────────────────────────────────
 
     async def _sides(self) -> dict[int, f.Side]:
-        """nexhb and the bare handler, at each number of connections."""
+        """nexhb and the bare handler at each number of connections; each goes on with its best."""
         sides = {}
         for connections in self._plan.connections:
             both = [
@@ -228,6 +227,8 @@ class _Contest:
                 for lane in (self._bare, self._nexhb)
             ]
             sides[connections] = f.Side(*(each.result.rate_per_s for each in both))
+        self._bare.connections = max(sides, key=lambda each: sides[each].bare)
+        self._nexhb.connections = max(sides, key=lambda each: sides[each].nexhb)
         return sides
 
     async def _prepare_peers(self) -> None:

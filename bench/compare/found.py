@@ -67,7 +67,6 @@ class Pace(NamedTuple):
 class Found:
     """All of it. Floors and peers by name."""
 
-    judged_at: int
     sides: Mapping[int, Side]
     singles: Mapping[str, Rounds]
     # FastAPI's tries: (pool, connections) → heartbeats/s

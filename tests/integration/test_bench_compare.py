@@ -74,7 +74,6 @@ async def test_a_comparison_measures_every_part_and_finds_every_row() -> None:
         devices=50,
         steady=replace(STEADY_2000, devices=50, interval_s=1, jitter_s=0, duration_s=1),
         connections=(4,),
-        judged_at=4,
         trial_s=0.4,
         round_s=0.4,
         warm_s=0.1,

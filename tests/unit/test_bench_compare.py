@@ -31,7 +31,6 @@ TO = target("http://127.0.0.1:8080")
 
 CALM = Percentiles(1.0, 2.0, 4.0, 9.0)
 FOUND = f.Found(
-    judged_at=256,
     sides={64: f.Side(30_000, 12_000), 256: f.Side(30_000, 18_000)},
     singles={
         f.BARE: f.Rounds((29_000, 30_000, 31_000), PerHeartbeat(30, 0), 256),
@@ -218,7 +217,6 @@ def test_without_the_peers_packages_it_says_what_to_install(monkeypatch: pytest.
 
 def test_a_quick_comparison_has_one_round_and_the_same_parts() -> None:
     quick = COMPARE.quicker()
-    assert (quick.rounds, quick.judged_at, quick.rates, quick.connections) == (
-        1, COMPARE.judged_at, COMPARE.rates, COMPARE.connections,
+    assert (quick.rounds, quick.rates, quick.connections) == (
+        1, COMPARE.rates, COMPARE.connections,
     )  # fmt: skip
-    assert quick.judged_at in quick.connections
