@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nexhb import cli, daemon, migrate
+from nexhb import cli, cluster, daemon, migrate
 from nexhb import devices as store
 from nexhb.db import Connection
 from nexhb.errors import BadInput
@@ -25,7 +25,7 @@ DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id, up
 
 
 async def _with_connection(work: Callable[[Connection], Awaitable[T]]) -> T:
-    async with daemon.open_connection(cli.settings(), application="nexhb devices", lock_timeout="10000") as conn:
+    async with cluster.open_connection(cli.settings(), application="nexhb devices", lock_timeout="10000") as conn:
         # A command may come before the first daemon.
         await migrate.migrate(conn, daemon.utc_now())
         return await work(conn)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from nexhb import cli, daemon
+from nexhb import cli, cluster, daemon
 from nexhb import doctor as practice
 
 
 async def _visit() -> list[practice.Line]:
     settings = cli.settings()
-    async with daemon.open_connection(
+    async with cluster.open_connection(
         settings, application="nexhb doctor", command_timeout_s=30, lock_timeout="5000"
     ) as conn:
         return await practice.examine(conn, settings, daemon.utc_now())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from nexhb import cli, daemon
+from nexhb import cli, cluster, daemon
 from nexhb import migrate as migrations
 
 
 async def _migrate() -> list[str]:
-    async with daemon.open_connection(cli.settings(), application="nexhb migrate", lock_timeout="30000") as conn:
+    async with cluster.open_connection(cli.settings(), application="nexhb migrate", lock_timeout="30000") as conn:
         return await migrations.migrate(conn, daemon.utc_now())
 
 

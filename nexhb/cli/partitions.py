@@ -7,12 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nexhb import cli, daemon
+from nexhb import cli, cluster
 from nexhb import partitions as days
 
 
 async def _known() -> list[dict[str, Any]]:
-    async with daemon.open_connection(cli.settings(), application="nexhb partitions") as conn:
+    async with cluster.open_connection(cli.settings(), application="nexhb partitions") as conn:
         return [dict(row) for row in await days.known(conn)]
 
 
