@@ -99,13 +99,13 @@ class Server(_Section):
         description="bytes; largest body of one heartbeat (the agent's is about 1,200)",
     )
     batch_body_max_bytes: int = Field(
-        default=2**21,
+        default=2**26,
         ge=1024,
-        le=2**28,
-        description="bytes; largest body of POST /v1/heartbeats (500 heartbeats are 0.6 MB)",
+        le=2**40,
+        description="bytes; largest body of POST /v1/heartbeats (500 are 0.6 MB); read in blocks, it costs no memory",
     )
     body_timeout_seconds: float = Field(
-        default=10, gt=0, le=60, description="seconds; a body that takes longer is refused (408)"
+        default=10, gt=0, le=60, description="seconds; a body, or 256 kB of a queue, that takes longer is refused (408)"
     )
     shutdown_timeout_seconds: float = Field(
         default=10, gt=0, le=60, description="seconds; how long requests under way may take when the daemon stops"

@@ -11,10 +11,14 @@ from aiohttp import web
 from nexhb import wire
 from nexhb.http import body
 from nexhb.http.client import address_of
+from nexhb.http.problem import Problem
 from nexhb.legacy.adopt import Standing
 
 if TYPE_CHECKING:
     from nexhb.http.parts import Parts
+
+
+READ_MOST = 2**21  # bytes; an agent's whole queue is 0.6 MB
 
 
 class _Claim(msgspec.Struct):
@@ -31,9 +35,19 @@ async def is_open(request: web.Request, parts: Parts, token: str, token_sha256: 
     if standing is not Standing.OPEN:
         return standing is Standing.ADOPTED
     server = parts.settings.server
-    raw = await body.read(request, most=server.batch_body_max_bytes, timeout_s=server.body_timeout_seconds)
+    raw = await _read(request, server.body_timeout_seconds)
     parts.adoption.ask(token, token_sha256, _claimed(raw), address_of(request, server.trusted_proxies))
     return True
+
+
+async def _read(request: web.Request, timeout_s: float) -> bytes:
+    """The body; nothing where it is larger than any agent's: it is only for a hint."""
+    try:
+        return await body.read(request, most=READ_MOST, timeout_s=timeout_s)
+    except Problem as problem:
+        if problem.status == 413:
+            return b""
+        raise
 
 
 def _claimed(raw: bytes) -> str | None:

@@ -10,7 +10,7 @@ from aiohttp import HttpVersion11, web
 
 from nexhb import log, metrics
 from nexhb.errors import BadInput, UnknownDevice
-from nexhb.http import auth, fleet, heartbeats, ops
+from nexhb.http import auth, fleet, heartbeats, ops, queues
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
 from nexhb.pgerrors import is_retryable
@@ -26,7 +26,7 @@ def make_app(parts: Parts) -> web.Application:
     app[PARTS] = parts
     for method, path, handler, key in (
         ("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
-        ("POST", "/v1/heartbeats", heartbeats.post_heartbeats, "device"),
+        ("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
         ("POST", "/v1/register", heartbeats.post_register, "enrolment"),
         ("GET", "/v1/fleet", fleet.get_fleet, "admin"),
         ("GET", "/v1/devices", fleet.get_devices, "admin"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from aiohttp import web
 
@@ -36,15 +37,39 @@ async def read(request: web.Request, *, most: int, timeout_s: float) -> bytes:
 async def _read_slowly(request: web.Request, most: int, timeout_s: float) -> bytes:
     parts: list[bytes] = []
     size = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            while part := await request.content.readany():
-                parts.append(part)
-                size += len(part)
-                if size > most:
-                    break
-    except TimeoutError:
-        raise Problem(408, f"The body did not arrive within {timeout_s:g} s.", close=True) from None
-    except (web.RequestPayloadError, ConnectionError) as error:
-        raise Problem(400, f"The body broke off: {error}", close=True) from None
+    pieces = Pieces(request, timeout_s=timeout_s, each_bytes=most)
+    while size <= most and (part := await pieces.next()):
+        parts.append(part)
+        size += len(part)
     return b"".join(parts)
+
+
+class Pieces:
+    """A body as it arrives. Each `each_bytes` of it may take `timeout_s`, waits between two calls not counted."""
+
+    def __init__(self, request: web.Request, *, timeout_s: float, each_bytes: int) -> None:
+        self._content = request.content
+        self._timeout_s = timeout_s
+        self._each_bytes = each_bytes
+        self._left_s = timeout_s
+        self._got = 0
+
+    async def next(self) -> bytes:
+        """What has come, or comes next; nothing at the end. Raises a Problem: 408 where it takes too long, 400 where it
+        breaks off."""
+        content = self._content
+        started = time.monotonic()
+        try:
+            if content.is_eof():  # the usual case: it is all there, and no timer is needed
+                return content.read_nowait() if content.total_bytes else b""
+            async with asyncio.timeout(self._left_s):
+                piece = await content.readany()
+        except TimeoutError:
+            raise Problem(408, f"The body did not arrive within {self._timeout_s:g} s.", close=True) from None
+        except (web.RequestPayloadError, ConnectionError) as error:
+            raise Problem(400, f"The body broke off: {error}", close=True) from None
+        self._left_s -= time.monotonic() - started
+        self._got += len(piece)
+        if self._got >= self._each_bytes:
+            self._left_s, self._got = self._timeout_s, 0
+        return piece

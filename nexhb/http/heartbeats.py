@@ -1,10 +1,9 @@
-"""POST /v1/heartbeat, /v1/heartbeats and /v1/register: what devices call."""
+"""POST /v1/heartbeat and /v1/register: what devices call. Their queues are in `queues`."""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
-from typing import Any
 from uuid import uuid4
 
 import msgspec
@@ -21,15 +20,13 @@ from nexhb.intake import Outcome, Verdict
 
 _log = log.get("heartbeats")
 _JSON = ("application/json",)
-_JSON_OR_NDJSON = ("application/json", "application/x-ndjson", "application/jsonl")
-MOST_IN_ONE_REQUEST = 500  # what an agent keeps at most
 _mismatch_logged: set[int] = set()
 
 
 async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     """One heartbeat; answered once it is committed."""
     parts = request.app[PARTS]
-    device, raw = await _receive(request, parts, parts.settings.server.body_max_bytes, _JSON)
+    device, raw = await _receive(request, parts)
     parts.intake.received += 1
     try:
         asked = parts.intake.ask([heartbeat_of(parts, raw, device, parts.now())], len(raw))
@@ -57,81 +54,26 @@ def problem_of(parts: Parts, device: Device, verdict: Verdict) -> Problem | None
     return None
 
 
-async def post_heartbeats(request: web.Request) -> web.Response:
-    """A replayed queue of one device: a JSON array or NDJSON. Good ones are kept, bad ones named by their place."""
-    parts = request.app[PARTS]
-    device, raw = await _receive(request, parts, parts.settings.server.batch_body_max_bytes, _JSON_OR_NDJSON)
-    try:
-        items = wire.split(raw, most=MOST_IN_ONE_REQUEST)
-    except wire.Refused as refused:
-        raise Problem(refused.status, "The body is not a list of heartbeats.", errors=refused.errors) from None
-    _hold_to_rate(parts, device, len(items) - 1)  # one is taken for the request itself
-    parts.intake.received += len(items)
-    good, refusals = _parse_all(parts, items, device)
-    verdicts: list[Verdict] = []
-    try:
-        verdicts = await parts.intake.ask(list(good.values()), len(raw)) if good else []
-    except Overloaded:
-        metrics.heartbeats_failed.labels(reason="overloaded").inc(len(good))
-    if len(verdicts) < len(good) or any(verdict.outcome is Outcome.FAILED for verdict in verdicts):
-        parts.device_rate.give_back(device.device_no, len(items))
-        raise parts.come_back("Not all heartbeats could be committed. Keep them and send them again.")
-    return _answer_all(parts, good, verdicts, refusals)
+async def _receive(request: web.Request, parts: Parts) -> tuple[Device, bytes]:
+    """Who sends, and what."""
+    server = parts.settings.server
+    device = await sender_of(request, parts, most=server.body_max_bytes, types=_JSON)
+    return device, await body.read(request, most=server.body_max_bytes, timeout_s=server.body_timeout_seconds)
 
 
-def _parse_all(
-    parts: Parts, items: list[bytes], device: Device
-) -> tuple[dict[int, wire.Heartbeat], list[dict[str, Any]]]:
-    """The good ones by their place, and what is wrong with the others."""
-    received_at = parts.now()
-    good: dict[int, wire.Heartbeat] = {}
-    refusals: list[dict[str, Any]] = []
-    for index, item in enumerate(items):
-        try:
-            good[index] = heartbeat_of(parts, item, device, received_at)
-        except wire.Refused as refused:
-            metrics.heartbeats_refused.labels(reason="invalid").inc()
-            refusals.append(_refusal(index, tuple(refused.errors)))
-    return good, refusals
-
-
-def _answer_all(
-    parts: Parts, good: dict[int, wire.Heartbeat], verdicts: list[Verdict], refusals: list[dict[str, Any]]
-) -> web.Response:
-    outcomes = [verdict.outcome for verdict in verdicts]
-    refusals += [
-        _refusal(index, verdict.errors)
-        for index, verdict in zip(good, verdicts, strict=True)
-        if verdict.outcome is Outcome.REFUSED
-    ]
-    return answer(
-        {
-            "ok": True,
-            "written": outcomes.count(Outcome.WRITTEN),
-            "deduplicated": outcomes.count(Outcome.DEDUPLICATED),
-            "refused": sorted(refusals, key=lambda refusal: int(refusal["index"])),
-            "next_heartbeat_seconds": parts.next_heartbeat_s(),
-        }
-    )
-
-
-def _refusal(index: int, errors: tuple[wire.FieldError, ...]) -> dict[str, Any]:
-    return {"index": index, "errors": [{"path": e.path, "message": e.message} for e in errors]}
-
-
-async def _receive(request: web.Request, parts: Parts, most: int, types: tuple[str, ...]) -> tuple[Device, bytes]:
-    """Who sends, and what. Over the intake's bound nothing is read; nor is it of somebody unknown."""
+async def sender_of(request: web.Request, parts: Parts, *, most: int, types: tuple[str, ...]) -> Device:
+    """Who sends. Over the intake's bound nothing more is read; nor is it of somebody unknown, or what is too large."""
     try:
         parts.intake.check()
     except Overloaded as error:
         raise await _refusal_in_turn(request, parts, error) from None
     device = await auth.device_of(request, parts)
-    _hold_to_rate(parts, device, 1)
+    hold_to_rate(parts, device, 1)
     body.check_headers(request, most=most, types=types)
-    return device, await body.read(request, most=most, timeout_s=parts.settings.server.body_timeout_seconds)
+    return device
 
 
-def _hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
+def hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
     """Raise a 429 Problem where one device sends far more than any healthy one: a kiosk in a tight loop must not cost
     the others theirs. It keeps what it has, as at any answer that is no 2xx."""
     wait_s = parts.device_rate.take(device.device_no, time.monotonic(), heartbeats) if heartbeats > 0 else 0.0
@@ -159,6 +101,12 @@ def heartbeat_of(parts: Parts, raw: bytes, device: Device, received_at: datetime
         received_at=received_at,
         rules=parts.rules,
     )
+    note(device, heartbeat)
+    return heartbeat
+
+
+def note(device: Device, heartbeat: wire.Heartbeat) -> None:
+    """Count what is odd about it."""
     if heartbeat.clock_wrong:
         metrics.clock_outside_window.inc()
     if heartbeat.queue_depth is not None:
@@ -167,7 +115,6 @@ def heartbeat_of(parts: Parts, raw: bytes, device: Device, received_at: datetime
         metrics.fields_dropped.labels(field=field).inc()
     if heartbeat.claimed_device_id is not None:
         _note_mismatch(device, heartbeat.claimed_device_id)
-    return heartbeat
 
 
 def _note_mismatch(device: Device, claimed: str) -> None:

@@ -58,6 +58,7 @@ class Parts:
     device_rate: Allowance = field(init=False)  # heartbeats, by device_no
     refusals: pace.Turns = field(init=False)  # of an intake that admits nothing
     changes: asyncio.Semaphore = field(init=False)  # turns at a connection for changes
+    queues: set[object] = field(init=False, default_factory=set)  # POST /v1/heartbeats under way
     _answers: dict[tuple[int, bool], QuickAnswer] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import pytest
 from bench.nexmdm import token_hash
 from nexhb import devices
 from nexhb.db import Connection, Database
+from nexhb.http import adoption
 from nexhb.legacy import adopt
 from nexhb.legacy.adopt import Adoption, Standing
 from tests.conftest import Agent, Answer, Nexhb, StartDaemon, example
@@ -79,6 +81,26 @@ async def test_a_replayed_queue_is_adopted_too(nexhb: Nexhb, conn: Connection) -
         lambda: agent.post(2 * body, "/v1/heartbeats", **{"Content-Type": "application/x-ndjson"})
     )
     assert (answer.status, answer.body["written"]) == (200, 1)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_queue_too_long_to_be_looked_through_is_adopted_too(
+    nexhb: Nexhb, conn: Connection, chunked: bool
+) -> None:
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    agent = Agent(nexhb, "kiosk-1", token)
+    beat = orjson.dumps(example(datetime.now(UTC), filler="x" * 50_000)) + b"\n"
+    beats = (adoption.READ_MOST // len(beat) + 1) * [beat]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for each in beats:
+            yield each
+
+    answer, before = await until_answered(
+        lambda: agent.post(pieces() if chunked else io.BytesIO(b"".join(beats)), "/v1/heartbeats")
+    )
+    assert (answer.status, before) == (200, {503})
 
 
 async def test_every_daemon_hears_of_it(start_daemon: StartDaemon, conn: Connection) -> None:
