@@ -237,10 +237,10 @@ def split(body: bytes, *, most: int, ndjson: bool | None = None) -> list[bytes]:
     if ndjson is None:
         ndjson = not body.lstrip().startswith(b"[")
     items = body.split(b"\n") if ndjson else _decode(_decode_items, body)
-    found = [bytes(item) for item in items if not ndjson or item.strip()]
+    found = [item for item in items if item.strip()] if ndjson else items
     if len(found) > most:
         raise Refused([FieldError("", f"at most {most} heartbeats in one request, these are {len(found)}")], 413)
-    return found
+    return [bytes(item) for item in found]
 
 
 # ---- body → Heartbeat -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from bench.load.target import Target
 from bench.report import SendLog
 
 Form = Literal["array", "ndjson"]
-# what an agent keeps, and what the daemon takes at once
+# what an agent keeps
 QUEUE: Final = 500
 _MEDIA: Final = {"array": "application/json", "ndjson": "application/x-ndjson"}
 
