@@ -145,6 +145,13 @@ def ledger_columns(heartbeats: Sequence[Heartbeat], plan: Plan, written: Set[Key
     return days, rows, [received[day] - count for day, count in zip(days, rows, strict=True)]
 
 
+def ledger_correction(plan: Plan, written: Set[Key]) -> tuple[Sequence[Any], ...]:
+    """What to add to ledger_columns that took every row of the plan for new: day[], written[], deduplicated[]."""
+    days = list(plan.rows)
+    known = [sum(key not in written for key, _ in plan.rows[day]) for day in days]
+    return days, [-count for count in known], known
+
+
 def changed_facts(newest: Sequence[Heartbeat], known: Mapping[int, int]) -> list[Heartbeat]:
     """Heartbeats whose device says something of itself that is not known yet. `known`: device_no → hash of what it
     said last (a hash, because a million devices' texts would take half a gigabyte)."""

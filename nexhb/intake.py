@@ -90,6 +90,11 @@ class Intake:
         return self._bytes
 
     @property
+    def has_waiting(self) -> bool:
+        """Whether the writer would find something to take."""
+        return bool(self._waiting)
+
+    @property
     def filled(self) -> float:
         """How full it is, by items or by bytes: 0 to 1, or a little more."""
         return max(self._items / self.max_items, self._bytes / self.max_bytes)

@@ -120,6 +120,8 @@ staging_batches = Counter(
     "Batches redone through the staging table after a unique violation",
 )
 write_retries = Counter("nexhb_write_retries", "Attempts to commit that are made again", ["kind"])
+for _kind in ("lost", "transient", "no_partition"):
+    write_retries.labels(kind=_kind)
 commits_in_doubt = Counter(
     "nexhb_commits_in_doubt",
     "Connections lost around COMMIT, by what was found",

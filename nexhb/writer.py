@@ -71,6 +71,7 @@ class Writer:
         self._facts: dict[int, int] = {}  # device_no → hash of what it last said of itself
         self._tables: dict[date, str] = {}
         self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
+        self._begun = False  # a transaction is open already, and nothing is in it
         self._doubt: _InDoubt | None = None
         self._unforeseen = 0  # batches in a row that failed for no known reason
         self._failed_at = 0.0  # the last of them, by the event loop's clock
@@ -211,7 +212,10 @@ class Writer:
 
     async def _transact(self, conn: Connection, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         plan = batch.make(heartbeats, self._recent)
-        await self._labels.learn(conn, (h.label for h in heartbeats))
+        labels = {h.label for h in heartbeats}
+        if not labels <= self._labels.numbers.keys():
+            await self._outside(conn)
+            await self._labels.learn(conn, labels)
         try:
             return await self._transaction(conn, heartbeats, plan, self._copy)
         except Exception as error:
@@ -227,23 +231,28 @@ class Writer:
         plan: Plan,
         copy: Callable[[Connection, Sequence[Heartbeat], Plan], Awaitable[set[Key]]],
     ) -> list[Verdict]:
-        transaction = conn.transaction()
-        await transaction.start()
+        await self._begin(conn)
         try:
-            written = await copy(conn, heartbeats, plan)
-            changed = batch.changed_facts(plan.newest, self._facts)
-            columns = batch.status_columns(plan.newest) + batch.ledger_columns(heartbeats, plan, written)
+            # The status first, in every way: it takes PostgreSQL longest, and meanwhile the daemon takes in what has
+            # come since the last batch was answered. Behind COPY it would have nothing left to do in that time.
+            columns = batch.status_columns(plan.newest) + batch.ledger_columns(heartbeats, plan, plan.keys)
             row = await conn.fetchrow(_Q["upsert_last_status"], *columns)
             assert row is not None  # noqa: S101 - an aggregate has one row
+            written = await copy(conn, heartbeats, plan)
+            if len(written) < len(plan.keys):
+                await conn.execute(_Q["correct_ledger"], *batch.ledger_correction(plan, written))
+            changed = batch.changed_facts(plan.newest, self._facts)
             if changed:
                 await conn.execute(_Q["update_facts"], *_facts_columns(changed))
         except BaseException:
-            with suppress(Exception):
-                await transaction.rollback()
+            try:
+                await conn.execute("ROLLBACK")
+            except Exception:
+                conn.terminate()  # the next batch must not find half of this one
             raise
         verdicts = _verdicts(heartbeats, plan, written)
         try:
-            await transaction.commit()
+            await self._end(conn)
         except Exception as error:
             if classify(error) is Kind.LOST:
                 raise _InDoubt(row["xid"], verdicts, plan, heartbeats) from error
@@ -252,6 +261,24 @@ class Writer:
         self._count_late(written, plan)
         metrics.last_status_upserts.inc(row["written"])
         return verdicts
+
+    async def _begin(self, conn: Connection) -> None:
+        if not self._begun:
+            await conn.execute("BEGIN")
+        self._begun = False
+
+    async def _end(self, conn: Connection) -> None:
+        """Commit. Where a batch waits, its transaction begins with the same message: in the time of a BEGIN of its own
+        the daemon would take in what has come, and PostgreSQL would have nothing to do."""
+        more = self._intake.has_waiting
+        await conn.execute("COMMIT AND CHAIN" if more else "COMMIT")
+        self._begun = more
+
+    async def _outside(self, conn: Connection) -> None:
+        """What follows is in no transaction, and lasts by itself."""
+        if self._begun:
+            self._begun = False
+            await conn.execute("ROLLBACK")  # of nothing
 
     async def _copy(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
         """Straight into each day's partition; a key that is there already fails it (23505)."""
@@ -314,6 +341,7 @@ class Writer:
                 raise
             conn.add_termination_listener(lambda _: self._intake.wake())
             self._conn = conn
+            self._begun = False
         return self._conn
 
     async def _without_missing_days(
@@ -323,6 +351,8 @@ class Writer:
         the others."""
         missing = {h.ts.date() for h in heartbeats} - self._tables.keys()
         self._gone = {}
+        if missing:
+            await self._outside(conn)
         for day in sorted(missing):
             try:
                 self._tables |= await partitions.ensure(conn, [day])
@@ -407,7 +437,9 @@ class Writer:
 
     async def _check_writable(self) -> None:
         """Raise where the database is not there, or takes no writes."""
-        if not await (await self._connection()).fetchval(_CAN_WRITE):
+        conn = await self._connection()
+        await self._outside(conn)
+        if not await conn.fetchval(_CAN_WRITE):
             raise DatabaseUnavailable("It is read-only.")
 
     async def _recover(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -13,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _CHUNK = 65_536
+_COMMIT = re.compile(rb"COMMIT(?: AND CHAIN)?[;\0]")  # as asyncpg's transactions and the writer's end
 
 
 class Way(enum.Enum):
@@ -185,7 +187,7 @@ class Proxy(Relay):
         return await asyncio.open_unix_connection(self._socket)
 
     async def _look(self, data: bytes, line: Line, way: Way) -> bool:
-        if way is Way.THERE and b"COMMIT;" in data and self.trick is not Trick.NONE:
+        if way is Way.THERE and _COMMIT.search(data) and self.trick is not Trick.NONE:
             trick, self.trick = self.trick, Trick.NONE
             self.played.set()
             if trick is Trick.CUT_BEFORE:

@@ -50,6 +50,13 @@ written AS (
 )
 SELECT count(*) AS written, pg_current_xact_id()::text AS xid FROM written;
 
+-- name: correct_ledger
+-- $1 day[], $2 written[], $3 deduplicated[]: what to add to this transaction's own rows of the ledger, where rows that
+-- were taken for new were there already.
+UPDATE ingest_ledger l SET written = l.written + d.written, deduplicated = l.deduplicated + d.deduplicated
+FROM unnest($1::date[], $2::bigint[], $3::bigint[]) AS d (day, written, deduplicated)
+WHERE l.day = d.day AND l.slot = pg_backend_pid();
+
 -- name: update_facts
 -- $1 device_no[], $2 ts[], $3 alias[], $4 android_version[], $5 sdk_int[], $6 patch_level[], $7 build_id[],
 -- $8 model[], $9 manufacturer[]. What a heartbeat does not say stays; what an older one says is not believed.

@@ -106,6 +106,37 @@ async def test_a_row_that_the_database_refuses_is_refused_alone(nexhb: Nexhb, no
     assert len(await nexhb.rows("SELECT FROM device_last_status")) == 27
 
 
+async def test_transactions_follow_each_other_and_none_is_left_open(start_daemon: StartDaemon, now: datetime) -> None:
+    """Where a batch waits, its transaction begins with the commit before it."""
+    nexhb = await start_daemon(ingest=Ingest(batch_max=1))
+    agents = [await nexhb.agent() for _ in range(20)]
+    async with nexhb.database.connected(application="test") as conn, conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+        sending = [asyncio.create_task(agent.send(now)) for agent in agents]
+        await asyncio.sleep(0.5)
+    assert [(await one).status for one in sending] == [200] * 20
+    query = "SELECT state, query FROM pg_stat_activity WHERE application_name = 'nexhb writer'"
+    assert [tuple(row) for row in await nexhb.rows(query)] == [("idle", "COMMIT")]
+    assert len(await nexhb.rows("SELECT DISTINCT xmin FROM device_heartbeats")) == 20
+
+
+async def test_a_label_outlasts_the_batch_that_brought_it(start_daemon: StartDaemon, now: datetime) -> None:
+    nexhb = await start_daemon(ingest=Ingest(batch_max=1))
+    await nexhb.rows("ALTER TABLE device_heartbeats ADD CONSTRAINT odd CHECK (battery_pct <> 66)")
+    agents = [await nexhb.agent() for _ in range(3)]
+    async with nexhb.database.connected(application="test") as conn, conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+        sending = []
+        for agent, pct, ssid in zip(agents, (50, 66, 50), ("old", "new", "new"), strict=True):
+            sending.append(
+                asyncio.create_task(agent.send(now, battery={"pct": pct}, network={"transport": "wifi", "ssid": ssid}))
+            )
+            await asyncio.sleep(0.2)
+    assert [(await one).status for one in sending] == [200, 422, 200]
+    rows = await nexhb.rows("SELECT ssid FROM heartbeat_history ORDER BY device_no")
+    assert [row["ssid"] for row in rows] == ["old", "new"]
+
+
 async def test_a_missing_partition_is_made_by_need(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon()
     day = (now - timedelta(days=2)).date()
