@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -12,7 +13,7 @@ import asyncpg
 from bench import history
 from bench.fleet import Device
 from bench.load.batches import Queue
-from nexhb import batch
+from nexhb import batch, wire
 
 _TABLE: Final = "bench_copy"
 _A_DAY: Final = """
@@ -46,8 +47,15 @@ async def _median_ms(conn: asyncpg.Connection, statement: str, times: int) -> fl
     return round(median(took) * 1e3, 3)
 
 
+def as_people_have_them(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A packed row of the history, its values as a program has them and asyncpg takes them: datetimes, an address."""
+    moments, rest, ip = row[:2], row[2:-1], row[-1]
+    return (*map(wire.unpack_moment, moments), *rest, None if ip is None else ipaddress.ip_address(ip[4:]))
+
+
 class Copy:
-    """COPY of rows as the daemon would write them, into a table of the history's layout with its key."""
+    """COPY of rows as the daemon would write them, into a table of the history's layout with its key. The connection
+    takes packed values where the rows are."""
 
     def __init__(self, conn: asyncpg.Connection, rows: list[tuple[Any, ...]]) -> None:
         """`rows`: sorted by their key."""
@@ -65,6 +73,10 @@ class Copy:
         writer = await history.Writer.of(conn, fleet)
         beats = [history.Beat(each.device, made_us, n) for each in queues for n, made_us in enumerate(each.made_us)]
         return cls(conn, await writer.rows(writer.heartbeats(beats)))
+
+    def plainly(self, conn: asyncpg.Connection) -> Copy:
+        """The same rows, not packed, over a connection that nothing was done to."""
+        return Copy(conn, [as_people_have_them(row) for row in self._rows])
 
     async def rate(self, batch_rows: int, seconds: float) -> float:
         """Rows/s of transactions of so many rows, for so long; emptied off the clock whenever all are in."""

@@ -68,6 +68,7 @@ def _measured(plan: CompareScenario) -> tuple[Finding, f.Found]:
         **{name: _rates(each) for name, each in found.singles.items()},
         **{name: _rates(each) for name, each in found.batches.items()},
         **{f"COPY, {rows:,} rows": _rates(f.Rounds(per_s)) for rows, per_s in found.copies.items()},
+        "COPY, values packed": _rates(f.Rounds(found.packed_copy)),
         **{
             f"at {pace.due_per_s:,.0f}/s": f"daemon {pace.cpu.daemon_us:g} µs, PostgreSQL {pace.cpu.postgres_us:g} µs "
             f"a heartbeat; {spread(pace.latency)}"

@@ -158,6 +158,15 @@ class _Buckets:
         return cls(Keys(keys.buckets(singles), plan.devices), keys.buckets(queues), keys.buckets(paces))
 
 
+class _Batched(NamedTuple):
+    """POST /v1/heartbeats and COPY; see Found."""
+
+    tries: dict[int, float]
+    forms: dict[str, f.Rounds]
+    copies: dict[int, tuple[float, ...]]
+    packed_copy: tuple[float, ...]
+
+
 class _Contest:
     """The servers that run side by side, and what each has done so far."""
 
@@ -188,7 +197,7 @@ class _Contest:
                     seconds = {f.BARE: plan.round_s, f.NEXHB: plan.round_s, f.NEXMDM_BCRYPT: plan.hashed_s}
                     await lane.round(seconds.get(lane.name, plan.peer_s), plan.warm_s)
             kept = await self._rows_of_peers()
-        tries, batches, copies = await self._batches()
+        batched = await self._batches()
         paces, flooded = await self._paces()
         every = [*self._nexhb.runs, *self._batch_runs, flooded]
         rounds = await examine(self._own, self._fleet, together(every), _CLEAN)
@@ -201,9 +210,10 @@ class _Contest:
             singles={lane.name: lane.found for lane in lanes},
             pools=pools,
             pool=max(pools, key=lambda tried: pools[tried])[0],
-            batch_tries=tries,
-            batches=batches,
-            copies=copies,
+            batch_tries=batched.tries,
+            batches=batched.forms,
+            copies=batched.copies,
+            packed_copy=batched.packed_copy,
             paces=paces,
             steady=Percentiles(calm.result.p50_ms, calm.result.p95_ms, calm.result.p99_ms, calm.result.max_ms),
             least=least,
@@ -308,7 +318,7 @@ class _Contest:
 
     # ── POST /v1/heartbeats ──────────────────────────────────────────────────────────────────────────────
 
-    async def _batches(self) -> tuple[dict[int, float], dict[str, f.Rounds], dict[int, tuple[float, ...]]]:
+    async def _batches(self) -> _Batched:
         """COPY, arrays and NDJSON in turn, the latter at the number of connections that is best for arrays."""
         plan = self._plan
         tries = {}
@@ -319,12 +329,15 @@ class _Contest:
         forms: dict[str, Form] = {f.ARRAY: "array", f.NDJSON: "ndjson"}
         runs: dict[str, list[LoadRun]] = {name: [] for name in forms}
         copies: dict[int, list[float]] = {rows: [] for rows in plan.copy_rows}
-        async with _connected(self._own) as conn:
+        packed: list[float] = []
+        async with _connected(self._own) as conn, _connected(self._own) as plain_conn:
             queues = _COPIES * max(plan.copy_rows) // QUEUE
             copy = await Copy.of(conn, self._fleet, [self._queue(number) for number in range(queues)])
+            plain = copy.plainly(plain_conn)
             for _ in range(plan.rounds):
                 for rows, per_s in copies.items():
-                    per_s.append(await copy.rate(rows, plan.batch_s / 2))
+                    per_s.append(await plain.rate(rows, plan.batch_s / 2))
+                packed.append(await copy.rate(max(plan.copy_rows), plan.batch_s / 2))
                 for name, form in forms.items():
                     runs[name].append(await self._batch(form, best, plan.batch_s))
             await copy.drop()
@@ -332,7 +345,7 @@ class _Contest:
             name: _rounds([each.result.rate_per_s * QUEUE for each in done], done, QUEUE, best)
             for name, done in runs.items()
         }
-        return tries, found, {rows: tuple(per_s) for rows, per_s in copies.items()}
+        return _Batched(tries, found, {rows: tuple(per_s) for rows, per_s in copies.items()}, tuple(packed))
 
     def _queue(self, number: int) -> Queue:
         return queue(number, self._fleet, self._buckets.queues)

@@ -77,6 +77,8 @@ class Found:
     batches: Mapping[str, Rounds]
     # rows of a transaction → rows/s
     copies: Mapping[int, tuple[float, ...]]
+    # rows/s of the larger transactions, of values that were packed beforehand
+    packed_copy: tuple[float, ...]
     paces: tuple[Pace, Pace]
     steady: Percentiles
     least: Orientation

@@ -138,13 +138,19 @@ def _batches(found: f.Found) -> str:
         (f"COPY, {rows:,} rows a transaction", figure(median(per_s)), _spread(per_s), "", "", "")
         for rows, per_s in found.copies.items()
     ]
+    packed = median(found.packed_copy)
+    rows.append(("the same, values packed beforehand", figure(packed), _spread(found.packed_copy), "", "", ""))
     for name, each in found.batches.items():
         cpu = ("-", "-") if each.cpu is None else (figure(each.cpu.daemon_us), figure(each.cpu.postgres_us))
         rows.append((name, figure(each.median), _spread(each.per_s), f"{found.of_copy(name):.2f}", *cpu))
     tried = ", ".join(f"{connections} {figure(per_s)}/s" for connections, per_s in found.batch_tries.items())
     head = ("", "heartbeats/s", "rounds", "of COPY", "CPU µs", "PostgreSQL's")
     connections = next(iter(found.batches.values())).connections
-    return f"{table(head, rows)}\n\nOver {connections} connections; tried with arrays: {tried}."
+    ratios = ", ".join(f"{name} {each.median / packed:.2f}" for name, each in found.batches.items())
+    return (
+        f"{table(head, rows)}\n\nOver {connections} connections; tried with arrays: {tried}. Of COPY with values "
+        f"packed beforehand: {ratios}."
+    )
 
 
 def _paces(found: f.Found) -> str:

@@ -106,7 +106,7 @@ async def test_a_row_that_the_database_refuses_is_refused_alone(nexhb: Nexhb, no
     assert len(await nexhb.rows("SELECT FROM device_last_status")) == 27
 
 
-async def test_transactions_follow_each_other_and_none_is_left_open(start_daemon: StartDaemon, now: datetime) -> None:
+async def test_no_transaction_is_left_open_behind_batches_in_a_row(start_daemon: StartDaemon, now: datetime) -> None:
     """Where a batch waits, its transaction begins with the commit before it."""
     nexhb = await start_daemon(ingest=Ingest(batch_max=1))
     agents = [await nexhb.agent() for _ in range(20)]

@@ -45,6 +45,7 @@ FOUND = f.Found(
     batch_tries={16: 50_000},
     batches={f.ARRAY: f.Rounds((60_000,), PerHeartbeat(14, 2), 16), f.NDJSON: f.Rounds((40_000,), None, 16)},
     copies={2_000: (90_000, 100_000, 80_000), 10_000: (110_000, 100_000, 99_000)},
+    packed_copy=(200_000, 220_000, 210_000),
     paces=(
         f.Pace(333, 333, PerHeartbeat(500, 300), CALM),
         f.Pace(8_333, 8_300, PerHeartbeat(80, 20), CALM),
