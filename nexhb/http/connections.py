@@ -282,6 +282,12 @@ class Guarded(RequestHandler):
             self._line.resume_reading()
         self.data_received(self._unhold())
 
+    def _process_keepalive(self) -> None:
+        """aiohttp's, at the end of the keep-alive: to it a connection with an answer due is an idle one."""
+        if self._due:
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        super()._process_keepalive()
+
     @property
     def _closes(self) -> bool:
         """No further request is taken; aiohttp's own flags."""
