@@ -228,11 +228,23 @@ class Guarded(RequestHandler):
 
     def _pass_on(self, data: bytes) -> None:
         """To aiohttp."""
-        super().data_received(data)
+        if self._closes and self._request_in_progress and self.transport is not None:
+            self._finish_body(data)
+        else:
+            super().data_received(data)
         if not self._idle:
             self.waiting_since = 0.0  # a whole head is there; its body has a timeout of its own
         elif not self.waiting_since:
             self.waiting_since = self._loop.time()
+
+    def _finish_body(self, data: bytes) -> None:
+        """On the way out aiohttp finishes its handlers, but throws away the bodies that they wait for."""
+        closing = self._close, self._force_close
+        self._close = self._force_close = False
+        try:
+            super().data_received(data)
+        finally:
+            self._close, self._force_close = closing
 
     def _keep(self, data: bytes) -> None:
         """What comes before the answer waits for it, within bounds."""
