@@ -423,7 +423,7 @@ CEILING: Final = CeilingScenario(
     rounds=3,
     round_s=8.0,
     warm_s=2.0,
-    ratio=Limit("of the bare handler's rate", "ratio", 0.40, "at_least"),
+    ratio=Limit("of the bare handler's rate", "ratio", 0.55, "at_least"),
 )
 KILL: Final = KillScenario(
     name="kill",
