@@ -213,13 +213,13 @@ class Guarded(RequestHandler):
             if self._held:
                 data = self._held + data
             request = self._direct.read(data)
-            if request is INCOMPLETE and self._idle:
+            if request is INCOMPLETE and self._is_free:
                 self._await_rest(data)
                 return
             if self._held:
                 self._unhold()
             if request and request is not INCOMPLETE:
-                if self._idle and not self._closes and self._direct.serve(self, request):
+                if self._is_free and not self._closes and self._direct.serve(self, request):
                     self._due = True
                     return
             elif not is_bodiless(data):
@@ -318,6 +318,14 @@ class Guarded(RequestHandler):
     def _idle(self) -> bool:
         """Whether a head is awaited. What comes of a body that nobody reads any more is not the start of one."""
         return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether no request is under way; nor is one before aiohttp's task has begun, which a device that connects
+        and sends at once does not wait for. With TLS such a one comes before the connection is made."""
+        if self._waiter is not None:
+            return not self._waiter.done()
+        return self._line is not None and self._request_count == 0
 
     def late(self, now: float, within_s: float) -> str:
         """See _Line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -161,6 +162,27 @@ async def test_a_request_in_pieces_is_taken_when_it_is_whole(nexhb: Nexhb, now: 
             await asyncio.sleep(0.05)
             assert (await line.ask(data[cut:]))[0] == 200
     assert served == [True, True, True]
+
+
+async def test_who_connects_and_sends_at_once_is_taken_as_well(nexhb: Nexhb, now: datetime, served: list[bool]) -> None:
+    """A fleet that comes every ten minutes opens a connection each time."""
+    agent = await nexhb.agent()
+    assert (await agent.send(now - timedelta(hours=1))).status == 200
+    served.clear()
+    port = int(nexhb.url.rpartition(":")[2])
+    for minute in range(10):
+        # From a thread: the request lies in the socket when the connection is accepted.
+        data = post(agent, now - timedelta(minutes=minute))
+        answers = await asyncio.gather(*(asyncio.to_thread(ask_once, port, piece) for piece in (data, data)))
+        assert [answer[:15] for answer in answers] == [b"HTTP/1.1 200 OK"] * 2
+    assert served == [True] * 20
+
+
+def ask_once(port: int, data: bytes) -> bytes:
+    """Connect, send, hear, close."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+        line.sendall(data)
+        return line.recv(4096)
 
 
 async def test_one_that_takes_its_time_is_aiohttps_and_answered(
