@@ -82,6 +82,7 @@ class Database:
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,
             init=_use_inet_as_text,
+            reset=_as_it_is,
             server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
         )
 
@@ -110,6 +111,11 @@ async def use_packed(conn: Connection) -> None:
     await conn.set_type_codec(
         "timestamptz", schema="pg_catalog", encoder=_moment, decoder=unpack_moment, format="binary"
     )
+
+
+async def _as_it_is(_conn: Connection) -> None:
+    """A read leaves nothing behind but a transaction that was cut off, which asyncpg ends before this: to have the
+    session reset besides costs each read a message to PostgreSQL and back."""
 
 
 async def _use_inet_as_text(conn: Connection) -> None:

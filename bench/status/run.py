@@ -112,7 +112,8 @@ async def _fill(conn: asyncpg.Connection, plan: StatusScenario) -> None:
 async def _lists(plan: StatusScenario, own: stack.Stack) -> tuple[List, ...]:
     """Both in turn, on one connection, one question every so often."""
     await asyncio.sleep(_SETTLE_S)
-    reader, writer = await asyncio.open_connection("127.0.0.1", own.port)
+    # room for a whole answer: with asyncio's 64 kB the reader stops the line five times an answer
+    reader, writer = await asyncio.open_connection("127.0.0.1", own.port, limit=2**22)
     took: dict[str, list[float]] = {path: [] for path in PATHS}
     counts, sizes = {}, {}
     began = time.monotonic()
