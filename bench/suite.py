@@ -140,6 +140,13 @@ def write(finding: Finding, out: Path) -> None:
     write_text(out / f"{finding.name}.json", text + "\n")
 
 
+def keep(finding: Finding, out: Path, console: Console) -> None:
+    """Show a finding, keep it, and write the summary of all that are kept there."""
+    console.print(as_table(finding))
+    write(finding, out)
+    write_summary(out)
+
+
 def as_table(finding: Finding) -> Table:
     """A finding for a person."""
     out = Table(show_header=False, box=None, padding=(0, 1))

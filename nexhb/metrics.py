@@ -6,7 +6,7 @@ The ledger of heartbeats: ingested = writes + dedupe + refused + failed + what i
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from math import nan
 
@@ -19,6 +19,11 @@ from prometheus_client.registry import Collector
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 50, 75, 100, 150, 300, 500, 1000, 3000, 10000)
+
+
+def _cumulated(bounds: Sequence[float], counts: Sequence[float]) -> list[tuple[str, float]]:
+    """As Prometheus wants it: at each bound, and beyond the last, all that are not above it."""
+    return list(zip([*(str(float(bound)) for bound in bounds), "+Inf"], accumulate(counts), strict=True))
 
 
 class RequestLatency(Collector):
@@ -50,11 +55,7 @@ class RequestLatency(Collector):
             "http_request_latency_ms", "From the request's headers to its answer", labels=["route", "method", "status"]
         )
         for (route, method, status), counts in list(self._series.items()):
-            cumulated = accumulate(counts[:-1])
-            bounds = [*(str(float(bound)) for bound in _MS), "+Inf"]
-            family.add_metric(
-                [route, method, str(status)], list(zip(bounds, cumulated, strict=True)), sum_value=counts[-1]
-            )
+            family.add_metric([route, method, str(status)], _cumulated(_MS, counts[:-1]), sum_value=counts[-1])
         yield family
 
 
@@ -74,9 +75,8 @@ class PlainHistogram(Collector):
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """As Prometheus wants it: cumulative."""
-        bounds = [*(str(float(bound)) for bound in self._buckets), "+Inf"]
-        cumulated = list(zip(bounds, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=cumulated, sum_value=self._sum)
+        buckets = _cumulated(self._buckets, self._counts)
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
 
 
 heartbeats_ingested = Counter("heartbeats_ingested", "Heartbeats received, whatever became of them")

@@ -43,9 +43,7 @@ def compare(
         finding, found = _measured(plan)
     except stack.StackError as error:
         finding, found = suite.broken(plan.name, plan.title, str(error)), None
-    console.print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
+    suite.keep(finding, out, console)
     if found is not None:
         console.print(_singles(found))
         if docs is not None:

@@ -50,9 +50,7 @@ def curve(
         )
     except stack.StackError as error:
         finding = suite.broken(plan.name, plan.title, str(error))
-    console.print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
+    suite.keep(finding, out, console)
     if found is not None and docs is not None:
         where = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {suite.machine()}"
         page.write(docs, found, finding.verdicts, where)

@@ -38,9 +38,7 @@ def daemons(
         finding = Finding(plan.name, plan.title, verdicts(found), _figures(found), _plain(found))
     except stack.StackError as error:
         finding = suite.broken(plan.name, plan.title, str(error))
-    console.print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
+    suite.keep(finding, out, console)
     if found is not None and docs is not None:
         text = section(found, finding.verdicts, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {suite.machine()}")
         write_text(docs, between(docs.read_text(encoding="utf-8"), text, BEGIN, END))
