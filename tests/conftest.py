@@ -4,6 +4,8 @@ a free port, and an agent that behaves as wire.md says."""
 from __future__ import annotations
 
 import asyncio
+import functools
+import inspect
 import itertools
 import os
 import shutil
@@ -30,11 +32,27 @@ from nexhb.config import Database as DatabaseSettings
 _numbers = itertools.count(1)
 ADMIN_KEY = "admin-key-of-the-tests-0123456789"
 TEMPLATE = "nexhb_template"
+HANGS_AFTER_S = 150
 
 
 def pytest_asyncio_loop_factories(config: object, item: object) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Tests run on the loop that production runs on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A coroutine that hangs fails with its traceback, and the rest of the suite goes on."""
+    if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+        item.obj = _bounded(item.obj)
+
+
+def _bounded(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def bounded(*args: Any, **kwargs: Any) -> None:
+        async with asyncio.timeout(HANGS_AFTER_S):
+            await test(*args, **kwargs)
+
+    return bounded
 
 
 @pytest.fixture(autouse=True)

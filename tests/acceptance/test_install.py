@@ -12,7 +12,6 @@ HOUSE = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"  # not one that lies in a private home
 
 pytestmark = [
-    pytest.mark.timeout(240),  # building fetches hatchling
     pytest.mark.skipif(
         subprocess.run([PYTHON, "-c", "import ensurepip"], capture_output=True, check=False).returncode != 0
         if Path(PYTHON).exists()

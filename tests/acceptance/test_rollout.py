@@ -19,8 +19,6 @@ from nexhb.config import Ingest, Reads
 from nexhb.db import Database
 from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon
 
-pytestmark = pytest.mark.timeout(150)
-
 POSTING, SILENT, READERS = 12, 10, 6
 LISTS = ("/v1/devices/offline", "/v1/devices/unity-down")
 COMPARED = 12  # comparisons at each step

@@ -6,8 +6,6 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
-
 from nexhb import log
 from nexhb.db import Database
 from tests.timelapse.days import live
@@ -28,7 +26,6 @@ SHORT = Settings(
 )
 
 
-@pytest.mark.timeout(180)  # 10 s by itself
 async def test_after_weeks_of_faults_every_heartbeat_is_there_once_and_every_day_where_it_belongs(
     database: Database, tmp_path: Path
 ) -> None:

@@ -18,7 +18,6 @@ from tests.faults.daemon import ROOT
 from tests.faults.record import What
 
 
-@pytest.mark.timeout(120)
 async def test_through_a_short_storm_of_faults_nothing_acknowledged_is_lost() -> None:
     outcome = await one(seed=1, devices=24, seconds=10.0, logs=None)
     assert [str(violation) for violation in outcome.violations] == []
@@ -55,7 +54,6 @@ def until(true: Callable[[], bool], bound_s: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(120)
 def test_nothing_is_left_running_or_lying_when_the_machine_is_killed(folder: Path) -> None:
     machine = subprocess.Popen(
         [sys.executable, "-m", "tests.faults", "--seconds", "60"],

@@ -55,7 +55,6 @@ async def until_caught(cluster: str, guard: Guard, proof: Proof) -> bool:
     return False
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: f"{proof.variant} is {proof.caught_as}")
 async def test_a_broken_writer_is_caught_and_the_real_one_passes(cluster: str, proof: Proof) -> None:
     with guarding() as guard:

@@ -67,7 +67,6 @@ async def _post(session: aiohttp.ClientSession, server: process.Server, raw: byt
         return answer.status, await answer.json()
 
 
-@pytest.mark.timeout(240)  # two daemons, five peers, one of them with 12 rounds of bcrypt
 async def test_a_comparison_measures_every_part_and_finds_every_row() -> None:
     plan = replace(
         COMPARE.quicker(),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from bench.curve import run
 from bench.scenarios import CURVE
 
 
-@pytest.mark.timeout(120)
 def test_a_curve_measures_a_fleet_and_the_ceiling_and_finds_every_row() -> None:
     plan = replace(
         CURVE, fleets=(400,), interval_s=4, settle_s=0.3, window_s=1.0, connections=8, first_connections=8,

@@ -12,7 +12,6 @@ from bench.daemons.found import verdicts
 from bench.scenarios import DAEMONS
 
 
-@pytest.mark.timeout(120)
 def test_two_daemons_lose_and_double_nothing_and_one_runs_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     # the way without namespaces, which not every machine has
     monkeypatch.setattr(hosts, "lacking", lambda: "not in a test")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from bench.scenarios import STATUS
 from bench.status import run
 from bench.status.found import verdicts
 
 
-@pytest.mark.timeout(120)
 def test_silent_devices_are_listed_while_others_send() -> None:
     plan = replace(
         STATUS, devices=3_000, silent=40, unity_down=15, senders=200, rate_per_s=50, requests=4, every_s=0.1,

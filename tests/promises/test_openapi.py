@@ -41,8 +41,6 @@ PROVOKED = (401, 403, 408, 410, 413, 415, 429, 500, 503)
 
 ADMIN = {"x-admin": ADMIN_KEY}
 
-pytestmark = pytest.mark.timeout(100)
-
 
 class Call(NamedTuple):
     """One operation of the document."""

@@ -16,8 +16,6 @@ import nexhb
 
 HOUSE = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(240)  # building fetches hatchling
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
