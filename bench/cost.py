@@ -24,13 +24,14 @@ def own_cpu_s() -> float:
 
 
 def machine_cpu_s() -> float:
-    """CPU seconds that all processes of this machine have used; 0 where it cannot be told."""
+    """CPU seconds that all processes of this machine have used, and those that it wanted while the host gave them to
+    other guests ("steal"); 0 where it cannot be told."""
     try:
         line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
     except OSError:
         return 0.0
-    user, nice, system, _idle, _waiting, irq, softirq = (int(field) for field in line.split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _waiting, irq, softirq, steal = (int(field) for field in line.split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def process_cpu_s(pid: int) -> float | None:
@@ -100,7 +101,8 @@ class Cost:
 
     @property
     def others_cores(self) -> float | None:
-        """How many cores were busy with something else: figures of a machine that was not quiet say little."""
+        """How many cores were busy with something else, or taken by the host: figures of a machine that was not quiet
+        say little."""
         if self.server_tree_s is None or self.at_s <= 0:
             return None
         return round(max(0.0, self.machine_s - self.generator_s - self.server_tree_s - self.beside_s) / self.at_s, 2)

@@ -81,7 +81,7 @@ class Database:
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,
-            init=_use_inet_as_text,
+            init=_use_text,
             reset=_as_it_is,
             server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
         )
@@ -99,6 +99,7 @@ def _settings(application: str, more: dict[str, str]) -> dict[str, str]:
     return {
         "application_name": application,
         "timezone": "UTC",
+        "datestyle": "ISO",
         "synchronous_commit": "on",
         "nexhb.session": _MARK,
     } | more
@@ -118,9 +119,14 @@ async def _as_it_is(_conn: Connection) -> None:
     session reset besides costs each read a message to PostgreSQL and back."""
 
 
-async def _use_inet_as_text(conn: Connection) -> None:
-    """Who reads shows addresses as they are written: parsed and written again, a thousand of them took 1.1 ms."""
+async def _use_text(conn: Connection) -> None:
+    """Let who reads take addresses and moments as PostgreSQL writes them. An address stays as it is: parsed and written
+    again, a thousand of them took 1.1 ms. A moment is read by Python's own C in a third of asyncpg's 1.9 µs.
+    """
     await conn.set_type_codec("inet", schema="pg_catalog", encoder=_same, decoder=_same, format="text")
+    await conn.set_type_codec(
+        "timestamptz", schema="pg_catalog", encoder=datetime.isoformat, decoder=datetime.fromisoformat, format="text"
+    )
 
 
 def _same(value: Any) -> Any:

@@ -207,7 +207,6 @@ async def rotate(conn: Connection, device_id: str) -> str:
         await conn.execute(_Q["forget_legacy"], device_no)
         await conn.execute(_Q["add_token"], hash_token(token), device_no)
         await conn.execute(_Q["revoke_device"], device_no, None)
-        await conn.execute(_Q["set_status"], device_no, "ok")
     return token
 
 
@@ -217,7 +216,6 @@ async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["revoke_device"], device_no, now)
         await conn.execute(_Q["revoke_tokens"], device_no, now)
-        await conn.execute(_Q["set_status"], device_no, "revoked")
 
 
 async def page(conn: Connection, after: str, limit: int) -> list[asyncpg.Record]:

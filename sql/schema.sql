@@ -181,7 +181,9 @@ JOIN heartbeat_labels l USING (label_no);
 -- interval and a slot together (600 s against 60 + 300): then the index yields the silent ones and hardly another.
 --
 -- device_id stands here too, though devices has it: both of the seed's queries (SELECT * … WHERE last_ts < …) must say
--- which device they mean. status leaves revoked devices out of what is asked of the fleet.
+-- which device they mean. So does alias: of the 12.6 ms that PostgreSQL took for 1,000 silent devices of a million, 10
+-- went into looking it up. status leaves revoked devices out of what is asked of the fleet. Both follow devices by the
+-- triggers below, whoever changes it, and no heartbeat pays for them.
 CREATE TABLE device_last_status (
     device_no         integer PRIMARY KEY,
     device_id         text NOT NULL,
@@ -202,13 +204,46 @@ CREATE TABLE device_last_status (
     unity_running     boolean,
     agent_version     text,
     clock_wrong       boolean NOT NULL DEFAULT false,
-    status            text NOT NULL DEFAULT 'ok' CHECK (status IN ('ok', 'inactive', 'revoked'))
+    status            text NOT NULL DEFAULT 'ok' CHECK (status IN ('ok', 'inactive', 'revoked')),
+    alias             text
 ) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
 CREATE INDEX device_last_status_slot ON device_last_status (last_slot) WHERE status = 'ok';
 -- Partial: it holds the few devices whose Unity does not run, and an update of one whose Unity goes on running (or
 -- goes on not running) does not touch it.
 CREATE INDEX device_last_status_unity_down ON device_last_status (device_no)
     WHERE unity_running = false AND status = 'ok';
+
+-- A device that is renamed, revoked or admitted again: its status says so in the same transaction.
+CREATE FUNCTION tell_last_status() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE device_last_status SET
+        alias = NEW.alias,
+        status = CASE WHEN NEW.revoked_at IS NOT NULL THEN 'revoked' WHEN status = 'revoked' THEN 'ok' ELSE status END
+    WHERE device_no = NEW.device_no;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER devices_tell_last_status AFTER UPDATE OF alias, revoked_at ON devices FOR EACH ROW
+    WHEN (NEW.alias IS DISTINCT FROM OLD.alias OR (NEW.revoked_at IS NULL) <> (OLD.revoked_at IS NULL))
+    EXECUTE FUNCTION tell_last_status();
+
+-- The first status of a device, once in its life: ON CONFLICT DO UPDATE does not come here. A revocation that is under
+-- way has locked the device, so it is waited for (FOR SHARE); one that comes later waits for us, and then finds the row.
+CREATE FUNCTION ask_device() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    device record;
+BEGIN
+    SELECT alias, revoked_at IS NOT NULL AS revoked INTO device FROM devices WHERE device_no = NEW.device_no FOR SHARE;
+    IF device.revoked OR device.alias IS NOT NULL THEN
+        UPDATE device_last_status SET
+            alias = device.alias,
+            status = CASE WHEN device.revoked THEN 'revoked' ELSE status END
+        WHERE device_no = NEW.device_no;
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER last_status_asks_device AFTER INSERT ON device_last_status FOR EACH ROW
+    WHEN (NEW.alias IS NULL)
+    EXECUTE FUNCTION ask_device();
 
 -- ---- the life of a day --------------------------------------------------------------------------------------------
 

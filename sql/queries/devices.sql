@@ -30,12 +30,8 @@ SELECT device_no FROM devices WHERE device_id = $1 FOR UPDATE;
 UPDATE device_tokens SET revoked_at = $2 WHERE device_no = $1 AND revoked_at IS NULL;
 
 -- name: revoke_device
--- $1 device_no, $2 now (null: take back).
+-- $1 device_no, $2 now (null: take back). Its last status follows by trigger.
 UPDATE devices SET revoked_at = $2 WHERE device_no = $1;
-
--- name: set_status
--- $1 device_no, $2 status.
-UPDATE device_last_status SET status = $2 WHERE device_no = $1 AND status <> $2;
 
 -- name: drop_tokens
 -- $1 device_no. On rotation the old token must stop working.

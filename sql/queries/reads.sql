@@ -1,18 +1,16 @@
 -- What operators ask. Times are arguments, so that a read can be repeated. `status = 'ok'` leaves out revoked devices by
--- index; devices.revoked_at those that were revoked while their first heartbeat waited to be written.
+-- index; alias and status follow devices by trigger.
 
 -- name: fleet
 -- $1 offline cutoff, $2 unity cutoff (now - 24 h).
 SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
-       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-        WHERE s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1) AS online,
-       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-        WHERE s.status = 'ok' AND d.revoked_at IS NULL
-          AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND s.last_ts < $1) AS offline,
-       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-        WHERE s.status = 'ok' AND d.revoked_at IS NULL AND s.unity_running = false AND s.last_ts >= $2) AS unity_down,
-       (SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-        WHERE s.status = 'inactive' AND d.revoked_at IS NULL) AS inactive,
+       (SELECT count(*) FROM device_last_status WHERE status = 'ok' AND last_ts >= $1) AS online,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+          AND last_ts < $1) AS offline,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND unity_running = false AND last_ts >= $2) AS unity_down,
+       (SELECT count(*) FROM device_last_status WHERE status = 'inactive') AS inactive,
        (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
           AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
 
@@ -37,36 +35,35 @@ WHERE d.device_id = $1;
 
 -- name: offline
 -- $1 cutoff, $2 how many. Silent since before the cutoff, the longest silent first. The slot (five minutes) is what
--- the index holds: it changes with every fifth heartbeat only, so that the others stay HOT.
-SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
-       s.agent_version
-FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.status = 'ok' AND d.revoked_at IS NULL
-  AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-  AND s.last_ts < $1
-ORDER BY s.last_ts, s.device_no
+-- the index holds: it changes with every fifth heartbeat only, so that the others stay HOT. In its order, the rows of one
+-- slot after another are sorted, and the first are on their way while the last are looked up.
+SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version
+FROM device_last_status
+WHERE status = 'ok'
+  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND last_ts < $1
+ORDER BY last_slot, last_ts, device_no
 LIMIT $2;
 
 -- name: offline_count
 -- $1 cutoff.
-SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.status = 'ok' AND d.revoked_at IS NULL
-  AND s.last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-  AND s.last_ts < $1;
+SELECT count(*) FROM device_last_status
+WHERE status = 'ok'
+  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND last_ts < $1;
 
 -- name: unity_down
 -- $1 seen since (now - 24 h), $2 how many. Newest first.
-SELECT s.device_id, d.alias, s.last_ts, s.network_type, s.ssid, s.ip, s.battery_pct, s.unity_running,
-       s.unity_pkg_version, s.agent_version
-FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.unity_running = false AND s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1
-ORDER BY s.last_ts DESC, s.device_no
+SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
+       agent_version
+FROM device_last_status
+WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
+ORDER BY last_ts DESC, device_no
 LIMIT $2;
 
 -- name: unity_down_count
 -- $1 seen since.
-SELECT count(*) FROM device_last_status s JOIN devices d USING (device_no)
-WHERE s.unity_running = false AND s.status = 'ok' AND d.revoked_at IS NULL AND s.last_ts >= $1;
+SELECT count(*) FROM device_last_status WHERE unity_running = false AND status = 'ok' AND last_ts >= $1;
 
 -- name: device_no
 -- $1 device_id.

@@ -77,7 +77,7 @@ WRONG = {
     "Unity that came back only here": (STATUS.format("unity_running = true", "down"), {"unity_down", "down"}),
     "a status that is missing": ("DELETE FROM device_last_status WHERE device_id = 'gone'", {"offline", "gone"}),
     "one of a device that sent nothing": (
-        "UPDATE device_last_status SET device_no = 9, last_ts = last_ts WHERE device_id = 'gone'", {"offline", "gone"},
+        STATUS.format("device_no = 9, device_id = 'ghost'", "gone"), {"offline", "gone"},
     ),
     "one that is revoked without being so": (STATUS.format("status = 'revoked'", "off"), {"offline", "off"}),
     "one that is inactive without being so": (STATUS.format("status = 'inactive'", "off"), {"offline", "off"}),

@@ -45,6 +45,26 @@ async def test_the_fleet_is_counted_and_listed(nexhb: Nexhb, now: datetime) -> N
     assert never.device_id in statuses
 
 
+@pytest.mark.parametrize("micros", [0, 120_000, 123_456])
+async def test_moments_are_read_as_they_were_written_whatever_the_databases_defaults(
+    start_daemon: StartDaemon, conn: Connection, now: datetime, micros: int
+) -> None:
+    name = await conn.fetchval("SELECT current_database()")
+    await conn.execute(
+        f"ALTER DATABASE {name} SET datestyle = 'German'; ALTER DATABASE {name} SET timezone = 'Asia/Tokyo'"
+    )
+    nexhb = await start_daemon()
+    made = now.replace(microsecond=micros) - timedelta(hours=1)
+    await (await nexhb.agent("kiosk-1")).send(made)
+    for path in ("/v1/devices/offline", "/v1/devices"):
+        [row] = (await nexhb.get(path))["devices"]
+        assert row["last_ts"] == shown(made)
+    assert (await nexhb.get("/v1/devices/kiosk-1"))["last_ts"] == shown(made)
+    start, end = shown(made), shown(made + timedelta(microseconds=1))
+    [beat] = (await nexhb.get(f"/v1/devices/kiosk-1/heartbeats?from={start}&to={end}"))["heartbeats"]
+    assert beat["ts"] == shown(made)
+
+
 async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None:
     noon = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(minutes=1)
     nexhb = await start_daemon(now=noon)

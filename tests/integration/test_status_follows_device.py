@@ -1,0 +1,119 @@
+"""A device's name and its revocation stand beside its last status, whoever changes them and whenever."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from nexhb import devices
+from nexhb.db import Connection, Database
+from tests.conftest import Agent, Nexhb
+
+HOUR = timedelta(hours=1)
+BEGIN = "INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) VALUES (1, 'kiosk-1', $1, $1)"
+
+
+async def listed(nexhb: Nexhb) -> list[str | None]:
+    """The aliases of the offline list."""
+    return [row["alias"] for row in (await nexhb.get("/v1/devices/offline"))["devices"]]
+
+
+async def test_a_name_given_before_the_first_heartbeat_is_listed(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agent = Agent(nexhb, "kiosk-1", await devices.add(conn, "kiosk-1", "Store 1"))
+    assert (await agent.send(now - HOUR, alias=None)).status == 200
+    assert await listed(nexhb) == ["Store 1"]
+
+
+async def test_a_new_name_is_listed_whoever_gives_it(
+    nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path
+) -> None:
+    agent = await nexhb.agent("kiosk-1")
+    assert (await agent.send(now - HOUR, alias="by heartbeat")).status == 200
+    assert await listed(nexhb) == ["by heartbeat"]
+    assert (await agent.send(now - HOUR / 2, alias="by the next")).status == 200
+    assert await listed(nexhb) == ["by the next"]
+    table = tmp_path / "devices.csv"
+    table.write_text(f"device_id,alias,token\nkiosk-1,by import,{devices.new_token()}\n")
+    await devices.import_csv(conn, table)
+    assert await listed(nexhb) == ["by import"]
+    await conn.execute("UPDATE devices SET alias = 'by hand'")
+    assert await listed(nexhb) == ["by hand"]
+    await conn.execute("UPDATE devices SET alias = NULL")
+    assert await listed(nexhb) == [None]
+
+
+async def test_only_a_devices_first_heartbeat_pays_for_it(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    agent = await nexhb.agent("kiosk-1")
+    await agent.send(now - 2 * HOUR)
+    locked_by = await conn.fetchval("SELECT xmax FROM devices")
+    assert locked_by != 0
+    assert (await agent.send(now - HOUR)).status == 200
+    assert await conn.fetchval("SELECT xmax FROM devices") == locked_by
+
+
+@pytest.mark.parametrize("was", ["ok", "inactive"])
+async def test_a_revocation_by_hand_takes_it_from_the_lists_and_back(
+    nexhb: Nexhb, conn: Connection, now: datetime, was: str
+) -> None:
+    await (await nexhb.agent("kiosk-1")).send(now - HOUR)
+    await conn.execute("UPDATE device_last_status SET status = $1", was)
+    await conn.execute("UPDATE devices SET revoked_at = now()")
+    assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
+    assert await listed(nexhb) == []
+    await conn.execute("UPDATE devices SET revoked_at = NULL")
+    assert await conn.fetchval("SELECT status FROM device_last_status") == "ok"
+    assert len(await listed(nexhb)) == 1
+
+
+async def test_a_first_heartbeat_that_meets_a_revocation_is_revoked_whichever_comes_first(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    await devices.add(conn, "kiosk-1", "Store 1")
+    other = await database.connect(application="test", lock_timeout="5000")
+    try:
+        async with conn.transaction():
+            await devices.revoke(conn, "kiosk-1", now)
+            beginning = asyncio.create_task(other.execute(BEGIN, now))
+            await waits(conn, other)
+        await beginning
+        assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
+        await devices.rotate(conn, "kiosk-1")
+        await conn.execute("DELETE FROM device_last_status")
+        async with other.transaction():
+            await other.execute(BEGIN, now)
+            revoking = asyncio.create_task(devices.revoke(conn, "kiosk-1", now))
+            await waits(other, conn)
+        await revoking
+        assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
+    finally:
+        other.terminate()
+
+
+async def waits(watcher: Connection, waiting: Connection) -> None:
+    """Until the other's statement waits for a lock that the watcher holds."""
+    async with asyncio.timeout(10):
+        while watcher.get_server_pid() not in await watcher.fetchval(
+            "SELECT pg_blocking_pids($1)", waiting.get_server_pid()
+        ):
+            await asyncio.sleep(0.01)
+
+
+async def test_aliases_and_revocations_that_were_there_come_over_with_the_migration(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The migration's own statements, on a status of before it."""
+    await (await nexhb.agent("kiosk-1")).send(now - HOUR, alias="Store 1")
+    await (await nexhb.agent("kiosk-2")).send(now - HOUR, alias="Store 2")
+    await conn.execute(
+        """DROP TRIGGER devices_tell_last_status ON devices; DROP FUNCTION tell_last_status();
+        DROP TRIGGER last_status_asks_device ON device_last_status; DROP FUNCTION ask_device();
+        ALTER TABLE device_last_status DROP COLUMN alias;
+        UPDATE devices SET revoked_at = now() WHERE device_id = 'kiosk-2'"""
+    )
+    root = Path(__file__).parents[2] / "sql" / "migrations"
+    await conn.execute((root / "0006_alias_beside_status.sql").read_text(encoding="utf-8"))
+    rows = await conn.fetch("SELECT alias, status FROM device_last_status ORDER BY device_id")
+    assert [tuple(row) for row in rows] == [("Store 1", "ok"), ("Store 2", "revoked")]
