@@ -31,9 +31,10 @@ _TS, _RECEIVED = 2, 3
 
 _FILL: Final = """
 INSERT INTO {table} (device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
-    signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong)
+    signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, alias)
 SELECT i.device_no, i.device_id, i.last_ts, i.last_ts, t.battery_pct, t.plugged, t.temp_c, t.network_type, t.ssid, t.ip,
-    t.signal_dbm, t.uptime_s, t.ram_used_mb, t.unity_pkg_version, t.unity_running, t.agent_version, false
+    t.signal_dbm, t.uptime_s, t.ram_used_mb, t.unity_pkg_version, t.unity_running, t.agent_version, false,
+    'Store ' || i.device_no / 8 || ' - kiosk ' || i.device_no % 8 + 1
 FROM unnest($1::int[], $2::text[], $3::timestamptz[]) AS i (device_no, device_id, last_ts)
 JOIN device_last_status t ON t.device_no = i.device_no % {templates}
 ORDER BY i.device_no
