@@ -28,6 +28,7 @@ _log = log.get("devices")
 CHANNEL = "nexhb_devices"
 MISSES_HELD = 10_000  # unknown tokens remembered for a moment, so that a stray device costs no query a heartbeat
 MISS_HOLDS_S = 2.0
+READ_AT_ONCE = 1_000  # tokens; the loop is held for 2 to 4 ms
 LOOKUP_TIMEOUT_S = 5.0  # the wait for others' look-ups included
 RESERVED = ("offline", "unity-down")  # GET /v1/devices/offline is a list, not a device
 
@@ -124,7 +125,8 @@ class DeviceStore:
             await self._read_all(conn, "listen")
             while True:
                 try:
-                    payload = await asyncio.wait_for(self._changed.get(), self._refresh_s)
+                    async with asyncio.timeout(self._refresh_s):
+                        payload = await self._changed.get()
                 except TimeoutError:
                     await self._read_all(conn, "refresh")
                     continue
@@ -152,7 +154,20 @@ class DeviceStore:
         metrics.device_refreshes.labels(why="notify", status="ok").inc()
 
     async def _read_all(self, conn: Connection, why: str) -> None:
-        self._by_hash = {row["token_sha256"]: _device(row) for row in await conn.fetch(_Q["all_tokens"])}
+        """In one snapshot and in pieces, between which heartbeats are served: half a million tokens take seconds. In
+        place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end."""
+        seen: set[bytes] = set()
+        async with conn.transaction():
+            cursor = await conn.cursor(_Q["all_tokens"])
+            while rows := await cursor.fetch(READ_AT_ONCE):
+                for row in rows:
+                    token_hash, device = row["token_sha256"], _device(row)
+                    seen.add(token_hash)
+                    if self._by_hash.get(token_hash) != device:
+                        self._by_hash[token_hash] = device
+        if len(self._by_hash) > len(seen):
+            for token_hash in self._by_hash.keys() - seen:
+                del self._by_hash[token_hash]
         self._misses.clear()
         metrics.devices_known.set(len(self._by_hash))
         metrics.device_refreshes.labels(why=why, status="ok").inc()

@@ -161,7 +161,8 @@ class FlagStore:
                 self._changed.clear()
                 await self._read(conn)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), POLL_S)
+                    async with asyncio.timeout(POLL_S):
+                        await self._changed.wait()
         finally:
             with suppress(Exception):
                 await conn.close(timeout=2)

@@ -177,7 +177,8 @@ class PerfDiff:
         try:
             while True:
                 try:
-                    question = await asyncio.wait_for(self._wanted.get(), IDLE_S)
+                    async with asyncio.timeout(IDLE_S):
+                        question = await self._wanted.get()
                 except TimeoutError:
                     await self._disconnect()
                     continue

@@ -107,7 +107,8 @@ class Writer:
     async def stop(self, drain_s: float) -> None:
         """Wait until everything admitted is answered, at most `drain_s`; then close the connection."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._intake.idle(), drain_s)
+            async with asyncio.timeout(drain_s):
+                await self._intake.idle()
         self._intake.fail_all("the daemon stops")
         await self._disconnect()
 

@@ -563,3 +563,43 @@ async def test_a_registration_that_the_database_keeps_waiting_is_503(open_house:
         answer = await register(open_house, key, "kiosk-1")
     assert answer.status == 503
     assert "Retry-After" in answer.headers
+
+
+# ---- the whole store, read again ------------------------------------------------------------------------------------
+
+
+async def test_a_store_read_in_pieces_knows_all_and_forgets_who_is_gone(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what no notice told of, as after a time without a connection."""
+    monkeypatch.setattr(devices, "READ_AT_ONCE", 2)
+    tokens = {name: devices.hash_token(await devices.add(conn, name, None)) for name in "abcde"}
+    store = devices.DeviceStore(database, refresh_s=60)
+    await store.load()
+    assert [found.device_id for name in "abcde" if (found := store.known(tokens[name]))] == list("abcde")
+    await conn.execute("SET session_replication_role = replica")
+    await devices.revoke(conn, "b", now)
+    await devices.rotate(conn, "c")
+    tokens["f"] = devices.hash_token(await devices.add(conn, "f", None))
+    await store.load()
+    known = {name: store.known(token_hash) for name, token_hash in tokens.items()}
+    assert {name: device.revoked for name, device in known.items() if device} == {
+        "a": False, "b": True, "d": False, "e": False, "f": False,
+    }  # fmt: skip
+
+
+async def test_heartbeats_are_served_while_the_store_is_read(
+    database: Database, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop comes round between two pieces."""
+    monkeypatch.setattr(devices, "READ_AT_ONCE", 1)
+    for name in "abcdefgh":
+        await devices.add(conn, name, None)
+    store = devices.DeviceStore(database, refresh_s=60)
+    loading = asyncio.create_task(store.load())
+    known = set()
+    while not loading.done():
+        known.add(len(store._by_hash))
+        await asyncio.sleep(0)
+    await loading
+    assert len(known) > 3
