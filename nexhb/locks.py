@@ -50,3 +50,15 @@ async def held(conn: asyncpg.Connection, lock: Lock, *, wait: bool) -> AsyncIter
         # With a connection that is lost, or is just being lost, the lock is gone too.
         with suppress(*_GONE):
             await conn.execute(_Q["unlock"], int(lock))
+
+
+async def in_the_way(conn: asyncpg.Connection) -> str:
+    """Whose transactions a lock on a table has waited for, as far as they can be seen still."""
+    rows = await conn.fetch(_Q["in_the_way"])
+    return (
+        "; ".join(
+            f"pid {row['pid']} ({row['application_name'] or 'unnamed'}) is {row['state']} since {row['seconds']} s"
+            for row in rows
+        )
+        or "its lock was busy"
+    )

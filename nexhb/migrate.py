@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import asyncpg
+
 from nexhb import log, sql
 from nexhb.db import Connection, check_version
 from nexhb.errors import MigrationError
-from nexhb.locks import Lock, held
+from nexhb.locks import Lock, held, in_the_way
 
 _Q = sql.queries("migrate")
 _FILE = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _log = log.get("migrate")
 
+TRIES, PAUSE_S = 10, 5.0  # a minute
+LOCK_TIMEOUT_MS = 1_000  # a device's answer has ten seconds
 LONGEST_S = 600.0  # one that rewrites the last status of ten million devices; the connection's own limit is for queries
 
 
@@ -61,12 +66,37 @@ async def migrate(conn: Connection, now: datetime, migrations: list[Migration] |
         for migration in migrations:
             if migration.version in applied:
                 continue
-            async with conn.transaction():
-                await conn.execute(migration.text, timeout=LONGEST_S)
-                await conn.execute(_Q["record"], migration.version, migration.name, migration.checksum, now)
-            _log.info("migration.applied", version=migration.version, name=migration.name)
+            took_s = await _apply_patiently(conn, migration, now)
+            _log.info("migration.applied", version=migration.version, name=migration.name, seconds=round(took_s, 1))
             done.append(migration.name)
     return done
+
+
+async def _apply_patiently(conn: Connection, migration: Migration, now: datetime) -> float:
+    """Seconds it took. A lock that somebody's old transaction withholds is asked for again and again and never waited
+    for at length: every heartbeat, also those at other daemons, queues behind who waits for a table."""
+    for tries_left in reversed(range(TRIES)):
+        began = asyncio.get_running_loop().time()
+        try:
+            await _apply(conn, migration, now)
+            return asyncio.get_running_loop().time() - began
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
+            holders = await in_the_way(conn)
+            if not tries_left:
+                raise MigrationError(
+                    f"{migration.name} finds a table locked: {holders}.",
+                    hint="Start again once that transaction has ended; `nexhb doctor` says how to end it.",
+                ) from error
+            _log.warning("migration.waits", name=migration.name, held_by=holders)
+        await asyncio.sleep(PAUSE_S)
+    raise AssertionError("not reached")
+
+
+async def _apply(conn: Connection, migration: Migration, now: datetime) -> None:
+    async with conn.transaction():
+        await conn.execute(f"SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}")
+        await conn.execute(migration.text, timeout=LONGEST_S)
+        await conn.execute(_Q["record"], migration.version, migration.name, migration.checksum, now)
 
 
 def _compare(migrations: list[Migration], applied: dict[int, tuple[str, str]]) -> None:

@@ -16,7 +16,7 @@ from nexhb import locks, log, metrics, sql
 from nexhb.batch import HISTORY_COLUMNS as COLUMNS
 from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged, PartitionBusy
-from nexhb.locks import Lock
+from nexhb.locks import Lock, in_the_way
 from nexhb.pgerrors import Kind, classify
 
 _Q = sql.queries("partitions")
@@ -210,7 +210,7 @@ async def detach(conn: Connection, name: str) -> None:
     try:
         await patiently(_detach, conn, name)
     except asyncpg.LockNotAvailableError as error:
-        raise PartitionBusy(f"{name} cannot be detached: {await _blockers(conn)}.") from error
+        raise PartitionBusy(f"{name} cannot be detached: {await in_the_way(conn)}.") from error
 
 
 async def _detach(conn: Connection, name: str) -> None:
@@ -227,17 +227,6 @@ async def _detach(conn: Connection, name: str) -> None:
     except asyncpg.ObjectNotInPrerequisiteStateError as error:
         raise PartitionBusy(f"{name} cannot be detached while another detach is pending.") from error
     _log.info("partition.detach", partition=name, how=how.lower())
-
-
-async def _blockers(conn: Connection) -> str:
-    rows = await conn.fetch(_Q["blockers"])
-    return (
-        "; ".join(
-            f"pid {row['pid']} ({row['application_name'] or 'unnamed'}) is {row['state']} since {row['seconds']} s"
-            for row in rows
-        )
-        or "its lock was busy"
-    )
 
 
 async def seal(conn: Connection, name: str, start: datetime, end: datetime) -> int:

@@ -443,6 +443,13 @@ class Writer:
         if not await conn.fetchval(_CAN_WRITE):
             raise DatabaseUnavailable("It is read-only.")
 
+    async def _check_unlocked(self) -> None:
+        """Raise where somebody's lock would hold up the next batch too: it would wait for seconds, and so would every
+        device, while /readyz said ready in between."""
+        conn = await self._connection()
+        if held := await conn.fetchrow(_Q["locked_by"]):
+            raise DatabaseUnavailable(f"{held['relation']} is locked by pid {held['pid']} ({held['name']}).")
+
     async def _recover(self) -> None:
         """Until the database answers again; the intake stays closed meanwhile."""
         delay_s = 0.1
@@ -450,9 +457,11 @@ class Writer:
             self._mark()
             try:
                 await self._check_writable()
+                await self._check_unlocked()
                 break
             except Exception as error:
                 _log.info("writer.still_not_ready", error=f"{type(error).__name__}: {error}")
+                self._close_intake(error)
                 await self._disconnect()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RECOVER_WAIT_S)

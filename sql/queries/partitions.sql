@@ -88,15 +88,6 @@ SELECT EXISTS (SELECT FROM pg_inherits
 SELECT EXISTS (SELECT FROM pg_constraint
                WHERE conrelid = to_regclass(quote_ident($1)) AND contype = 'c' AND conname LIKE '%\_sealed');
 
--- name: blockers
--- Who holds or has seen device_heartbeats for so long that a detach waits for it.
-SELECT DISTINCT a.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::int AS seconds
-FROM pg_stat_activity a
-WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()
-  AND a.xact_start < clock_timestamp() - interval '1 second'
-ORDER BY seconds DESC
-LIMIT 3;
-
 -- name: size
 -- $1 name.
 SELECT pg_total_relation_size(to_regclass(quote_ident($1)));

@@ -80,6 +80,18 @@ WHERE d.device_no = f.device_no
       IS DISTINCT FROM
       (d.alias, d.android_version, d.sdk_int, d.patch_level, d.build_id, d.model, d.manufacturer);
 
+-- name: locked_by
+-- Who keeps writers off the tables of every heartbeat, or waits to: then they queue behind. Of another user's session a
+-- role without pg_read_all_stats sees no name.
+SELECT l.relation::regclass::text AS relation, l.pid, coalesce(nullif(a.application_name, ''), 'unnamed') AS name
+FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
+WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.relation IN ('device_last_status'::regclass, 'ingest_ledger'::regclass,
+                     to_regclass('device_heartbeats_' || to_char(now() AT TIME ZONE 'UTC', 'YYYYMMDD')))
+  AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+ORDER BY l.granted DESC
+LIMIT 1;
+
 -- name: xact_status
 -- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know). An error
 -- (22023) where PostgreSQL has not given out such an id: it crashed, and had nothing of that transaction on disk.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from nexhb import db, migrate
+from nexhb import db, log, migrate
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable, MigrationError
 from nexhb.locks import Lock, held
@@ -126,6 +127,50 @@ async def test_the_wait_for_somebody_elses_migration_has_an_end(empty_database: 
             await migrate.migrate(impatient, NOW, [ONE])
     assert await migrate.migrate(impatient, NOW, [ONE]) == ["0001_one"]
     impatient.terminate()
+
+
+async def test_a_table_that_somebody_reads_is_asked_for_again_and_holds_nobody_up(
+    empty_database: Database, empty: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader's open transaction blocks nobody, until somebody waits for the whole table: then everybody behind."""
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_MS", 100)
+    monkeypatch.setattr(migrate, "PAUSE_S", 0.3)
+    await migrate.migrate(empty, NOW, [ONE])
+    alters = Migration(2, "0002_alters", "ALTER TABLE one ADD COLUMN more int")
+    reader, writer = [await empty_database.connect(application="a report", lock_timeout="250") for _ in range(2)]
+    lines = io.StringIO()
+    log.setup("info", lines)
+    reading = reader.transaction()
+    await reading.start()
+    await reader.fetch("SELECT FROM one")
+    await asyncio.sleep(1.1)  # long enough to be somebody's whom one can name
+    migrating = asyncio.create_task(migrate.migrate(empty, NOW, [ONE, alters]))
+    for _ in range(20):
+        await writer.execute("INSERT INTO one DEFAULT VALUES")  # LockNotAvailableError where it waits for long
+        await asyncio.sleep(0.05)
+    assert not migrating.done()
+    await reading.rollback()
+    assert await migrating == ["0002_alters"]
+    assert f"pid {reader.get_server_pid()} (a report) is idle in transaction" in lines.getvalue()
+    for conn in (reader, writer):
+        conn.terminate()
+
+
+async def test_a_table_that_stays_locked_is_an_error_that_names_the_holder(
+    empty_database: Database, empty: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "LOCK_TIMEOUT_MS", 50)
+    monkeypatch.setattr(migrate, "TRIES", 3)
+    monkeypatch.setattr(migrate, "PAUSE_S", 0.5)
+    await migrate.migrate(empty, NOW, [ONE])
+    alters = Migration(2, "0002_alters", "ALTER TABLE one ADD COLUMN more int")
+    other = await empty_database.connect(application="a report", lock_timeout="250")
+    async with other.transaction():
+        await other.fetch("SELECT FROM one")
+        with pytest.raises(MigrationError, match=r"0002_alters finds a table locked: pid \d+ \(a report\)"):
+            await migrate.migrate(empty, NOW, [ONE, alters])
+    assert await migrate.migrate(empty, NOW, [ONE, alters]) == ["0002_alters"]
+    other.terminate()
 
 
 async def test_a_postgresql_too_old_is_told_so(empty: Connection, monkeypatch: pytest.MonkeyPatch) -> None:

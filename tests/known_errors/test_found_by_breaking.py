@@ -7,12 +7,12 @@ import asyncio
 import io
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from nexhb import devices, log
+from nexhb import devices, log, partitions
 from nexhb.db import Connection
 from nexhb.errors import BadInput
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, timestamp
@@ -27,6 +27,28 @@ async def test_a_request_that_is_no_http_leaves_no_key_in_the_log(nexhb: Nexhb) 
     assert "http.bad_request_line" in lines.getvalue()
     assert ADMIN_KEY not in lines.getvalue()
     assert "Traceback" not in lines.getvalue()
+
+
+@pytest.mark.parametrize("table", ["device_last_status", "today's"])
+async def test_a_daemon_whose_tables_are_locked_is_not_ready_until_they_are_free(
+    nexhb: Nexhb, conn: Connection, table: str
+) -> None:
+    """It said ready between two batches, and each heartbeat took six seconds to hear 503."""
+    assert (await (await nexhb.agent()).send(datetime.now(UTC))).status == 200
+    agent = await nexhb.agent()  # another, so that nothing is a duplicate
+    table = partitions.name_of(datetime.now(UTC).date()) if table == "today's" else table
+    async with conn.transaction():
+        await conn.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
+        assert (await agent.send(datetime.now(UTC))).status == 503
+        for _ in range(20):
+            async with nexhb.http.get(f"{nexhb.url}/readyz") as ready:
+                reasons = (await ready.json()).get("reasons", ["ready"])
+            assert ready.status == 503
+            await asyncio.sleep(0.05)
+        assert f"{table} is locked by pid {conn.get_server_pid()} (test)" in reasons[0]
+    async with asyncio.timeout(10):
+        while (await agent.send(datetime.now(UTC))).status != 200:
+            await asyncio.sleep(0.1)
 
 
 async def test_a_read_only_database_is_not_ready(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
