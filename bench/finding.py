@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Final
 
 from bench.report import Percentiles, Result, Verdict
 from bench.trial import Trial
+
+NOT_QUIET: Final = "Not a quiet machine: these figures are provisional."
+# a few percent are the kernel's own
+_QUIET_CORES: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,8 @@ class Finding:
     verdicts: tuple[Verdict, ...]
     figures: Mapping[str, str]
     details: Mapping[str, object] = field(default_factory=dict)
+    # that were busy with something else, of each run for which a command wants it said at its end
+    others_cores: tuple[float, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -26,7 +33,9 @@ class Finding:
 
     def to_json(self) -> dict[str, object]:
         """All of it."""
-        return {"ok": self.ok, **asdict(self)}
+        found = {"ok": self.ok, **asdict(self)}
+        del found["others_cores"]  # the details have it, by run
+        return found
 
 
 def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
@@ -47,10 +56,14 @@ def of_trial(name: str, title: str, trial: Trial, **more: str) -> Finding:
 def others(*results: Result) -> dict[str, str]:
     """A line for a machine that did something else meanwhile; none for a quiet one, or where it is not known."""
     cores = [found for result in results if (found := result.extra.get("others_cores")) is not None]
-    # a few percent are the kernel's own
-    if max(cores, default=0) <= 0.1:
+    if quiet(cores):
         return {}
     return {"not quiet": f"up to {max(cores):.2f} cores were busy with something else"}
+
+
+def quiet(others_cores: Sequence[float]) -> bool:
+    """Whether the machine did little else; `others_cores`: busy with something else, of each run."""
+    return max(others_cores, default=0) <= _QUIET_CORES
 
 
 def spread(of: Percentiles | Result) -> str:
@@ -60,3 +73,16 @@ def spread(of: Percentiles | Result) -> str:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} ms"
+
+
+def figure(value: float | None) -> str:
+    """A number for a person: three digits that count."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
+
+
+def row(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown; a pipe within a cell ends no cell."""
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"

@@ -171,7 +171,7 @@ class Result:
 ALL_ACKNOWLEDGED: Final = (
     Limit("nothing refused", "refused", 0),
     Limit("nothing failed", "failed", 0),
-    Limit("something was acknowledged", "ok", 1, "at_least"),
+    Limit("heartbeats acknowledged", "ok", 1, "at_least"),
 )
 
 

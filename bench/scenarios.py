@@ -408,7 +408,7 @@ RECONNECT: Final = ReconnectScenario(
     limits=(
         Limit("every heartbeat acknowledged", "left", 0),
         Limit("no queue overflowed", "dropped", 0),
-        Limit("something was acknowledged", "ok", 1, "at_least"),
+        Limit("heartbeats acknowledged", "ok", 1, "at_least"),
     ),
 )
 CEILING: Final = CeilingScenario(

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from bench import progress, stack
-from bench.finding import Finding
+from bench.finding import NOT_QUIET, Finding, figure, quiet, row
 from bench.report import Limit, Verdict, hold, write_text
 from bench.runs import archive, ceiling, kill, offline, overload, reader, reconnect, steady
 from bench.scenarios import (
@@ -134,10 +134,14 @@ def broken(name: str, title: str, why: str) -> Finding:
 
 
 def write(finding: Finding, out: Path) -> None:
-    """Keep a finding as NAME.json, with when and where it was measured."""
+    """Keep a finding, with when and where it was measured."""
     at = {"measured_at": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
     text = json.dumps({**finding.to_json(), **at}, indent=2, ensure_ascii=False)
-    write_text(out / f"{finding.name}.json", text + "\n")
+    write_text(_place(finding, out), text + "\n")
+
+
+def _place(finding: Finding, out: Path) -> Path:
+    return out / f"{finding.name}.json"
 
 
 def keep(finding: Finding, out: Path, console: Console) -> None:
@@ -145,6 +149,16 @@ def keep(finding: Finding, out: Path, console: Console) -> None:
     console.print(as_table(finding))
     write(finding, out)
     write_summary(out)
+
+
+def end(finding: Finding, out: Path, console: Console) -> NoReturn:
+    """Say where a kept finding lies and what is wrong with it, below all the rest, and leave by its exit code."""
+    console.print(f"Result in {_place(finding, out)}.", soft_wrap=True, highlight=False)
+    if broken_limits := sum(not verdict.ok for verdict in finding.verdicts):
+        console.print(f"[red]{broken_limits} limit{'' if broken_limits == 1 else 's'} broken.[/]", highlight=False)
+    if not quiet(finding.others_cores):
+        console.print(NOT_QUIET, highlight=False)
+    raise typer.Exit(0 if finding.ok else 1)
 
 
 def as_table(finding: Finding) -> Table:
@@ -160,18 +174,11 @@ def as_table(finding: Finding) -> Table:
 def said(verdict: Verdict) -> str:
     """A verdict for a person."""
     mark = "[green]kept[/]" if verdict.ok else "[red]broken[/]"
-    return f"{number(verdict.value)}  ({_limit(verdict)})  {mark}"
-
-
-def number(value: float | None) -> str:
-    """A number for a person, without digits that say nothing."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if float(value).is_integer() else f"{value:,.3g}"
+    return f"{figure(verdict.value)}  ({_limit(verdict)})  {mark}"
 
 
 def _limit(verdict: Verdict) -> str:
-    return f"{_SIGNS[verdict.kind]} {number(verdict.limit)}"
+    return f"{_SIGNS[verdict.kind]} {figure(verdict.limit)}"
 
 
 # ── the table of all ─────────────────────────────────────────────────────────────────────────────────────
@@ -194,7 +201,7 @@ def write_summary(out: Path) -> Path:
 
 def _verdict_row(name: str, verdict: Verdict) -> str:
     mark = "kept" if verdict.ok else "**broken**"
-    return f"| {name} | {verdict.name} | {number(verdict.value)} | {_limit(verdict)} | {mark} |"
+    return row((name, verdict.name, figure(verdict.value), _limit(verdict), mark))
 
 
 def _section(found: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from bench import progress, stack, suite
 from bench.compare import found as f
 from bench.compare import page
-from bench.finding import Finding, spread
+from bench.finding import Finding, figure, spread
 from bench.report import Verdict
 from bench.scenarios import COMPARE, CompareScenario
 from nexhb import log
@@ -50,7 +50,7 @@ def compare(
             where = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {suite.machine()}"
             page.write(docs, found, finding.verdicts, where)
             console.print(f"Tables and charts in {docs}.", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.end(finding, out, console)
 
 
 def _measured(plan: CompareScenario) -> tuple[Finding, f.Found]:
@@ -81,7 +81,7 @@ def _measured(plan: CompareScenario) -> tuple[Finding, f.Found]:
         "machine": f.busy(found.others_cores),
     }
     details = {**_plain(found), "checks": [trial.check.to_json() for trial in outcome[1:]]}
-    return Finding(plan.name, plan.title, verdicts, figures, details), found
+    return Finding(plan.name, plan.title, verdicts, figures, details, found.others_cores), found
 
 
 def worst(verdicts: list[Verdict]) -> list[Verdict]:
@@ -95,7 +95,7 @@ def worst(verdicts: list[Verdict]) -> list[Verdict]:
 def _rates(each: f.Rounds) -> str:
     cpu = "" if each.cpu is None else f"; CPU {each.cpu.daemon_us:g} µs, PostgreSQL {each.cpu.postgres_us:g} µs"
     over = "" if each.connections is None else f" over {each.connections} connections"
-    return f"{page.figure(each.median)}/s{over}{cpu}"
+    return f"{figure(each.median)}/s{over}{cpu}"
 
 
 def _plain(found: f.Found) -> dict[str, Any]:
@@ -111,5 +111,5 @@ def _plain(found: f.Found) -> dict[str, Any]:
 def _singles(found: f.Found) -> Table:
     table = Table("", "heartbeats/s", "nexhb's, of it", box=None)
     for name, each in found.singles.items():
-        table.add_row(name, page.figure(each.median), page.figure(found.times(name)))
+        table.add_row(name, figure(each.median), figure(found.times(name)))
     return table

@@ -29,7 +29,7 @@ _TIMES: Final = {
 _OF_COPY: Final = 0.4
 _COMMITS: Final = 5
 _MORE_MS: Final = 5.0
-_REALLY_SENT: Final = Limit("of the higher rate, really sent", "", 0.95, "at_least")
+_REALLY_SENT: Final = Limit("share of the higher rate really sent", "", 0.95, "at_least")
 _LOST: Final = Limit("rows that peers acknowledged and do not have", "", 0)
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from bench import finding
 from bench.compare import found as f
 from bench.compare.bars import Bar, Part, svg
-from bench.finding import spread
+from bench.finding import figure, quiet, row, spread
 from bench.report import Verdict, write_text
 
 BEGIN: Final = "<!-- compare:begin, written by `make bench-compare` -->"
 END: Final = "<!-- compare:end -->"
-NOT_QUIET: Final = "**Not a quiet machine: these figures are provisional.**"
+NOT_QUIET: Final = f"**{finding.NOT_QUIET}**"
 _ALT: Final = {
     "singles": "heartbeats per second, one a request",
     "connections": "heartbeats per second by number of connections",
@@ -50,9 +51,9 @@ def write(page: Path, found: f.Found, verdicts: Sequence[Verdict], where: str) -
 def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str) -> str:
     """All of it in Markdown; `where`: when and on what."""
     parts = [
-        f"Measured {where}. {f.busy(found.others_cores).capitalize()} while it ran."
-        # a few percent are the kernel's own
-        + (f" {NOT_QUIET}" if max(found.others_cores, default=0) > 0.1 else ""),
+        f"`make bench-compare` writes this section. Measured {where}. "
+        f"{f.busy(found.others_cores).capitalize()} while it ran."
+        + ("" if quiet(found.others_cores) else f" {NOT_QUIET}"),
         verdict_table(verdicts),
         "### One heartbeat a request",
         _chart("singles", folder),
@@ -82,7 +83,7 @@ def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown, its first column to the left."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(row(line) for line in lines)
 
 
 def _chart(name: str, folder: str) -> str:
@@ -171,13 +172,6 @@ def _paces(found: f.Found) -> str:
 
 def _spread(per_s: Sequence[float]) -> str:
     return f"{figure(min(per_s))} to {figure(max(per_s))}" if len(per_s) > 1 else "one"
-
-
-def figure(value: float | None) -> str:
-    """A number for a person: three digits that count."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 or float(value).is_integer() else f"{value:.3g}"
 
 
 # ── charts ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,10 +12,9 @@ import typer
 
 from bench import progress, stack, suite
 from bench.compare.command import PAGE, worst
-from bench.compare.page import figure
 from bench.curve import page, run
 from bench.curve.found import Curve, Point, verdicts
-from bench.finding import Finding, spread
+from bench.finding import Finding, figure, spread
 from bench.scenarios import CURVE
 from nexhb import log
 
@@ -47,6 +46,7 @@ def curve(
             (*verdicts(found), *worst(checks)),
             {point.name: _line(point) for point in found.points},
             {**_plain(found), "checks": [trial.check.to_json() for trial in outcome.trials]},
+            tuple(point.others_cores for point in found.points),
         )
     except stack.StackError as error:
         finding = suite.broken(plan.name, plan.title, str(error))
@@ -55,7 +55,7 @@ def curve(
         where = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {suite.machine()}"
         page.write(docs, found, finding.verdicts, where)
         console.print(f"Tables and charts in {docs}.", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.end(finding, out, console)
 
 
 def _idle() -> dict[str, str]:

@@ -109,7 +109,7 @@ def verdicts(curve: Curve) -> tuple[Verdict, ...]:
     for point in curve.paces:
         name = f"{point.devices:,} devices"
         sent = point.sent_per_s / (point.due_per_s or point.sent_per_s)
-        held.append(hold(Limit(f"{name}: of the rate, really sent", "", _SENT, "at_least"), round(sent, 3)))
+        held.append(hold(Limit(f"{name}: share of the rate really sent", "", _SENT, "at_least"), round(sent, 3)))
         held += [
             hold(Limit(f"{name}: {limit.name}", "", limit.limit), getattr(point.latency, limit.field))
             for limit in FLOORS

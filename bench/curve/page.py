@@ -8,9 +8,10 @@ from typing import Final
 
 from bench.compare.bars import Bar, Part, svg
 from bench.compare.found import busy
-from bench.compare.page import NOT_QUIET, between, figure, table, verdict_table
+from bench.compare.page import NOT_QUIET, between, table, verdict_table
 from bench.curve.found import Curve, Point
 from bench.curve.wanted import BATCH_FILLED, BUSY_SHARE, CORE_SHARE, LOOP_LAG_S, QUEUE_WAIT_S
+from bench.finding import figure, quiet
 from bench.report import Verdict, write_text
 
 BEGIN: Final = "<!-- curve:begin, written by `make bench-curve` -->"
@@ -35,7 +36,8 @@ def section(curve: Curve, verdicts: Sequence[Verdict], where: str, folder: str) 
         "One daemon. Each line is a run with a fresh daemon and database, which know as many devices as the fleet has, "
         "each heard once before the window begins; in the window heartbeats come at the fleet's rate at 60 s, each "
         "from another device, in an order of chance.",
-        f"Measured {where}. {busy(others).capitalize()} while it ran." + (f" {NOT_QUIET}" if max(others) > 0.1 else ""),
+        f"`make bench-curve` writes this section. Measured {where}. {busy(others).capitalize()} while it ran."
+        + ("" if quiet(others) else f" {NOT_QUIET}"),
         verdict_table(verdicts),
         "### Latency and CPU",
         *(f"![{alt}]({folder}/{name}.svg)" for name, alt in _ALT.items()),

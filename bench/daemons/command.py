@@ -11,10 +11,10 @@ import typer
 
 from bench import progress, stack, suite
 from bench.compare.command import PAGE
-from bench.compare.page import between, figure
+from bench.compare.page import between
 from bench.daemons import run
 from bench.daemons.found import BEGIN, END, Found, Round, section, verdicts
-from bench.finding import Finding
+from bench.finding import Finding, figure
 from bench.report import write_text
 from bench.scenarios import DAEMONS
 from nexhb import log
@@ -35,7 +35,8 @@ def daemons(
     found: Found | None = None
     try:
         found = run.run(plan, lambda part: console.print(f"  {part}", highlight=False))
-        finding = Finding(plan.name, plan.title, verdicts(found), _figures(found), _plain(found))
+        others = tuple(each.others_cores for each in found.rounds)
+        finding = Finding(plan.name, plan.title, verdicts(found), _figures(found), _plain(found), others)
     except stack.StackError as error:
         finding = suite.broken(plan.name, plan.title, str(error))
     suite.keep(finding, out, console)
@@ -43,7 +44,7 @@ def daemons(
         text = section(found, finding.verdicts, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC on {suite.machine()}")
         write_text(docs, between(docs.read_text(encoding="utf-8"), text, BEGIN, END))
         console.print(f"Tables in {docs}.", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.end(finding, out, console)
 
 
 def _figures(found: Found) -> dict[str, str]:

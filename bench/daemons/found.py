@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from bench.compare.page import NOT_QUIET, figure, table, verdict_table
+from bench.compare.page import NOT_QUIET, table, verdict_table
+from bench.finding import figure, quiet
 from bench.report import Limit, Verdict, hold
 
 BEGIN: Final = "<!-- daemons:begin, written by `make bench-daemons` -->"
@@ -79,8 +80,7 @@ def verdicts(found: Found) -> tuple[Verdict, ...]:
 
 def section(found: Found, held: Sequence[Verdict], where: str) -> str:
     """All of it in Markdown; `where`: when and on what."""
-    others = max(each.others_cores for each in found.rounds)
-    quiet = f" {NOT_QUIET}" if others > 0.1 else ""
+    others = [each.others_cores for each in found.rounds]
     copies = found.copies
     parts = [
         "## Several daemons",
@@ -88,7 +88,8 @@ def section(found: Found, held: Sequence[Verdict], where: str) -> str:
         "loop, and every row compared. Hosts are network namespaces, each with a daemon and a generator of its own, "
         "which reach PostgreSQL by TCP over a veth. All of it shares this machine's cores: what several daemons "
         "gain here is what one leaves of them, and no more.",
-        f"Measured {where}. Up to {others:.2f} cores were busy with something else while it ran.{quiet}",
+        f"`make bench-daemons` writes this section. Measured {where}. Up to {max(others):.2f} cores were busy with "
+        "something else while it ran." + ("" if quiet(others) else f" {NOT_QUIET}"),
         verdict_table(held),
         _rounds(found.rounds),
         f"{copies.heartbeats:,} heartbeats were sent to {copies.daemons} daemons at once: {copies.acknowledged:,} "

@@ -44,7 +44,8 @@ def status(
         figures = {each.path: _list(each) for each in found.lists}
         figures |= {f"{each.devices:,} devices, {each.minutes} minutes": _grown(each) for each in found.growth}
         figures["machine"] = f"{found.others_cores:.2f} cores were busy with something else"
-        finding = Finding(plan.name, plan.title, verdicts(plan, found), figures, _plain(found))
+        held = verdicts(plan, found)
+        finding = Finding(plan.name, plan.title, held, figures, _plain(found), (found.others_cores,))
     except stack.StackError as error:
         finding = suite.broken(plan.name, plan.title, str(error))
     suite.keep(finding, out, console)
@@ -53,7 +54,7 @@ def status(
         text = section(plan, found, finding.verdicts, where)
         write_text(docs, between(docs.read_text(encoding="utf-8"), text, BEGIN, END))
         console.print(f"Tables in {docs}.", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.end(finding, out, console)
 
 
 def _list(each: List) -> str:

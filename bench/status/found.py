@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from bench.compare.page import NOT_QUIET, figure, table, verdict_table
+from bench.compare.page import NOT_QUIET, table, verdict_table
+from bench.finding import figure, quiet
 from bench.micro.status import Grown
 from bench.report import Limit, Percentiles, Verdict, hold
 from bench.scenarios import StatusScenario
@@ -51,20 +52,20 @@ def verdicts(plan: StatusScenario, found: Found) -> tuple[Verdict, ...]:
             for each in found.growth
         ),
         hold(Limit("offline devices that are not in the list", "", 0), abs(plan.silent - silent.devices)),
-        hold(Limit("devices at least with Unity down", "", plan.unity_down, "at_least"), down.devices),
+        hold(Limit("devices listed with Unity down", "", plan.unity_down, "at_least"), down.devices),
         hold(Limit("heartbeats not acknowledged meanwhile", "", 0), found.lacking),
     )
 
 
 def section(plan: StatusScenario, found: Found, held: tuple[Verdict, ...], where: str) -> str:
     """All of it in Markdown; `where`: when and on what."""
-    quiet = f" {NOT_QUIET}" if found.others_cores > 0.1 else ""
     parts = [
         "## The last status of a million devices",
         f"`GET /v1/devices/offline` and `/v1/devices/unity-down`, {plan.requests} times each over HTTP, on a "
         f"device_last_status of {plan.devices:,} rows, {plan.silent:,} of them silent, while {plan.rate_per_s:g} "
         f"heartbeats a second come in from {plan.senders:,} other devices.",
-        f"Measured {where}. {found.others_cores:.2f} cores were busy with something else while it ran.{quiet}",
+        f"`make bench-status` writes this section. Measured {where}. {found.others_cores:.2f} cores were busy with "
+        "something else while it ran." + ("" if quiet([found.others_cores]) else f" {NOT_QUIET}"),
         verdict_table(held),
         _lists(found),
         f"{found.updates:,} rows were updated meanwhile, {found.hot_share:.0%} of them HOT: nearly all where no "

@@ -16,6 +16,6 @@ def test_idle_connections_stay_and_the_fleet_beside_them_is_served() -> None:
     assert kept["idle connections closed before their time"]
     assert kept["nothing refused"]
     assert kept["nothing failed"]
-    assert kept["something was acknowledged"]
+    assert kept["heartbeats acknowledged"]
     assert kept["acknowledged and not in the database"]
     assert kept["in the database and never sent"]

@@ -191,7 +191,7 @@ def broken(curve: Curve) -> set[str]:
 def test_a_curve_that_keeps_every_floor_but_one_breaks_that_one_alone() -> None:
     assert broken(FOUND) == set()
     for worse, name in (
-        (replace(LARGE, sent_per_s=7_000), "502,000 devices: of the rate, really sent"),
+        (replace(LARGE, sent_per_s=7_000), "502,000 devices: share of the rate really sent"),
         (replace(LARGE, latency=Percentiles(1, 151, 160, 200)), "502,000 devices: p95 below 150 ms"),
         (replace(LARGE, latency=Percentiles(1, 2, 301, 400)), "502,000 devices: p99 below 300 ms"),
         (replace(LARGE, cpu=PerHeartbeat(800, 100)), "CPU of a heartbeat at 502,000 devices, of that at 2,000"),
@@ -215,6 +215,7 @@ def test_the_section_has_a_line_for_each_point_and_the_daemons_that_each_wants(t
     assert "| 502,000 devices, 8,333/s | 0.50 | 1.1 | 0.1% | 1.5 | - | 1 |" in text
     assert "| ceiling, 2,000 devices | 0.90 | 1.1 | 0.1% | 1.5 | - | 2 |" in text
     assert "- memory: 10 kB each" in text
+    assert "`make bench-curve` writes this section. Measured today on this. " in text
     assert NOT_QUIET not in text
     assert text.endswith(f"{page.END}\nAfter.\n")
     for name, svg in page.charts(FOUND).items():

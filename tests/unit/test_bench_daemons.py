@@ -51,6 +51,7 @@ def test_the_section_compares_each_round_with_the_first() -> None:
     assert "| 2 on one host | 20,000 | 1.25 | 20 | 0.90 | 0.30 | 0.20 | 0.02 | 3 |" in text
     assert "1,000 heartbeats were sent to 3 daemons at once: 3,000 answers of 200, 1,000 rows" in text
     assert "1 completed, 2 skipped (lock_held)" in text
+    assert "`make bench-daemons` writes this section. Measured today on this. " in text
     assert NOT_QUIET not in text
     busy = replace(FOUND, rounds=(ONE._replace(others_cores=0.5),), no_hosts="only root makes network namespaces")
     assert NOT_QUIET in section(busy, (), "")

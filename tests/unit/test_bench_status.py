@@ -41,6 +41,7 @@ def test_the_section_shows_both_lists_and_how_the_table_grew() -> None:
     text = section(STATUS, FOUND, verdicts(STATUS, FOUND), "today on this")
     assert "| /v1/devices/offline | 1,000 | 275 | 4 | 6 | 8 |" in text
     assert "| 100,000 | 60 | 80 | 75,000 | 78% | 20.0 + 4.0 | 25.0 + 5.0 | 1.25 |" in text
+    assert "`make bench-status` writes this section. Measured today on this. " in text
     assert NOT_QUIET not in text
     assert NOT_QUIET in section(STATUS, replace(FOUND, others_cores=1.0), (), "")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bench import suite
 from bench.__main__ import app
+from bench.compare.page import verdict_table
 from bench.cost import Sample, growth_of, trend_of
-from bench.finding import Finding
+from bench.finding import NOT_QUIET, Finding
 from bench.micro.scratch import text_table
 from bench.report import Limit, hold
 from bench.scenarios import SCENARIOS
@@ -33,6 +37,39 @@ def test_the_summary_has_every_result_that_lies_there(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
     assert found["ok"] is False
     assert {"measured_at", "machine", "verdicts", "details"} <= found.keys()
+
+
+def test_a_pipe_in_a_cell_is_no_cell_and_large_values_have_their_digits(tmp_path: Path) -> None:
+    name = "times as long as psql | zstd, alone"
+    kept = hold(Limit(name, "", 3_000), 2_824.31)
+    suite.write(Finding("one", "first", (kept,), {}), tmp_path)
+    text = suite.write_summary(tmp_path).read_text(encoding="utf-8")
+    row = r"times as long as psql \| zstd, alone | 2,824 | ≤ 3,000 | kept |"
+    assert f"| one | {row}" in text
+    assert f"| {row}" in verdict_table((kept,))
+    assert suite.said(kept).startswith("2,824  (≤ 3,000)")
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "said"),
+    [
+        ((1.0, 1.0), (0.1,), ()),
+        ((1.0, 25.0), (), ("1 limit broken.",)),
+        ((25.0, 25.0), (0.0, 0.11), ("2 limits broken.", NOT_QUIET)),
+    ],
+)
+def test_a_command_ends_with_where_its_result_is_and_what_is_wrong_with_it(
+    tmp_path: Path, values: tuple[float, ...], others: tuple[float, ...], said: tuple[str, ...]
+) -> None:
+    finding = Finding("one", "first", tuple(hold(FAST, value) for value in values), {}, others_cores=others)
+    text = io.StringIO()
+    console = Console(file=text, width=60)
+    suite.keep(finding, tmp_path, console)
+    with pytest.raises(typer.Exit) as left:
+        suite.end(finding, tmp_path, console)
+    assert left.value.exit_code == (0 if finding.ok else 1)
+    assert (tmp_path / "one.json").is_file()
+    assert text.getvalue().endswith("\n".join((f"Result in {tmp_path / 'one.json'}.", *said, "")))
 
 
 def test_a_daemon_that_does_not_start_is_a_broken_scenario(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
