@@ -18,7 +18,11 @@ async def _visit() -> list[practice.Line]:
 
 @cli.app.command()
 def doctor(as_json: cli.Json = False) -> None:
-    """A line a question, good or bad, with what mends it. Exit code 1 where one is bad: made for cron."""
+    """A line a question, good or bad, with what mends it. Exit code 1 where one is bad: made for cron.
+
+    It judges the database and what lies in it, also while the daemon is stopped. Whether that serves, `nexhb status`
+    says.
+    """
     lines = cli.run(_visit())
     if as_json:
         cli.show(practice.shown(lines))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +21,7 @@ async def _known() -> list[dict[str, Any]]:
 
 @cli.app.command()
 def partitions(as_json: cli.Json = False) -> None:
-    """List the partitions, newest first."""
+    """List the partitions, newest first. Rows are those of the last nightly count."""
     rows = cli.run(_known())
     if as_json:
         cli.show({"partitions": rows})
@@ -34,3 +37,11 @@ def partitions(as_json: cli.Json = False) -> None:
         note = row["reason"] or ("restored" if row["restored_at"] else "")
         table.add_row(f"{row['range_start']:%Y-%m-%d}", state, counted, f"{(row['bytes_size'] or 0) / 2**20:.1f}", note)
     Console().print(table)
+    typer.echo(_as_of(row["counted_at"] for row in rows))
+
+
+def _as_of(counted_at: Iterable[datetime | None]) -> str:
+    """How old the rows are: a day that still takes heartbeats is counted each night, and has had more since."""
+    if last := max((each for each in counted_at if each is not None), default=None):
+        return f"Rows as the nightly run counted them, last at {last:%Y-%m-%d %H:%MZ}; what came since is not in them."
+    return "Rows are counted by the nightly run, which has counted none yet."
