@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bench import suite
 from bench.__main__ import app
+from bench.compare.command import PAGE
 from bench.compare.page import verdict_table
 from bench.cost import Sample, growth_of, trend_of
 from bench.finding import NOT_QUIET, Finding
@@ -80,6 +81,12 @@ def test_a_daemon_that_does_not_start_is_a_broken_scenario(monkeypatch: pytest.M
     outcome = CliRunner().invoke(app, ["all", "--only", "1", "--out", str(tmp_path)])
     assert outcome.exit_code == 1
     assert "it did not start" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["compare", "curve", "status", "daemons"])
+def test_each_section_of_the_page_says_which_command_writes_it(name: str) -> None:
+    found = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name}:begin")[2].partition(f"<!-- {name}:end")[0]
+    assert f"\n`make bench-{name}` writes this section. Measured " in found
 
 
 def test_an_unknown_scenario_is_wrong_usage() -> None:
