@@ -221,7 +221,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
         await conn.execute(_Q["drop_tokens"], device_no)
         await conn.execute(_Q["forget_legacy"], device_no)
         await conn.execute(_Q["add_token"], hash_token(token), device_no)
-        await conn.execute(_Q["revoke_device"], device_no, None)
+        await conn.execute(_Q["readmit_device"], device_no)
     return token
 
 
@@ -229,8 +229,27 @@ async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
     """Its heartbeats are answered 410 from now on, and it no longer counts. Raises UnknownDevice."""
     async with conn.transaction():
         device_no = await _device_no(conn, device_id)
-        await conn.execute(_Q["revoke_device"], device_no, now)
-        await conn.execute(_Q["revoke_tokens"], device_no, now)
+        since = await conn.fetchval(_Q["revoke_device"], device_no, now)
+        await conn.execute(_Q["revoke_tokens"], device_no, since)
+
+
+class Readmitted(NamedTuple):
+    """What a readmission found."""
+
+    was_revoked: bool
+    tokens: int  # with which it may come now
+
+
+async def readmit(conn: Connection, device_id: str) -> Readmitted:
+    """A revocation taken back, with the tokens that it took: the device goes on with its own, and nobody visits it.
+
+    A device that is not revoked stays as it is. Raises UnknownDevice.
+    """
+    async with conn.transaction():
+        device_no = await _device_no(conn, device_id)
+        await conn.execute(_Q["readmit_tokens"], device_no)
+        was_revoked = await conn.fetchval(_Q["readmit_device"], device_no) is not None
+        return Readmitted(was_revoked, await conn.fetchval(_Q["count_tokens"], device_no))
 
 
 async def page(conn: Connection, after: str, limit: int) -> list[asyncpg.Record]:
@@ -264,6 +283,7 @@ class Imported:
     rows: int
     devices_made: int
     tokens_added: int
+    rows_of_revoked: int = 0  # their devices go on hearing 410
 
 
 async def import_csv(conn: Connection, path: Path) -> Imported:
@@ -281,9 +301,10 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
         await conn.copy_records_to_table("device_import", records=records)
         if bad := await conn.fetch(_Q["import_conflicts"]):
             raise BadInput("; ".join(f"line {r['line']} ({r['device_id']}): {r['why']}" for r in bad) + ".")
-        made = await conn.fetch(_Q["import_devices"])
+        found = await conn.fetch(_Q["import_devices"])
         added = await conn.execute(_Q["import_tokens"])
-    return Imported(len(records), sum(row["made"] for row in made), int(added.split()[-1]))
+    made, revoked = sum(row["made"] for row in found), sum(row["revoked"] for row in found)
+    return Imported(len(records), made, int(added.split()[-1]), revoked)
 
 
 def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -50,18 +51,30 @@ def add(
 
 @_commands.command()
 def rotate(device_id: DeviceId, as_json: cli.Json = False) -> None:
-    """Give a device a new token, print it once; the old ones stop working at once."""
+    """Give a device a new token, print it once, to be put into the device; the old ones stop working at once."""
     _show_token(device_id, cli.run(_with_connection(lambda conn: store.rotate(conn, device_id))), as_json)
 
 
 @_commands.command()
 def revoke(device_id: DeviceId, as_json: cli.Json = False) -> None:
-    """Answer a device 410 from now on; `rotate` admits it again."""
+    """Answer a device 410 from now on. By mistake: `readmit`; `rotate` only where the token itself must go."""
     cli.run(_with_connection(lambda conn: store.revoke(conn, device_id, daemon.utc_now())))
     if as_json:
         cli.show({"device_id": device_id, "revoked": True})
     else:
         typer.echo(f"{device_id} is revoked.")
+
+
+@_commands.command()
+def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
+    """Take `revoke` back: the device goes on at once with the token that it has. One revoked on its own stays so."""
+    done = cli.run(_with_connection(lambda conn: store.readmit(conn, device_id)))
+    if as_json:
+        cli.show({"device_id": device_id, "revoked": False, **done._asdict()})
+        return
+    found = "is admitted again" if done.was_revoked else "is not revoked"
+    remedy = "" if done.tokens else " `nexhb devices rotate` gives it one."
+    typer.echo(f"{device_id} {found}: {done.tokens} of its tokens work.{remedy}")
 
 
 @_commands.command(name="import")
@@ -74,9 +87,11 @@ def import_file(
         raise BadInput(f"there is no file {file}.")
     done = cli.run(_with_connection(lambda conn: store.import_csv(conn, file)))
     if as_json:
-        cli.show({"rows": done.rows, "devices_made": done.devices_made, "tokens_added": done.tokens_added})
-    else:
-        typer.echo(f"{done.rows} rows: {done.devices_made} devices made, {done.tokens_added} tokens added.")
+        cli.show(asdict(done))
+        return
+    typer.echo(f"{done.rows} rows: {done.devices_made} devices made, {done.tokens_added} tokens added.")
+    if done.rows_of_revoked:
+        typer.echo(f"{done.rows_of_revoked} rows are of revoked devices, which hear 410 until `nexhb devices readmit`.")
 
 
 @_commands.command(name="list")

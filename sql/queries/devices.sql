@@ -25,13 +25,32 @@ INSERT INTO device_tokens (token_sha256, device_no) VALUES ($1, $2);
 -- $1 device_id.
 SELECT device_no FROM devices WHERE device_id = $1 FOR UPDATE;
 
+-- name: revoke_device
+-- $1 device_no, $2 now. Its last status follows by trigger. One that is revoked stays so since then: by that time
+-- readmit_tokens knows what was revoked with it.
+UPDATE devices SET revoked_at = coalesce(revoked_at, $2) WHERE device_no = $1
+RETURNING revoked_at;
+
 -- name: revoke_tokens
--- $1 device_no, $2 now. The token stays known, so that the device is told 410 and not 401.
+-- $1 device_no, $2 since when the device is revoked. The token stays known, so that it is told 410 and not 401.
 UPDATE device_tokens SET revoked_at = $2 WHERE device_no = $1 AND revoked_at IS NULL;
 
--- name: revoke_device
--- $1 device_no, $2 now (null: take back). Its last status follows by trigger.
-UPDATE devices SET revoked_at = $2 WHERE device_no = $1;
+-- name: readmit_tokens
+-- $1 device_no. Those that were revoked with the device; one that was revoked on its own stays so. Before
+-- readmit_device, which forgets the time.
+UPDATE device_tokens t SET revoked_at = NULL
+FROM devices d
+WHERE d.device_no = $1 AND t.device_no = d.device_no AND t.revoked_at = d.revoked_at;
+
+-- name: readmit_device
+-- $1 device_no. Its last status follows by trigger. No row where it was not revoked.
+UPDATE devices SET revoked_at = NULL WHERE device_no = $1 AND revoked_at IS NOT NULL
+RETURNING device_no;
+
+-- name: count_tokens
+-- $1 device_no. With how many it may come: those that work, and those that a hash of NexMDM's waits for.
+SELECT (SELECT count(*) FROM device_tokens WHERE device_no = $1 AND revoked_at IS NULL)
+     + (SELECT count(*) FROM legacy_tokens WHERE device_no = $1 AND bcrypt IS NOT NULL);
 
 -- name: drop_tokens
 -- $1 device_no. On rotation the old token must stop working.
@@ -67,11 +86,11 @@ ORDER BY i.line
 LIMIT 20;
 
 -- name: import_devices
--- New devices are made; a known one keeps its number, and its alias where the file gives none.
+-- New devices are made; a known one keeps its number, its alias where the file gives none, and its revocation.
 INSERT INTO devices AS d (device_id, alias)
 SELECT device_id, alias FROM device_import ORDER BY device_id
 ON CONFLICT (device_id) DO UPDATE SET alias = coalesce(excluded.alias, d.alias)
-RETURNING (xmax = 0) AS made;
+RETURNING (xmax = 0) AS made, revoked_at IS NOT NULL AS revoked;
 
 -- name: import_tokens
 -- A device may hold several tokens: an imported one is added beside what it has. One of a revoked device is revoked.

@@ -120,6 +120,24 @@ async def test_a_revoked_device_hears_410(nexhb: Nexhb, conn: Connection) -> Non
     assert (answer.status, before) == (410, {503})
 
 
+@pytest.mark.parametrize("heard", [True, False])
+async def test_a_readmitted_device_is_adopted_whether_it_was_heard_meanwhile_or_not(
+    nexhb: Nexhb, conn: Connection, heard: bool
+) -> None:
+    token = devices.new_token()
+    await leave_hash(conn, "kiosk-1", token_hash(token))
+    await devices.revoke(conn, "kiosk-1", datetime.now(UTC))
+    agent = Agent(nexhb, "kiosk-1", token)
+    if heard:
+        answer, _ = await until_answered(lambda: agent.send(datetime.now(UTC)))
+        assert answer.status == 410
+    # Its token, or the hash that still waits for it.
+    assert await devices.readmit(conn, "kiosk-1") == devices.Readmitted(was_revoked=True, tokens=1)
+    async with asyncio.timeout(5):
+        while (await agent.send(datetime.now(UTC))).status != 200:
+            pass
+
+
 async def test_a_stranger_hears_401_once_every_hash_was_tried_and_then_at_once(
     nexhb: Nexhb, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

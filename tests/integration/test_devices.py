@@ -106,6 +106,90 @@ async def test_a_revoked_device_hears_410_in_every_daemon_and_is_admitted_again_
     assert (await both[0].get("/v1/devices/kiosk-1"))["status"] == "ok"
 
 
+async def test_a_readmitted_device_goes_on_with_its_own_token_in_every_daemon(
+    both: list[Nexhb], conn: Connection, now: datetime
+) -> None:
+    token = await devices.add(conn, "kiosk-1", None)
+    made_at = now - timedelta(hours=1)
+    for nexhb in both:
+        assert (await sending(nexhb, "kiosk-1", token, made_at)()).status == 200
+    await devices.revoke(conn, "kiosk-1", now)
+    for nexhb in both:
+        await becomes(410, sending(nexhb, "kiosk-1", token, made_at))
+        assert await offline(nexhb) == []
+    assert await devices.readmit(conn, "kiosk-1") == devices.Readmitted(was_revoked=True, tokens=1)
+    for nexhb in both:
+        await becomes(200, sending(nexhb, "kiosk-1", token, made_at))
+        assert await offline(nexhb) == ["kiosk-1"]
+        assert (await nexhb.get("/v1/devices/kiosk-1"))["status"] == "ok"
+
+
+async def offline(nexhb: Nexhb) -> list[str]:
+    """Whom this daemon lists as silent."""
+    return [device["device_id"] for device in (await nexhb.get("/v1/devices/offline"))["devices"]]
+
+
+async def test_a_token_that_was_revoked_on_its_own_stays_revoked(
+    nexhb: Nexhb, conn: Connection, now: datetime, csv: Callable[[str], Path]
+) -> None:
+    own = await devices.add(conn, "kiosk-0", None)
+    await devices.import_csv(conn, csv(f"device_id,token\nkiosk-0,{TOKENS[0]}\n"))
+    await conn.execute(
+        "UPDATE device_tokens SET revoked_at = $2 WHERE token_sha256 = $1",
+        devices.hash_token(TOKENS[0]), now - timedelta(seconds=1),
+    )  # fmt: skip
+    neighbour = await devices.add(conn, "kiosk-1", None)
+    for device_id in ("kiosk-0", "kiosk-1"):
+        await devices.revoke(conn, device_id, now)  # at the same time
+    await devices.import_csv(conn, csv(f"device_id,token\nkiosk-0,{TOKENS[1]}\n"))
+    assert await devices.readmit(conn, "kiosk-0") == devices.Readmitted(was_revoked=True, tokens=2)
+    for token, status in ((own, 200), (TOKENS[1], 200), (TOKENS[0], 410)):
+        await becomes(status, sending(nexhb, "kiosk-0", token, now))
+    assert (await sending(nexhb, "kiosk-1", neighbour, now)()).status == 410
+
+
+async def test_a_device_that_was_revoked_twice_is_readmitted_as_one_that_was_once(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The second time has no token to take: did it count, none would come back."""
+    token = await devices.add(conn, "kiosk-1", None)
+    for after_s in (0, 60):
+        await devices.revoke(conn, "kiosk-1", now + timedelta(seconds=after_s))
+    assert await conn.fetchval("SELECT revoked_at FROM devices") == now
+    assert (await devices.readmit(conn, "kiosk-1")).tokens == 1
+    assert (await sending(nexhb, "kiosk-1", token, now)()).status == 200
+
+
+async def test_a_readmission_of_a_device_that_is_not_revoked_changes_nothing(conn: Connection, now: datetime) -> None:
+    await devices.add(conn, "kiosk-1", None)
+    everything = (
+        "SELECT d.xmin, d.revoked_at, t.xmin, t.revoked_at FROM devices d JOIN device_tokens t USING (device_no)"
+    )
+    for revoked_at, tokens in ((None, 1), (now, 0)):  # even where its token was revoked on its own
+        await conn.execute("UPDATE device_tokens SET revoked_at = $1", revoked_at)
+        before = await conn.fetch(everything)
+        assert await devices.readmit(conn, "kiosk-1") == devices.Readmitted(was_revoked=False, tokens=tokens)
+        assert await conn.fetch(everything) == before
+
+
+async def test_a_readmission_waits_for_a_change_that_is_under_way(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    await devices.add(conn, "kiosk-1", None)
+    other = await database.connect(application="test", lock_timeout="5000")
+    try:
+        async with conn.transaction():
+            await devices.revoke(conn, "kiosk-1", now)
+            readmitting = asyncio.create_task(devices.readmit(other, "kiosk-1"))
+            waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pid = $1"
+            async with asyncio.timeout(5):
+                while not await conn.fetch(waits, other.get_server_pid()):
+                    assert not readmitting.done()
+        assert await readmitting == devices.Readmitted(was_revoked=True, tokens=1)
+    finally:
+        other.terminate()
+
+
 async def test_a_daemon_that_starts_later_knows_a_revoked_device_from_an_unknown_one(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
@@ -152,7 +236,11 @@ async def test_an_id_that_is_taken_or_unknown_or_unfit_is_refused_and_changes_no
     await devices.add(conn, "kiosk-1", None)
     with pytest.raises(DeviceExists, match="'kiosk-1' is taken"):
         await devices.add(conn, "kiosk-1", "again")
-    for refused in (devices.rotate(conn, "kiosk-2"), devices.revoke(conn, "kiosk-2", datetime.now(UTC))):
+    for refused in (
+        devices.rotate(conn, "kiosk-2"),
+        devices.revoke(conn, "kiosk-2", datetime.now(UTC)),
+        devices.readmit(conn, "kiosk-2"),
+    ):
         with pytest.raises(UnknownDevice, match="'kiosk-2'"):
             await refused
     for device_id in ("", "x" * 101, "a\0b", "a\nb"):
@@ -308,6 +396,14 @@ async def test_a_known_device_keeps_its_number_its_token_and_its_alias_where_non
     assert tuple(row) == (device_no, "Store 42")
     for token in (own, TOKENS[0]):
         assert (await sending(nexhb, "kiosk-0", token, now)()).status == 200
+
+
+async def test_rows_of_revoked_devices_are_counted(conn: Connection, now: datetime, csv: Callable[[str], Path]) -> None:
+    file = csv("device_id,token\n" + "".join(f"kiosk-{n},{TOKENS[n]}\n" for n in range(3)))
+    assert await devices.import_csv(conn, file) == devices.Imported(3, 3, 3, 0)
+    for revoked in (1, 2):
+        await devices.revoke(conn, f"kiosk-{revoked}", now)
+        assert await devices.import_csv(conn, file) == devices.Imported(3, 0, 0, revoked)
 
 
 @pytest.mark.parametrize(
@@ -563,6 +659,49 @@ async def test_a_registration_that_the_database_keeps_waiting_is_503(open_house:
         answer = await register(open_house, key, "kiosk-1")
     assert answer.status == 503
     assert "Retry-After" in answer.headers
+
+
+# ---- by command -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_slip_is_mended_by_command(
+    nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path, csv: Callable[[str], Path]
+) -> None:
+    async def say(*words: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            ".venv/bin/python", "-m", "nexhb", "devices", *words,
+            env={"DATABASE_URL": nexhb.database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "PATH": "/usr/bin"},
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        output, _ = await asyncio.wait_for(process.communicate(), 50)
+        return process.returncode or 0, output.decode()
+
+    file = str(csv(f"device_id,token\nkiosk-0,{TOKENS[0]}\nkiosk-1,{TOKENS[1]}\n"))
+    assert await say("import", file) == (0, "2 rows: 2 devices made, 2 tokens added.\n")
+    assert await say("revoke", "kiosk-0") == (0, "kiosk-0 is revoked.\n")
+    await becomes(410, sending(nexhb, "kiosk-0", TOKENS[0], now))
+    code, said = await say("import", file)
+    assert code == 0
+    assert said.splitlines() == [
+        "2 rows: 0 devices made, 0 tokens added.",
+        "1 rows are of revoked devices, which hear 410 until `nexhb devices readmit`.",
+    ]
+    code, said = await say("import", file, "--json")
+    assert (code, orjson.loads(said)) == (
+        0, {"rows": 2, "devices_made": 0, "tokens_added": 0, "rows_of_revoked": 1},
+    )  # fmt: skip
+    assert await say("readmit", "kiosk-0") == (0, "kiosk-0 is admitted again: 1 of its tokens work.\n")
+    await becomes(200, sending(nexhb, "kiosk-0", TOKENS[0], now))
+    code, said = await say("readmit", "kiosk-0", "--json")
+    assert (code, orjson.loads(said)) == (
+        0, {"device_id": "kiosk-0", "revoked": False, "was_revoked": False, "tokens": 1},
+    )  # fmt: skip
+    await conn.execute("DELETE FROM device_tokens")
+    assert await say("readmit", "kiosk-0") == (
+        0, "kiosk-0 is not revoked: 0 of its tokens work. `nexhb devices rotate` gives it one.\n",
+    )  # fmt: skip
+    code, said = await say("readmit", "kiosk-7")
+    assert (code, "'kiosk-7'" in said) == (1, True)
 
 
 # ---- the whole store, read again ------------------------------------------------------------------------------------
