@@ -28,7 +28,7 @@ CREATE TABLE devices (
 -- is rotated), and because the triggers below must fire for a change of a token, not for every change of an alias.
 -- Only the SHA-256 is stored: the token is 256 random bits, so a slow hash would protect nothing and cost much
 -- (bcrypt on every heartbeat held the public server to 3.7 heartbeats/s). A revoked token stays known: the device is
--- to hear 410, and not the 401 at which it erases its credentials.
+-- to hear 410, and not 401, after five of which in a row it erases its credentials.
 CREATE TABLE device_tokens (
     token_sha256 bytea PRIMARY KEY CHECK (length(token_sha256) = 32),
     device_no    integer NOT NULL REFERENCES devices,
