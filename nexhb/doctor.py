@@ -21,6 +21,7 @@ _Q = sql.queries("doctor")
 
 LATE_FOR = timedelta(days=2)  # late heartbeats are carried away nightly
 DRILL_WITHIN = timedelta(days=8)
+FIRST_RUN_WITHIN = timedelta(minutes=2)  # of the first start, and jobs.jitter_seconds; both jobs are due at once
 DRIFT_MOST = 0.01
 LOCK_MOST_S = 6 * 3600  # one of our own jobs
 STRANGER_MOST_S = 10  # anybody else, as long as heartbeats or jobs wait for them
@@ -64,10 +65,10 @@ async def examine(conn: Connection, settings: Settings, now: datetime) -> list[L
 
 async def _database(visit: Visit) -> Line:
     found = await db.unsafe_settings(visit.conn)
-    version = ".".join(map(str, visit.conn.get_server_version()[:2]))
+    version = visit.conn.get_server_version()  # asyncpg keeps the 4 of PostgreSQL 18.4 in micro: (18, 0, 4)
     if found:
         return Line("database", False, "; ".join(one.what for one in found), "; ".join(one.remedy for one in found))
-    return Line("database", True, f"PostgreSQL {version} keeps what it commits")
+    return Line("database", True, f"PostgreSQL {version.major}.{version.micro} keeps what it commits")
 
 
 async def _schema(visit: Visit) -> Line:
@@ -121,12 +122,20 @@ def _job(name: str) -> Callable[[Visit], Awaitable[Line]]:
             return Line(
                 name, row["good"] is not None, f"no schedule; last good run {_at(row['good'])}", f"nexhb {name}"
             )
+        if _first_is_due(visit, row):
+            return Line(name, True, "no run yet: the first is due, within minutes of the first start")
         # The run that is due now may be under way: the one before it must have been good.
         before = schedule.due_since(cron, visit.now - timedelta(hours=1), row["good"])
         why = f"; the last one failed: {textwrap.shorten(row['reason'], REASON_MOST)}" if row["reason"] else ""
         return Line(name, before is None, f"last good run {_at(row['good'])}{why}", f"nexhb {name}")
 
     return ask
+
+
+def _first_is_due(visit: Visit, row: Record) -> bool:
+    """No run has ended in any way, and the schema is as young as a house may be before its first."""
+    young = FIRST_RUN_WITHIN + timedelta(seconds=visit.settings.jobs.jitter_seconds)
+    return row["good"] is None and row["reason"] is None and abs(visit.now - row["schema_made"]) < young
 
 
 async def _drill(visit: Visit) -> Line:

@@ -12,10 +12,11 @@ SELECT partition_name, reason, failed_at FROM hb_partitions WHERE state = 'archi
 SELECT count(*) AS rows, min(received_at) AS since FROM late_heartbeats;
 
 -- name: last_good
--- $1 job. When it last did all of its work, and what its last run said.
+-- $1 job. When it last did all of its work, what its last run said, and when the schema was made.
 SELECT (SELECT max(started_at) FROM job_runs WHERE job = $1 AND status = 'completed') AS good,
        (SELECT reason FROM job_runs WHERE job = $1 AND status IN ('completed', 'failed')
-        ORDER BY run_no DESC LIMIT 1) AS reason;
+        ORDER BY run_no DESC LIMIT 1) AS reason,
+       (SELECT min(applied_at) FROM schema_migrations) AS schema_made;
 
 -- name: drills
 -- How many archives there are, and when one was last restored as a drill.

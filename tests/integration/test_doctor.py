@@ -143,6 +143,26 @@ async def test_jobs_that_did_not_run_are_overdue_an_hour_after_they_were_due(wel
     assert "last good run 2026-06-15 03:00Z" in found["nightly"].said
 
 
+async def test_a_house_that_has_just_been_made_is_not_called_ill_for_its_first_runs(
+    database: Database, conn: Connection, tmp_path: Path
+) -> None:
+    house = House(database, conn, tmp_path)
+    await conn.execute("UPDATE schema_migrations SET applied_at = $1", NOW)
+    for after_s, good in ((20, True), (149, True), (151, False)):  # two minutes, and jobs.jitter_seconds
+        found = await lines(house, NOW + timedelta(seconds=after_s))
+        assert [found[job].good for job in ("nightly", "reconcile")] == [good, good]
+    assert "the first is due" in (await lines(house, NOW))["nightly"].said
+    await conn.execute("INSERT INTO job_runs (job, status, reason, started_at, host) "
+                       "VALUES ('nightly', 'failed', 'no room', $1, 'here')", NOW)  # fmt: skip
+    found = await lines(house, NOW + timedelta(seconds=20))
+    assert [found[job].good for job in ("nightly", "reconcile")] == [False, True]
+
+
+async def test_the_version_is_the_one_that_the_server_calls_itself(well: House) -> None:
+    number = int(await well.conn.fetchval("SHOW server_version_num"))  # 180004
+    assert (await lines(well))["database"].said.startswith(f"PostgreSQL {number // 10_000}.{number % 10_000} ")
+
+
 async def test_a_reader_that_keeps_a_detach_pending_and_a_lock_that_is_held_are_named(
     well: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
