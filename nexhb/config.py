@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -393,12 +394,13 @@ class Reads(_Section):
     )
 
 
-def _default_data_dir() -> Path:
-    if state := os.environ.get("STATE_DIRECTORY"):
+def default_data_dir(environment: Mapping[str, str]) -> Path:
+    """Where state lies, of a daemon or command with these variables, unless it is told."""
+    if state := environment.get("STATE_DIRECTORY"):
         return Path(state.split(":", maxsplit=1)[0])
     if os.geteuid() == 0:
         return Path("/var/lib/nexhb")
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    base = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "nexhb"
 
 
@@ -408,7 +410,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="NEXHB_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     data_dir: Path = Field(
-        default_factory=_default_data_dir,
+        default_factory=lambda: default_data_dir(os.environ),
         description="where state lies: $STATE_DIRECTORY, else /var/lib/nexhb as root, else $XDG_STATE_HOME/nexhb, "
         "else ~/.local/state/nexhb",
     )

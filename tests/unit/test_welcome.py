@@ -1,0 +1,38 @@
+"""What `nexhb serve` says at a terminal: its commands reach this daemon, from a terminal that knows nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from nexhb import config, daemon
+from nexhb.cli import serve
+from nexhb.config import Settings
+
+
+def said(data_dir: Path) -> str:
+    """The welcome of a daemon whose state lies there."""
+    running = SimpleNamespace(url="http://127.0.0.1:8080", embedded=True, settings=Settings(data_dir=data_dir))
+    return "\n".join(serve.welcome_lines(cast("daemon.Running", running)))
+
+
+def test_the_usual_folder_need_not_be_named() -> None:
+    assert "TOKEN=$(.venv/bin/nexhb devices add kiosk-1)" in said(config.default_data_dir({}))
+
+
+def test_another_folder_is_named_whatever_it_is_called() -> None:
+    assert "TOKEN=$(NEXHB_DATA_DIR=/mnt/kiosks .venv/bin/nexhb devices add" in said(Path("/mnt/kiosks"))
+    assert "$(NEXHB_DATA_DIR='/mnt/my kiosks' .venv/bin/nexhb devices add" in said(Path("/mnt/my kiosks"))
+    assert "$(cat '/mnt/my kiosks/admin_key')" in said(Path("/mnt/my kiosks"))
+    assert f"NEXHB_DATA_DIR={Path.cwd() / 'here'} " in said(Path("here"))
+
+
+def test_a_folder_that_only_this_terminals_variables_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", "/mnt/state")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert Settings().data_dir == Path("/mnt/state/nexhb")
+    assert "NEXHB_DATA_DIR=/mnt/state/nexhb " in said(Settings().data_dir)
