@@ -31,7 +31,8 @@ def test_another_folder_is_named_whatever_it_is_called() -> None:
 
 
 def test_a_folder_that_only_this_terminals_variables_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    for name in ("STATE_DIRECTORY", "NEXHB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", "/mnt/state")
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert Settings().data_dir == Path("/mnt/state/nexhb")
