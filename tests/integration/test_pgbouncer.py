@@ -105,7 +105,7 @@ def test_serve_ends_with_the_reason_and_without_a_traceback(
 ) -> None:
     settings = {"NEXHB_DATA_DIR": str(tmp_path), "NEXHB_DATABASE__URL": bouncer(database, "transaction", "")}
     command = [sys.executable, "-m", "nexhb", "serve"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 1
     assert "Connect directly: database.url" in done.stderr
     assert "Traceback" not in done.stderr

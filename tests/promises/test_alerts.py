@@ -44,7 +44,7 @@ needs_promtool = pytest.mark.skipif(
 
 def promtool(*words: str | Path) -> str:
     """What it says; its refusal is the test's."""
-    done = subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(["promtool", *map(str, words)], capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
