@@ -39,8 +39,8 @@ BY = "perf_diff"
 def differing(fast: Found, legacy: Found) -> list[str]:
     """The device_ids whose rows are not the same both ways. Where a list was cut at its limit, only of those in both:
     which come last in it may depend on a row that is excused."""
-    theirs = {row["device_id"]: row for row in legacy.rows}
-    ours = {row["device_id"]: row for row in fast.rows}
+    theirs = {row.device_id: row for row in legacy.rows}
+    ours = {row.device_id: row for row in fast.rows}
     cut = fast.count > len(fast.rows) or legacy.count > len(legacy.rows)
     wanted = ours.keys() & theirs.keys() if cut else ours.keys() | theirs.keys()
     return sorted(one for one in wanted if ours.get(one) != theirs.get(one))

@@ -5,6 +5,7 @@ Two ways to answer: from device_last_status by index, or from the history by win
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 from asyncpg.pool import PoolConnectionProxy
 
 from nexhb import metrics, sql
@@ -63,10 +65,11 @@ Question = Offline | UnityDown | OneDevice
 
 @dataclass(frozen=True)
 class Found:
-    """How many there are, and as many of them as were asked for."""
+    """How many there are, and as many of them as were asked for: objects with the columns as attributes, of one type
+    where the columns are the same, so that answers of both ways compare."""
 
     count: int
-    rows: list[Row]
+    rows: list[Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class FromStatus:
             full = len(rows) == question.limit
             return Found(await conn.fetchval(_Q["offline_count"], cutoff) if full else len(rows), rows)
         since = now - SEEN_WITHIN
-        rows = _rows(await conn.fetch(_Q["unity_down"], since, question.limit))
+        rows = _listed(await conn.fetch(_Q["unity_down"], since, question.limit))
         full = len(rows) == question.limit
         return Found(await conn.fetchval(_Q["unity_down_count"], since) if full else len(rows), rows)
 
@@ -104,25 +107,47 @@ class FromHistory:
             return _whole(await conn.fetch(_LEGACY["device"], question.device_id, until, known_since))
         if isinstance(question, Offline):
             cutoff = now - question.silent_for
-            rows = _timed(now, await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit))
-            return Found(_total(rows), rows)
-        rows = _rows(await conn.fetch(_LEGACY["list_unity_down"], now - SEEN_WITHIN, until, question.limit))
-        return Found(_total(rows), rows)
+            records = await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit)
+            return Found(_total(records), _timed(now, records))
+        records = await conn.fetch(_LEGACY["list_unity_down"], now - SEEN_WITHIN, until, question.limit)
+        return Found(_total(records), _listed(records))
 
 
 def _whole(records: list[asyncpg.Record]) -> Found:
-    return Found(len(records), _rows(records))
+    return Found(len(records), _listed(records))
 
 
-def _total(rows: list[Row]) -> int:
-    return max((row.pop("total") for row in rows), default=0)
+def _total(records: list[asyncpg.Record]) -> int:
+    return max((record["total"] for record in records), default=0)
 
 
-def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Row]:
-    rows = _rows(records)
-    for row in rows:
-        row["offline_seconds"] = int((now - row["last_ts"]).total_seconds())
-    return rows
+# A list has thousands of rows, and whatever is done to one holds up heartbeats: as a dict it took 0.7 µs to make and
+# 0.3 to write as JSON, as an object with slots 0.25 and 0.14.
+@functools.cache
+def _made_of(columns: tuple[str, ...]) -> Callable[..., Any]:
+    return msgspec.defstruct("Listed", [(column, Any) for column in columns])
+
+
+def _listed(records: list[asyncpg.Record]) -> list[Any]:
+    if not records:
+        return []
+    columns = _columns(records[0])
+    make, width = _made_of(columns), len(columns)
+    return [make(*record[:width]) for record in records]
+
+
+def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Any]:
+    """With offline_seconds."""
+    if not records:
+        return []
+    columns = _columns(records[0])
+    make, width, last = _made_of((*columns, "offline_seconds")), len(columns), columns.index("last_ts")
+    return [make(*record[:width], int((now - record[last]).total_seconds())) for record in records]
+
+
+def _columns(record: asyncpg.Record) -> tuple[str, ...]:
+    """Without the total, which stands last where there is one."""
+    return tuple(column for column in record.keys() if column != "total")  # noqa: SIM118 - a Record iterates its values
 
 
 # ---- over a pool ----------------------------------------------------------------------------------------------------
@@ -205,6 +230,4 @@ async def _asking(pool: Pool, observe: Callable[[float], None]) -> AsyncIterator
 
 
 def _rows(records: list[asyncpg.Record]) -> list[Row]:
-    keys = tuple(records[0].keys()) if records else ()
-    # 0.7 µs a row where dict(record) takes 1.9
-    return [dict(zip(keys, record, strict=False)) for record in records]
+    return [dict(record) for record in records]

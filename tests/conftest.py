@@ -10,10 +10,12 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from datetime import time as clock_time
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,7 @@ async def nexhb(start_daemon: StartDaemon) -> Nexhb:
 
 @pytest.fixture
 def now() -> datetime:
-    """A moment of today that no midnight is near to, as far as that can be had; UTC."""
-    moment = datetime.now(UTC)
-    return moment - timedelta(hours=1) if moment.minute < 1 else moment
+    """Now, UTC, with no midnight near: that minute is waited out, since a test's heartbeats lie on both sides of it."""
+    while (datetime.now(UTC) + timedelta(minutes=1)).time() < clock_time(0, 2):
+        time.sleep(1)
+    return datetime.now(UTC)

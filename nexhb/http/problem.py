@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import orjson
+import msgspec
 from aiohttp import web
 
 from nexhb.wire import FieldError
 
+_JSON = msgspec.json.Encoder(enc_hook=str)  # it knows reads' rows, which orjson does not
+
 
 def dumps(value: object) -> bytes:
     """JSON; datetimes in RFC 3339 with Z, addresses as text."""
-    return orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z)
+    return _JSON.encode(value)
 
 
 SERVER = {"Server": "nexhb"}  # and not which Python and aiohttp answer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -17,9 +17,16 @@ RETENTION = 7 * DAY
 SINCE = NOW - RETENTION
 
 
+class Row(NamedTuple):
+    """A device in a list."""
+
+    device_id: str
+    battery_pct: int
+
+
 def found(*rows: tuple[str, int], count: int | None = None) -> Found:
     """Rows of devices with a battery."""
-    return Found(len(rows) if count is None else count, [{"device_id": name, "battery_pct": pct} for name, pct in rows])
+    return Found(len(rows) if count is None else count, [Row(*row) for row in rows])
 
 
 def test_rows_that_are_missing_or_not_the_same_differ() -> None:
