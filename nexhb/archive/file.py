@@ -61,13 +61,13 @@ class FolderStore:
         """See Store. The time spent between the chunks counts too."""
         path = self._path(name)
         deadline = self._deadline()
-        file = await self._in_time("get", path, deadline, lambda: _open(path))
+        reading = _Get(path)
         try:
-            while chunk := await self._in_time("get", path, deadline, lambda: file.read(CHUNK)):
+            while chunk := await self._in_time("get", path, deadline, reading.read):
                 yield chunk
         finally:
             # Not waited for: where a read hangs, closing waits for it.
-            asyncio.get_running_loop().run_in_executor(None, file.close)
+            asyncio.get_running_loop().run_in_executor(None, reading.close)
 
     def url(self, name: str) -> str:
         """See Store."""
@@ -110,6 +110,33 @@ def _create(path: Path) -> BinaryIO:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+class _Get:
+    """A file that its first read opens, in a thread that nobody can cancel: whoever gives up before that closes it all
+    the same."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def read(self) -> bytes:
+        """The next chunk; empty at the end. Raises OSError."""
+        with self._lock:
+            if self._closed:
+                return b""
+            if self._file is None:
+                self._file = _open(self._path)
+            return self._file.read(CHUNK)
+
+    def close(self) -> None:
+        """Wait for a read under way, then close."""
+        with self._lock:
+            self._closed = True
+            if self._file is not None:
+                self._file.close()
 
 
 def _open(path: Path) -> BinaryIO:

@@ -7,12 +7,15 @@ import os
 import resource
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from nexhb.archive import file
 from nexhb.archive.file import FolderStore
 from nexhb.archive.store import CHUNK
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
@@ -221,6 +224,30 @@ async def test_a_get_that_takes_too_long_is_a_sentence(store: FolderStore) -> No
     with pytest.raises(StoreError, match=r"get .*/slow took longer than 0\.2 s"):
         await read(store, "slow")
     await asyncio.to_thread(slow.write_bytes, b"")  # lets the thread go
+
+
+async def test_a_get_given_up_while_its_file_is_opened_closes_it(
+    store: FolderStore, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread opens it all the same: it stayed open until the collector came by."""
+    await store.put(NAME, body.path, body.sha256)
+    opened: list[BinaryIO] = []
+    really = file._open
+
+    def slowly(path: Path) -> BinaryIO:
+        time.sleep(0.3)
+        opened.append(really(path))
+        return opened[0]
+
+    monkeypatch.setattr(file, "_open", slowly)
+    reading = asyncio.create_task(read(store, NAME))
+    await asyncio.sleep(0.1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    async with asyncio.timeout(10):
+        while not (opened and opened[0].closed):
+            await asyncio.sleep(0.01)
 
 
 async def test_the_time_of_a_get_counts_from_its_beginning(store: FolderStore, body: Body) -> None:
