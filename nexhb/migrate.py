@@ -75,13 +75,15 @@ async def migrate(conn: Connection, now: datetime, migrations: list[Migration] |
 async def _apply_patiently(conn: Connection, migration: Migration, now: datetime) -> float:
     """Seconds it took. A lock that somebody's old transaction withholds is asked for again and again and never waited
     for at length: every heartbeat, also those at other daemons, queues behind who waits for a table."""
-    for tries_left in reversed(range(TRIES)):
+    tries_left = TRIES
+    while True:
         began = asyncio.get_running_loop().time()
         try:
             await _apply(conn, migration, now)
             return asyncio.get_running_loop().time() - began
         except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError) as error:
             holders = await in_the_way(conn)
+            tries_left -= 1
             if not tries_left:
                 raise MigrationError(
                     f"{migration.name} finds a table locked: {holders}.",
@@ -89,7 +91,6 @@ async def _apply_patiently(conn: Connection, migration: Migration, now: datetime
                 ) from error
             _log.warning("migration.waits", name=migration.name, held_by=holders)
         await asyncio.sleep(PAUSE_S)
-    raise AssertionError("not reached")
 
 
 async def _apply(conn: Connection, migration: Migration, now: datetime) -> None:
