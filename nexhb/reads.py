@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -83,14 +84,21 @@ class FromStatus:
         if isinstance(question, OneDevice):
             return _whole(await conn.fetch(_Q["device"], question.device_id))
         if isinstance(question, Offline):
-            cutoff = now - question.silent_for
-            rows = _timed(now, await conn.fetch(_Q["offline"], cutoff, question.limit))
-            full = len(rows) == question.limit
-            return Found(await conn.fetchval(_Q["offline_count"], cutoff) if full else len(rows), rows)
-        since = now - SEEN_WITHIN
-        rows = _listed(await conn.fetch(_Q["unity_down"], since, question.limit))
-        full = len(rows) == question.limit
-        return Found(await conn.fetchval(_Q["unity_down_count"], since) if full else len(rows), rows)
+            count, records = await _first(conn, question, now - question.silent_for)
+            return Found(count, _timed(now, records))
+        count, records = await _first(conn, question, now - SEEN_WITHIN)
+        return Found(count, _listed(records))
+
+
+async def _first(conn: Conn, question: Offline | UnityDown, moment: datetime) -> tuple[int, list[asyncpg.Record]]:
+    """How many there are of a list, and the first of them in its order, up to its limit."""
+    records = await conn.fetch(_Q[f"{question.name}_all"], moment, question.limit)
+    if len(records) < question.limit:
+        records.sort(key=itemgetter("device_id"))
+        records.sort(key=itemgetter("last_ts"), reverse=isinstance(question, UnityDown))
+        return len(records), records
+    count = await conn.fetchval(_Q[f"{question.name}_count"], moment)
+    return count, await conn.fetch(_Q[question.name], moment, question.limit)
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,8 @@ def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Any]:
         return []
     columns = _columns(records[0])
     make, width, last = _made_of((*columns, "offline_seconds")), len(columns), columns.index("last_ts")
-    return [make(*record[:width], int((now - record[last]).total_seconds())) for record in records]
+    silent = (now - record[last] for record in records)
+    return [make(*record[:width], one.days * 86_400 + one.seconds) for record, one in zip(records, silent, strict=True)]
 
 
 def _columns(record: asyncpg.Record) -> tuple[str, ...]:

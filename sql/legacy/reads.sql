@@ -46,7 +46,7 @@ FROM (
 JOIN devices d USING (device_no)
 JOIN heartbeat_labels l USING (label_no)
 WHERE h.nth = 1 AND h.last_ts < $1 AND d.revoked_at IS NULL
-ORDER BY h.last_ts, d.device_no
+ORDER BY h.last_ts, d.device_id COLLATE "C"
 LIMIT $4;
 
 -- name: list_unity_down
@@ -64,7 +64,7 @@ FROM (
 JOIN devices d USING (device_no)
 JOIN heartbeat_labels l USING (label_no)
 WHERE h.nth = 1 AND h.unity_running = false AND d.revoked_at IS NULL
-ORDER BY h.last_ts DESC, d.device_no
+ORDER BY h.last_ts DESC, d.device_id COLLATE "C"
 LIMIT $3;
 
 -- name: device

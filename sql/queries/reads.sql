@@ -33,16 +33,27 @@ SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_i
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id = $1;
 
--- name: offline
--- $1 cutoff, $2 how many. Silent since before the cutoff, the longest silent first. The slot (five minutes) is what
--- the index holds: it changes with every fifth heartbeat only, so that the others stay HOT. In its order, the rows of one
--- slot after another are sorted, and the first are on their way while the last are looked up.
+-- name: offline_all
+-- $1 cutoff, $2 how many at most. Silent since before the cutoff, in the order of the index: who takes all of them sorts
+-- a thousand in 0.1 ms, where PostgreSQL, which copies every row to sort it, takes 1. The slot (five minutes) is what
+-- the index holds: it changes with every fifth heartbeat only, so that the others stay HOT.
 SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version
 FROM device_last_status
 WHERE status = 'ok'
   AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND last_ts < $1
-ORDER BY last_slot, last_ts, device_no
+ORDER BY last_slot
+LIMIT $2;
+
+-- name: offline
+-- $1 cutoff, $2 how many of them: the longest silent, first. One slot after another is sorted, and no more of them than
+-- it takes.
+SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version
+FROM device_last_status
+WHERE status = 'ok'
+  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND last_ts < $1
+ORDER BY last_slot, last_ts, device_id COLLATE "C"
 LIMIT $2;
 
 -- name: offline_count
@@ -52,13 +63,22 @@ WHERE status = 'ok'
   AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND last_ts < $1;
 
--- name: unity_down
--- $1 seen since (now - 24 h), $2 how many. Newest first.
+-- name: unity_down_all
+-- $1 seen since (now - 24 h), $2 how many at most; in the order of the index, as above.
 SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
        agent_version
 FROM device_last_status
 WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
-ORDER BY last_ts DESC, device_no
+ORDER BY device_no
+LIMIT $2;
+
+-- name: unity_down
+-- $1 seen since, $2 how many of them: the newest, first.
+SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
+       agent_version
+FROM device_last_status
+WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
+ORDER BY last_ts DESC, device_id COLLATE "C"
 LIMIT $2;
 
 -- name: unity_down_count

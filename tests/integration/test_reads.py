@@ -80,6 +80,25 @@ async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None
     assert (fleet["online"], fleet["offline"]) == (6, 2)
 
 
+async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_daemon: StartDaemon) -> None:
+    """Some of one slot, some of one moment, and sent in none of the orders."""
+    noon = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(minutes=1)
+    nexhb = await start_daemon(now=noon)
+    minutes = {"b": 61, "e": 20, "a": 61, "d": 62, "c": 300, "f": 21}
+    for name, ago in minutes.items():
+        await (await nexhb.agent(name)).send(noon - timedelta(minutes=ago), unity_process_running=False)
+    orders = {"offline": ["c", "d", "a", "b", "f", "e"], "unity-down": ["e", "f", "a", "b", "d", "c"]}
+    for source in ("last_status", "legacy"):
+        wanted = {"read_from_last_status": source == "last_status"}
+        async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=wanted, headers={"x-admin": ADMIN_KEY}) as response:
+            assert response.status == 200
+        for which, order in orders.items():
+            for limit in (1, 4, 6, 7):
+                found = await nexhb.get(f"/v1/devices/{which}?limit={limit}")
+                assert (found["source"], found["count"]) == (source, 6)
+                assert [row["device_id"] for row in found["devices"]] == order[:limit]
+
+
 async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, now: datetime) -> None:
     old, fresh, unknown = [await nexhb.agent() for _ in range(3)]
     await old.send(now - timedelta(hours=25), unity_process_running=False)

@@ -177,11 +177,12 @@ async def test_the_newest_few_of_a_day_read_only_those(fleet: Connection) -> Non
 # ---- the last status --------------------------------------------------------------------------------------------
 
 
-async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connection) -> None:
+@pytest.mark.parametrize("query", ["offline_all", "offline"])
+async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connection, query: str) -> None:
     cutoff = NOW - timedelta(minutes=10)
-    plan = await plan_of(fleet, QUERIES["offline"], cutoff, 10_000)
+    plan = await plan_of(fleet, QUERIES[query], cutoff, 10_000)
     settled = await settled_plan_of(
-        fleet, QUERIES["offline"], "timestamptz, bigint", [quoted(cutoff), "10000"]
+        fleet, QUERIES[query], "timestamptz, bigint", [quoted(cutoff), "10000"]
     )  # fmt: skip
     pages = await fleet.fetchval("SELECT pg_relation_size('device_last_status') / 8192")
     assert pages > 60
@@ -199,11 +200,12 @@ async def test_counting_the_offline_comes_from_the_slots_too(fleet: Connection) 
     assert plan.buffers < 4 * OFFLINE + 5  # each one's row, and its device by the key
 
 
-async def test_unity_down_comes_from_its_own_index_and_reads_few_pages(fleet: Connection) -> None:
+@pytest.mark.parametrize("query", ["unity_down_all", "unity_down"])
+async def test_unity_down_comes_from_its_own_index_and_reads_few_pages(fleet: Connection, query: str) -> None:
     since = NOW - timedelta(hours=24)
-    plan = await plan_of(fleet, QUERIES["unity_down"], since, 10_000)
+    plan = await plan_of(fleet, QUERIES[query], since, 10_000)
     settled = await settled_plan_of(
-        fleet, QUERIES["unity_down"], "timestamptz, bigint", [quoted(since), "10000"]
+        fleet, QUERIES[query], "timestamptz, bigint", [quoted(since), "10000"]
     )  # fmt: skip
     for one in (plan, settled):
         assert one.rows == DOWN
