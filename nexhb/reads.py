@@ -94,8 +94,7 @@ async def _first(conn: Conn, question: Offline | UnityDown, moment: datetime) ->
     """How many there are of a list, and the first of them in its order, up to its limit."""
     records = await conn.fetch(_Q[f"{question.name}_all"], moment, question.limit)
     if len(records) < question.limit:
-        records.sort(key=itemgetter("device_id"))
-        records.sort(key=itemgetter("last_ts"), reverse=isinstance(question, UnityDown))
+        records.sort(key=itemgetter("last_ts", "device_id"), reverse=isinstance(question, UnityDown))
         return len(records), records
     count = await conn.fetchval(_Q[f"{question.name}_count"], moment)
     return count, await conn.fetch(_Q[question.name], moment, question.limit)
@@ -133,30 +132,25 @@ def _total(records: list[asyncpg.Record]) -> int:
 # 0.3 to write as JSON, as an object with slots 0.25 and 0.14.
 @functools.cache
 def _made_of(columns: tuple[str, ...]) -> Callable[..., Any]:
-    return msgspec.defstruct("Listed", [(column, Any) for column in columns])
+    return msgspec.defstruct("Listed", [(column, Any, None) for column in columns], gc=False)
 
 
-def _listed(records: list[asyncpg.Record]) -> list[Any]:
+def _listed(records: list[asyncpg.Record], *more: str) -> list[Any]:
+    """Objects with the columns as attributes, and `more` that are None yet; without the total, which stands last."""
     if not records:
         return []
-    columns = _columns(records[0])
-    make, width = _made_of(columns), len(columns)
+    columns = [column for column in records[0].keys() if column != "total"]  # noqa: SIM118 - a Record iterates its values
+    make, width = _made_of((*columns, *more)), len(columns)
     return [make(*record[:width]) for record in records]
 
 
 def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Any]:
-    """With offline_seconds."""
-    if not records:
-        return []
-    columns = _columns(records[0])
-    make, width, last = _made_of((*columns, "offline_seconds")), len(columns), columns.index("last_ts")
-    silent = (now - record[last] for record in records)
-    return [make(*record[:width], one.days * 86_400 + one.seconds) for record, one in zip(records, silent, strict=True)]
-
-
-def _columns(record: asyncpg.Record) -> tuple[str, ...]:
-    """Without the total, which stands last where there is one."""
-    return tuple(column for column in record.keys() if column != "total")  # noqa: SIM118 - a Record iterates its values
+    """The same with offline_seconds."""
+    rows = _listed(records, "offline_seconds")
+    for row in rows:
+        silent = now - row.last_ts
+        row.offline_seconds = silent.days * 86_400 + silent.seconds
+    return rows
 
 
 # ---- over a pool ----------------------------------------------------------------------------------------------------

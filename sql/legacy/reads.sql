@@ -64,7 +64,7 @@ FROM (
 JOIN devices d USING (device_no)
 JOIN heartbeat_labels l USING (label_no)
 WHERE h.nth = 1 AND h.unity_running = false AND d.revoked_at IS NULL
-ORDER BY h.last_ts DESC, d.device_id COLLATE "C"
+ORDER BY h.last_ts DESC, d.device_id COLLATE "C" DESC
 LIMIT $3;
 
 -- name: device

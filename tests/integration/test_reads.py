@@ -87,7 +87,7 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
     minutes = {"b": 61, "e": 20, "a": 61, "d": 62, "c": 300, "f": 21}
     for name, ago in minutes.items():
         await (await nexhb.agent(name)).send(noon - timedelta(minutes=ago), unity_process_running=False)
-    orders = {"offline": ["c", "d", "a", "b", "f", "e"], "unity-down": ["e", "f", "a", "b", "d", "c"]}
+    orders = {"offline": ["c", "d", "a", "b", "f", "e"], "unity-down": ["e", "f", "b", "a", "d", "c"]}
     for source in ("last_status", "legacy"):
         wanted = {"read_from_last_status": source == "last_status"}
         async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=wanted, headers={"x-admin": ADMIN_KEY}) as response:
