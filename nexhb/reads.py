@@ -84,20 +84,26 @@ class FromStatus:
         if isinstance(question, OneDevice):
             return _whole(await conn.fetch(_Q["device"], question.device_id))
         if isinstance(question, Offline):
-            count, records = await _first(conn, question, now - question.silent_for)
+            count, records = await _first(
+                conn, _Q["offline_all"], _Q["offline"], now - question.silent_for, question.limit
+            )
             return Found(count, _timed(now, records))
-        count, records = await _first(conn, question, now - SEEN_WITHIN)
+        count, records = await _first(
+            conn, _Q["unity_down_all"], _Q["unity_down"], now - SEEN_WITHIN, question.limit, newest_first=True
+        )
         return Found(count, _listed(records))
 
 
-async def _first(conn: Conn, question: Offline | UnityDown, moment: datetime) -> tuple[int, list[asyncpg.Record]]:
-    """How many there are of a list, and the first of them in its order, up to its limit."""
-    records = await conn.fetch(_Q[f"{question.name}_all"], moment, question.limit)
-    if len(records) < question.limit:
-        records.sort(key=itemgetter("last_ts", "device_id"), reverse=isinstance(question, UnityDown))
+async def _first(
+    conn: Conn, whole: str, cut: str, moment: datetime, limit: int, *, newest_first: bool = False
+) -> tuple[int, list[asyncpg.Record]]:
+    """How many there are of a list, and the first of them in its order, up to its limit; both of one moment."""
+    records = await conn.fetch(whole, moment, limit)
+    if len(records) < limit:
+        records.sort(key=itemgetter("last_ts", "device_id"), reverse=newest_first)
         return len(records), records
-    count = await conn.fetchval(_Q[f"{question.name}_count"], moment)
-    return count, await conn.fetch(_Q[question.name], moment, question.limit)
+    records = await conn.fetch(cut, moment, limit)
+    return _total(records), records
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ def _whole(records: list[asyncpg.Record]) -> Found:
 
 
 def _total(records: list[asyncpg.Record]) -> int:
-    return max((record["total"] for record in records), default=0)
+    return records[0]["total"] if records else 0
 
 
 # A list has thousands of rows, and whatever is done to one holds up heartbeats: as a dict it took 0.7 µs to make and

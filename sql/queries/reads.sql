@@ -47,21 +47,17 @@ LIMIT $2;
 
 -- name: offline
 -- $1 cutoff, $2 how many of them: the longest silent, first. One slot after another is sorted, and no more of them than
--- it takes.
-SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version
+-- it takes. total counts the others too, in the same moment.
+SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+          AND last_ts < $1) AS total
 FROM device_last_status
 WHERE status = 'ok'
   AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND last_ts < $1
 ORDER BY last_slot, last_ts, device_id COLLATE "C"
 LIMIT $2;
-
--- name: offline_count
--- $1 cutoff.
-SELECT count(*) FROM device_last_status
-WHERE status = 'ok'
-  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-  AND last_ts < $1;
 
 -- name: unity_down_all
 -- $1 seen since (now - 24 h), $2 how many at most; in the order of the index, as above.
@@ -73,17 +69,15 @@ ORDER BY device_no
 LIMIT $2;
 
 -- name: unity_down
--- $1 seen since, $2 how many of them: the newest, first.
+-- $1 seen since, $2 how many of them: the newest, first; total as above.
 SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
-       agent_version
+       agent_version,
+       (SELECT count(*) FROM device_last_status
+        WHERE unity_running = false AND status = 'ok' AND last_ts >= $1) AS total
 FROM device_last_status
 WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
 ORDER BY last_ts DESC, device_id COLLATE "C" DESC
 LIMIT $2;
-
--- name: unity_down_count
--- $1 seen since.
-SELECT count(*) FROM device_last_status WHERE unity_running = false AND status = 'ok' AND last_ts >= $1;
 
 -- name: device_no
 -- $1 device_id.
