@@ -73,11 +73,13 @@ async def sender_of(request: web.Request, parts: Parts, *, most: int, types: tup
     return device
 
 
-def hold_to_rate(parts: Parts, device: Device, heartbeats: int) -> None:
+def hold_to_rate(parts: Parts, device: Device, heartbeats: int, *, taken: int = 0) -> None:
     """Raise a 429 Problem where one device sends far more than any healthy one: a kiosk in a tight loop must not cost
-    the others theirs. It keeps what it has, as at any answer that is no 2xx."""
-    wait_s = parts.device_rate.take(device.device_no, time.monotonic(), heartbeats) if heartbeats > 0 else 0.0
-    if wait_s:
+    the others theirs. It keeps what it has, as at any answer that is no 2xx; what of its request is `taken` already
+    comes again too, and needs its time as well."""
+    now = time.monotonic()
+    if heartbeats > 0 and parts.device_rate.take(device.device_no, now, heartbeats):
+        wait_s = parts.device_rate.take(device.device_no, now, taken + heartbeats)  # refused as well
         metrics.rate_limited.labels(kind="device").inc()
         raise Problem(
             429, "This device sends too often.", headers={"Retry-After": str(1 + int(wait_s))}, close=heartbeats == 1

@@ -133,7 +133,7 @@ class _Queue:
     async def _admit(self, block: _Block) -> None:
         heartbeats, refused = block.found.heartbeats, block.found.refused
         # One is taken for the request itself.
-        hold_to_rate(self._parts, self._device, len(block) if block.first else len(block) - 1)
+        hold_to_rate(self._parts, self._device, len(block) if block.first else len(block) - 1, taken=self._held)
         self._held += len(block)
         if refused:
             self._parts.intake.received += len(refused)
