@@ -91,16 +91,17 @@ class Blocks(Generic[Parsed]):
             guess = self._guess(last)
         else:
             return None
-        refused = self._broke_off()
+        # Not the refusal itself: its traceback would hold this frame, and the block, until the collector comes.
+        errors, status = self._broke_off(), 400
         if guess:
             try:
                 return self._cut(guess)
             except Refused as error:
-                refused = error
+                errors, status = error.errors, error.status
         if exact := self._lines() if self._ndjson else self._exact():
             return self._cut(exact)
         if last and held <= self._item_bytes:
-            raise refused
+            raise Refused(errors, status)
         if held > self._item_bytes:
             raise Refused([FieldError("", f"heartbeat {self.items} takes more than {self._item_bytes} bytes")], 413)
         self._enough = 2 * held  # not at each byte of a large item again
@@ -203,5 +204,5 @@ class Blocks(Generic[Parsed]):
         if self._ended:
             self._buffer.clear()
 
-    def _broke_off(self) -> Refused:
-        return Refused([FieldError("", f"is not JSON: it ends within heartbeat {self.items}, or behind it")], 400)
+    def _broke_off(self) -> list[FieldError]:
+        return [FieldError("", f"is not JSON: it ends within heartbeat {self.items}, or behind it")]
