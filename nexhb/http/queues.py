@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -63,12 +64,25 @@ async def _read(queue: _Queue, request: web.Request, parts: Parts) -> None:
 class _Block(NamedTuple):
     """What was read at once."""
 
-    first: int  # its place in the queue
     size: int
     found: wire.Queue
+    first: int = 0  # its place in the queue
 
     def __len__(self) -> int:
         return len(self.found)
+
+
+def _parse(parts: Parts, device: Device, most: int, block: bytes, ndjson: bool) -> _Block:
+    found = wire.parse_many(
+        block,
+        ndjson=ndjson,
+        most=most,
+        device_no=device.device_no,
+        device_id=device.device_id,
+        received_at=parts.now(),
+        rules=parts.rules,
+    )
+    return _Block(len(block), found)
 
 
 class _Queue:
@@ -77,13 +91,14 @@ class _Queue:
     def __init__(self, parts: Parts, device: Device) -> None:
         self._parts = parts
         self._device = device
-        self._items_most = max(min(ITEMS_MOST, parts.intake.max_items // _UNDER_WAY), 1)
+        items_most = max(min(ITEMS_MOST, parts.intake.max_items // _UNDER_WAY), 1)
         self.blocks = Blocks(
-            self._parse,
+            # No method: with a circle, what came of a body would stay until the collector comes.
+            partial(_parse, parts, device, items_most),
             item_bytes=parts.settings.server.body_max_bytes,
             # Those that come at once share what the intake may hold.
             block_bytes=max(min(BLOCK_BYTES, parts.intake.max_bytes // (1 + len(parts.queues))), _BLOCK_LEAST),
-            items_most=self._items_most,
+            items_most=items_most,
         )
         self._under_way: deque[tuple[_Block, asyncio.Future[list[Verdict]]]] = deque()
         self._held = 0  # to the device's rate
@@ -94,7 +109,7 @@ class _Queue:
     async def take(self, *, last: bool = False) -> None:
         """Admit what has come so far. Raises wire.Refused where it is no list, and a Problem."""
         while (block := self.blocks.take(last=last)) is not None:
-            await self._admit(block)
+            await self._admit(_Block(block.size, block.found, self.blocks.items - len(block)))
 
     async def answer(self) -> web.Response:
         """Once all of it is committed. Raises a Problem where it is not."""
@@ -116,19 +131,6 @@ class _Queue:
         await self._await_all()
         before = f" What came before heartbeat {self.blocks.items} is kept." if self.blocks.items else ""
         return Problem(refused.status, f"The body is not a list of heartbeats.{before}", errors=refused.errors)
-
-    def _parse(self, block: bytes, ndjson: bool) -> _Block:
-        device = self._device
-        found = wire.parse_many(
-            block,
-            ndjson=ndjson,
-            most=self._items_most,
-            device_no=device.device_no,
-            device_id=device.device_id,
-            received_at=self._parts.now(),
-            rules=self._parts.rules,
-        )
-        return _Block(self.blocks.items, len(block), found)
 
     async def _admit(self, block: _Block) -> None:
         heartbeats, refused = block.found.heartbeats, block.found.refused
