@@ -6,7 +6,7 @@ import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 import uvloop
@@ -18,7 +18,7 @@ from bench.curve.command import curve
 from bench.daemons.command import daemons
 from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
 from bench.micro.command import micro
-from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, table, write_json
+from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, say_broken, table, write_json
 from bench.runs import idle, moving, outage, soak
 from bench.scenarios import FLOORS
 from bench.status.command import status
@@ -148,7 +148,7 @@ def finish_own(work: _Load, data_dir: Path | None, json: Path | None) -> None:
     trial.show(console)
     if json is not None:
         trial.write(json)
-    raise typer.Exit(0 if trial.ok else 1)
+    _leave(trial.result, json)
 
 
 def finish(result: Result, json: Path | None) -> None:
@@ -156,6 +156,15 @@ def finish(result: Result, json: Path | None) -> None:
     progress.console().print(table(result))
     if json is not None:
         write_json(json, result)
+    _leave(result, json)
+
+
+def _leave(result: Result, json: Path | None) -> NoReturn:
+    """Say where the result lies and what is wrong with it, and leave by its exit code."""
+    console = progress.console()
+    if json is not None:
+        console.print(f"Result in {json}.", soft_wrap=True, highlight=False)
+    say_broken(console, result.verdicts)
     raise typer.Exit(0 if result.verdicts_ok else 1)
 
 

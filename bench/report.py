@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]  # the package carries no types
+from rich.console import Console
 from rich.table import Table
 
 # a device gives up after 30 s; two minutes hold a heartbeat that was tried more than once
@@ -233,6 +234,13 @@ def table(result: Result) -> Table:
         mark = "[green]kept[/]" if verdict.ok else "[red]broken[/]"
         out.add_row(verdict.name, _number(verdict.value), _number(verdict.limit), mark)
     return out
+
+
+def say_broken(console: Console, verdicts: Iterable[Verdict], of: str = "") -> None:
+    """How many limits were broken, as the last line: it stands below all that scrolled by."""
+    if broken := sum(not verdict.ok for verdict in verdicts):
+        limits = "limit" if broken == 1 else "limits"
+        console.print(f"[red]{broken} {limits} broken{of}.[/]", soft_wrap=True, highlight=False)
 
 
 def _number(value: float | None) -> str:

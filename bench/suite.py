@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from bench import progress, stack
 from bench.finding import NOT_QUIET, Finding, figure, quiet, row
-from bench.report import Limit, Verdict, hold, write_text
+from bench.report import Limit, Verdict, hold, say_broken, write_text
 from bench.runs import archive, ceiling, kill, offline, overload, reader, reconnect, steady
 from bench.scenarios import (
     ARCHIVE,
@@ -36,6 +37,7 @@ from bench.scenarios import (
 from nexhb import log
 
 RESULTS: Final = Path(__file__).resolve().parent / "results"
+WHERE: Final = "Where the result goes; bench/results/, or with other settings than the defaults its quick/."
 _SIGNS: Final = {"at_most": "≤", "at_least": "≥"}
 
 
@@ -69,10 +71,11 @@ def run_all(
     """Run every scenario and write bench/results/. Exit 0: every limit of every scenario was kept."""
     out = out or (RESULTS / "quick" if quick else RESULTS)
     console = progress.console()
-    findings = [_run(scenario, out, console, quick=quick) for scenario in _chosen(only)]
+    chosen = [each.quicker() if quick else each for each in _chosen(only)]
+    findings = [_kept(each.name, each.title, partial(run_one, each), out, console) for each in chosen]
     summary = write_summary(out)
     console.print(f"Results in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
-    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+    leave(findings, console)
 
 
 def run_archive(
@@ -80,31 +83,26 @@ def run_archive(
     rows_per_device: Annotated[
         int, typer.Option(min=1, max=2880, help="Heartbeats of each in that day.")
     ] = ARCHIVE.beats,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help=WHERE)] = None,
 ) -> None:
     """Archive a day under load and one alone. Exit 0: every limit was kept."""
-    console = progress.console()
     chosen = replace(ARCHIVE, devices=devices, beats=rows_per_device)
     if chosen != ARCHIVE:
         chosen = replace(chosen, title=f"days of {devices:,} devices, {rows_per_device:,} rows each")
-    finding = _run(chosen, out, console, quick=False)
-    write_summary(out)
-    raise typer.Exit(0 if finding.ok else 1)
+    one(chosen.name, chosen.title, partial(run_one, chosen), where(out, usual=chosen == ARCHIVE))
 
 
 def run_overload(
     seconds: Annotated[float, typer.Option(min=5, help="How long.")] = OVERLOAD.overload_s,
     connections: Annotated[int, typer.Option(min=100, help="Connections of the generator.")] = OVERLOAD.connections,
     queue_items: Annotated[int, typer.Option(min=1, help="ingest.queue_items of the daemon.")] = OVERLOAD.queue_items,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = RESULTS,
+    out: Annotated[Path | None, typer.Option(help=WHERE)] = None,
 ) -> None:
     """Send twice what the machine takes. Exit 0: every limit was kept."""
     chosen = replace(OVERLOAD, overload_s=seconds, connections=connections, queue_items=queue_items)
     if chosen != OVERLOAD:
         chosen = replace(chosen, title=f"twice what the machine takes for {seconds:g} s, {connections:,} connections")
-    finding = _run(chosen, out, progress.console(), quick=False)
-    write_summary(out)
-    raise typer.Exit(0 if finding.ok else 1)
+    one(chosen.name, chosen.title, partial(run_one, chosen), where(out, usual=chosen == OVERLOAD))
 
 
 def _chosen(only: Sequence[str] | None) -> list[Scenario]:
@@ -114,15 +112,28 @@ def _chosen(only: Sequence[str] | None) -> list[Scenario]:
     return found
 
 
-def _run(scenario: Scenario, out: Path, console: Console, *, quick: bool) -> Finding:
+def where(out: Path | None, *, usual: bool) -> Path:
+    """Where a result goes, if nobody says: what was measured in another way never takes the place of the figures."""
+    return out or (RESULTS if usual else RESULTS / "quick")
+
+
+def one(name: str, title: str, run: Callable[[], Finding], out: Path) -> NoReturn:
+    """A command of one scenario: run it, keep what came of it, say so, and leave by its exit code."""
+    console = progress.console()
+    finding = _kept(name, title, run, out, console)
+    write_summary(out)
+    end(finding, out, console)
+
+
+def _kept(name: str, title: str, run: Callable[[], Finding], out: Path, console: Console) -> Finding:
     """Run one, say what came of it, and keep it. A daemon that fails is a broken scenario, not the end of all."""
     # the days that a run makes are no news to whoever watches
     log.setup("warning")
-    console.print(f"\n[bold]{scenario.name}[/]  {scenario.title}", highlight=False)
+    console.print(f"\n[bold]{name}[/]  {title}", highlight=False)
     try:
-        finding = run_one(scenario.quicker() if quick else scenario)
+        finding = run()
     except stack.StackError as error:
-        finding = broken(scenario.name, scenario.title, str(error))
+        finding = broken(name, title, str(error))
     console.print(as_table(finding))
     write(finding, out)
     return finding
@@ -154,11 +165,17 @@ def keep(finding: Finding, out: Path, console: Console) -> None:
 def end(finding: Finding, out: Path, console: Console) -> NoReturn:
     """Say where a kept finding lies and what is wrong with it, below all the rest, and leave by its exit code."""
     console.print(f"Result in {_place(finding, out)}.", soft_wrap=True, highlight=False)
-    if broken_limits := sum(not verdict.ok for verdict in finding.verdicts):
-        console.print(f"[red]{broken_limits} limit{'' if broken_limits == 1 else 's'} broken.[/]", highlight=False)
-    if not quiet(finding.others_cores):
+    leave((finding,), console)
+
+
+def leave(findings: Sequence[Finding], console: Console) -> NoReturn:
+    """Say what is wrong with findings, below all the rest, and leave by their exit code."""
+    names = ", ".join(finding.name for finding in findings if not finding.ok)
+    of = f" in {names}" if len(findings) > 1 else ""
+    say_broken(console, [verdict for finding in findings for verdict in finding.verdicts], of)
+    if not all(quiet(finding.others_cores) for finding in findings):
         console.print(NOT_QUIET, highlight=False)
-    raise typer.Exit(0 if finding.ok else 1)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
 def as_table(finding: Finding) -> Table:

@@ -29,8 +29,9 @@ def micro(
         for verdict in finding.verdicts:
             console.print(f"{verdict.name}: {suite.said(verdict)}", highlight=False, soft_wrap=True)
         suite.write(finding, out)
-    suite.write_summary(out)
-    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+    summary = suite.write_summary(out)
+    console.print(f"\nResults in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
+    suite.leave(findings, console)
 
 
 async def _all(*, quick: bool) -> list[Finding]:

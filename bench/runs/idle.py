@@ -21,7 +21,6 @@ from bench.load.target import raise_open_files
 from bench.report import hold
 from bench.scenarios import IDLE, KEPT_FOR, IdleScenario
 from bench.trial import Trial, examine
-from nexhb import log
 from nexhb.daemon import KEEPALIVE_S, OWN_FILES
 
 _SEED: Final = 1
@@ -37,21 +36,16 @@ def idle(
     connections: Annotated[int, typer.Option(min=2, help="How many say nothing.")] = IDLE.connections,
     seconds: Annotated[float, typer.Option(min=1, help="How long the fleet sends beside them.")] = IDLE.duration_s,
     wait: Annotated[bool, typer.Option(help="Wait until the keep-alive's end, to see each closed.")] = True,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = suite.RESULTS,
+    out: Annotated[Path | None, typer.Option(help=suite.WHERE)] = None,
 ) -> None:
     """Open connections, send one request on each, then nothing, while a fleet sends. Exit 0: every limit was kept."""
-    log.setup("warning")
     scenario = replace(IDLE, connections=connections, duration_s=seconds, until_closed=wait)
     if scenario != IDLE:
         scenario = replace(scenario, title=f"{connections:,} idle connections beside 500 devices for {seconds:g} s")
     files = raise_open_files()
     if connections + 4 * scenario.devices + OWN_FILES > files:
         raise typer.BadParameter(f"{files:,} open files are allowed; ulimit -n", param_hint="--connections")
-    finding = run(scenario)
-    progress.console().print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.one(scenario.name, scenario.title, partial(run, scenario), suite.where(out, usual=scenario == IDLE))
 
 
 class Line(asyncio.Protocol):

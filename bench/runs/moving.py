@@ -16,7 +16,7 @@ import uvloop
 from bench import nexmdm, progress, stack
 from bench.fleet import make_fleet, schedule
 from bench.load import LoadRun, open_loop, target
-from bench.report import ALL_ACKNOWLEDGED, Limit, hold, judge, table
+from bench.report import ALL_ACKNOWLEDGED, Limit, hold, judge, say_broken, table
 from bench.scenarios import FLOORS
 from nexhb.partitions import midnight
 
@@ -50,8 +50,12 @@ def moving(  # noqa: PLR0917 - typer reads each option from a parameter
     fleet = make_fleet(devices, _SEED)
     version = nexmdm.PARTITIONED if partitioned else nexmdm.MONOLITHIC
     old = _Old(devices, days, interval, version, rate)
-    with stack.running(fleet) as own:
-        run, imported = uvloop.run(_both(own, old))
+    try:
+        with stack.running(fleet) as own:
+            run, imported = uvloop.run(_both(own, old))
+    except stack.StackError as error:
+        console.print(f"[red]{error}[/]", highlight=False)
+        raise typer.Exit(1) from None
     result = judge(run.result, (*ALL_ACKNOWLEDGED, *FLOORS))
     agrees = hold(Limit("both sides agree", "", 1, "at_least"), int(imported["agrees"]))
     console.print(table(result))
@@ -64,7 +68,10 @@ def moving(  # noqa: PLR0917 - typer reads each option from a parameter
     if json is not None:
         kept = {"version": version.name, "rate": rate, "import": imported, "load": asdict(result)}
         json.write_bytes(orjson.dumps(kept, default=str, option=orjson.OPT_INDENT_2))
-    raise typer.Exit(0 if agrees.ok and result.verdicts_ok else 1)
+        console.print(f"Result in {json}.", soft_wrap=True, highlight=False)
+    verdicts = (*result.verdicts, agrees)
+    say_broken(console, verdicts)
+    raise typer.Exit(0 if all(verdict.ok for verdict in verdicts) else 1)
 
 
 async def _both(own: stack.Stack, old: _Old) -> tuple[LoadRun, dict[str, Any]]:

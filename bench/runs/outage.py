@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -22,7 +23,7 @@ from bench.load import LoadRun, agents, target
 from bench.report import SendLog
 from bench.scenarios import OUTAGE, OutageScenario
 from bench.trial import Trial, examine
-from nexhb import embedded, log
+from nexhb import embedded
 
 _SEED: Final = 1
 _EVERY_S: Final = 1.0
@@ -33,19 +34,14 @@ _READY_BOUND_S: Final = 120.0
 def outage(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the database is away.")] = OUTAGE.outage_s / 60,
     devices: Annotated[int, typer.Option(min=1, help="How many agents.")] = OUTAGE.devices,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = suite.RESULTS,
+    out: Annotated[Path | None, typer.Option(help=suite.WHERE)] = None,
 ) -> None:
     """Take the database away under a fleet of agents, and give it back. Exit 0: every limit was kept."""
-    log.setup("warning")
     scenario = replace(OUTAGE, devices=devices, outage_s=minutes * 60)
     if scenario != OUTAGE:
         title = f"{devices:,} agents at 60 s ± 15 s, PostgreSQL away for {minutes:g} minutes"
         scenario = replace(scenario, title=title)
-    finding = run(scenario)
-    progress.console().print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
-    raise typer.Exit(0 if finding.ok else 1)
+    suite.one(scenario.name, scenario.title, partial(run, scenario), suite.where(out, usual=scenario == OUTAGE))
 
 
 @dataclass(slots=True)

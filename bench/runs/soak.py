@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,6 +19,8 @@ from bench.report import Limit, Verdict, hold
 from bench.scenarios import STEADY_2000
 from bench.trial import Trial, examine
 
+_NAME: Final = "soak"
+_MINUTES: Final = 10.0
 _SEED: Final = 1
 _EVERY_S: Final = 5.0
 # what a start fills (tokens, labels, devices' facts, allocator) is full by then
@@ -27,24 +30,20 @@ _TREND: Final = Limit("the same by least squares, MB", "trend_mb", 5)
 
 
 def soak(
-    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = 10.0,
-    out: Annotated[Path, typer.Option(help="Where the result goes.")] = suite.RESULTS,
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long.")] = _MINUTES,
+    out: Annotated[Path | None, typer.Option(help=suite.WHERE)] = None,
 ) -> None:
     """Run scenario 2 for long and see whether the daemon grows. Exit 0: it does not."""
-    finding = run(minutes * 60)
-    progress.console().print(suite.as_table(finding))
-    suite.write(finding, out)
-    suite.write_summary(out)
-    raise typer.Exit(0 if finding.ok else 1)
+    title = f"{STEADY_2000.title}, for {minutes:g} minutes"
+    suite.one(_NAME, title, partial(run, minutes * 60, title), suite.where(out, usual=minutes == _MINUTES))
 
 
-def run(duration_s: float) -> Finding:
+def run(duration_s: float, title: str) -> Finding:
     """Send, watch, compare every row."""
     samples: list[Sample] = []
     with stack.running(make_fleet(STEADY_2000.devices, _SEED)) as own:
         trial = uvloop.run(_trial(own, duration_s, samples))
-    title = f"{STEADY_2000.title}, for {duration_s / 60:g} minutes"
-    finding = of_trial("soak", title, trial)
+    finding = of_trial(_NAME, title, trial)
     settled = [each for each in samples if each.at_s >= min(_SETTLED_S, duration_s / 2)]
     growth_mb, trend_mb = growth_of(settled), trend_of(settled)
     figures = {

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import suite
-from bench.__main__ import app
+from bench import stack, suite
+from bench.__main__ import app, finish
 from bench.compare.command import PAGE
 from bench.compare.page import verdict_table
 from bench.cost import Sample, growth_of, trend_of
 from bench.finding import NOT_QUIET, Finding
+from bench.micro import command as micro
 from bench.micro.scratch import text_table
-from bench.report import Limit, hold
-from bench.scenarios import SCENARIOS
+from bench.report import ALL_ACKNOWLEDGED, Limit, Result, hold, judge
+from bench.runs import idle, outage, soak
+from bench.scenarios import SCENARIOS, Scenario
 from bench.stack import StackError
 
 FAST = Limit("fast", "p99_ms", 20)
@@ -74,13 +79,87 @@ def test_a_command_ends_with_where_its_result_is_and_what_is_wrong_with_it(
 
 
 def test_a_daemon_that_does_not_start_is_a_broken_scenario(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fails(_: object) -> Finding:
-        raise StackError("it did not start")
-
-    monkeypatch.setattr(suite, "run_one", fails)
+    monkeypatch.setattr(suite, "run_one", does_not_start)
     outcome = CliRunner().invoke(app, ["all", "--only", "1", "--out", str(tmp_path)])
     assert outcome.exit_code == 1
     assert "it did not start" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def ends_badly(*_: object) -> Finding:
+    return Finding("one", "first", (hold(FAST, 25), hold(FAST, 3)), {})
+
+
+def does_not_start(*_: object, **__: object) -> Finding:
+    raise StackError("it did not start")
+
+
+@pytest.mark.parametrize("run", [ends_badly, does_not_start])
+@pytest.mark.parametrize(
+    ("command", "where"), [("archive", suite), ("overload", suite), ("outage", outage), ("idle", idle), ("soak", soak)]
+)
+def test_a_command_of_one_scenario_ends_with_its_result_and_what_is_broken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str, where: ModuleType, run: Callable[..., Finding]
+) -> None:
+    monkeypatch.setattr(where, "run_one" if where is suite else "run", run)
+    outcome = CliRunner().invoke(app, [command, "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    (kept,) = tmp_path.glob("*.json")
+    assert outcome.output.endswith(f"Result in {kept}.\n1 limit broken.\n")
+    assert (tmp_path / "summary.md").is_file()
+
+
+def test_many_scenarios_end_with_those_that_are_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(scenario: Scenario) -> Finding:
+        slow = scenario.name != "2-steady-2000"
+        return Finding(scenario.name, "", (hold(FAST, 25 if slow else 3),), {})
+
+    monkeypatch.setattr(suite, "run_one", run)
+    only = [word for name in ("1", "2", "3") for word in ("--only", name)]
+    outcome = CliRunner().invoke(app, ["all", *only, "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert outcome.output.endswith(
+        f"Results in {tmp_path}, the table of them all in {tmp_path / 'summary.md'}.\n"
+        "2 limits broken in 1-steady-500, 3-offline-query.\n"
+    )
+
+
+def test_micro_ends_with_where_its_results_are_and_what_is_broken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def weighs(*, quick: bool) -> list[Finding]:
+        held = hold(FAST, 25 if quick else 3)
+        return [Finding("micro-rows", "", (held,), {"table": ""}), Finding("micro-status", "", (), {"table": ""})]
+
+    monkeypatch.setattr(micro, "_all", weighs)
+    outcome = CliRunner().invoke(app, ["micro", "--quick", "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert f"Results in {tmp_path}," in outcome.output
+    assert outcome.output.endswith("1 limit broken in micro-rows.\n")
+
+
+@pytest.mark.parametrize("words", [["load", "--duration", "1"], ["demo", "--duration", "1"], ["import", "--days", "1"]])
+def test_a_load_whose_daemon_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(stack, "running", does_not_start)
+    outcome = CliRunner().invoke(app, words)
+    assert outcome.exit_code == 1
+    assert outcome.output.endswith("it did not start\n")
+
+
+def test_a_load_ends_with_its_result_and_what_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = dict.fromkeys((field.name for field in fields(Result) if field.default is MISSING), 0)
+    result = Result(**{**nothing, "mode": "open loop", "statuses": {}, "failures": {}, "extra": {}})  # type: ignore[arg-type]
+    kept = tmp_path / "load.json"
+    with pytest.raises(typer.Exit) as left:
+        finish(judge(result, ALL_ACKNOWLEDGED), kept)
+    assert left.value.exit_code == 1
+    assert kept.is_file()
+    assert capsys.readouterr().out.endswith(f"Result in {kept}.\n1 limit broken.\n")
+
+
+def test_other_settings_than_the_defaults_never_replace_the_figures(tmp_path: Path) -> None:
+    assert suite.where(None, usual=True) == suite.RESULTS
+    assert suite.where(None, usual=False) == suite.RESULTS / "quick"
+    assert suite.where(tmp_path, usual=False) == tmp_path
 
 
 @pytest.mark.parametrize("name", ["compare", "curve", "status", "daemons"])
