@@ -62,6 +62,7 @@ def section(found: f.Found, verdicts: Sequence[Verdict], where: str, folder: str
         "### By connections",
         _chart("connections", folder),
         _sides(found),
+        "One short try of each; the table before this one has the medians of rounds in turns.",
         "### 500 heartbeats a request",
         _chart("batches", folder),
         _batches(found),

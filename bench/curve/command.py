@@ -20,7 +20,7 @@ from nexhb import log
 
 _IDLE: Final = suite.RESULTS / "idle.json"
 # of what `bench idle` found
-_OF_IDLE: Final = ("connections", "memory", "latency")
+_OF_IDLE: Final = ("connections", "memory", "latency", "not quiet")
 
 
 def curve(

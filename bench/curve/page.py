@@ -102,7 +102,8 @@ def _formula() -> str:
         f"divided by {CORE_SHARE:g}, rounded up; one more than there are where that is enough and yet heartbeats "
         f"wait longer than {QUEUE_WAIT_S * 1e3:g} ms for the writer (p99 of each batch's oldest), the event loop "
         f"wakes more than {LOOP_LAG_S * 1e3:g} ms late (p99), or batches are over {BATCH_FILLED:.0%} full, provided "
-        f"that daemons use more than {BUSY_SHARE:g} of a core each: with less it is PostgreSQL that they wait for."
+        f"that daemons use more than {BUSY_SHARE:g} of a core each: with less it is PostgreSQL that they wait for. "
+        "By hand, from two looks at /metrics: [Capacity](runbook.md#capacity)."
     )
 
 

@@ -27,7 +27,7 @@ from nexhb.partitions import name_of
 
 _SEED: Final = 1
 _LOOK_S: Final = 0.05
-_BYTES: Final = Limit("bytes of an archived heartbeat, at most 18", "", 18)
+BYTES: Final = Limit("bytes of an archived heartbeat, at most 18", "", 18)
 # as short as the accept window allows, so that no days lie between those that are kept and the old ones
 RETENTION_DAYS: Final = 7
 SETTINGS: Final = {"NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}"}
@@ -205,7 +205,7 @@ def _finding(
         hold(replace(scenario.p99, name="the same during the whole nightly run"), loaded.whole_night.p99_ms),
         hold(Limit("seconds of it without load", "", 0), loaded.uncovered_s),
         hold(scenario.ratio, alone.ratio),
-        hold(_BYTES, round(by_itself.compressed / rows, 2)),
+        hold(BYTES, round(by_itself.compressed / rows, 2)),
         hold(Limit("rows of the two days in their archives", "", 2 * rows, "at_least"), archived),
         hold(Limit("days dropped", "", 2, "at_least"), sum(each.state == "dropped" for each in stored)),
         hold(Limit("archives damaged, read back once more", "", 0), read_back["damaged"]),
