@@ -41,7 +41,8 @@ def process_cpu_s(pid: int) -> float | None:
 
 
 def tree_cpu_s(pid: int) -> float | None:
-    """CPU seconds of `pid` and every living descendant: a daemon with its embedded PostgreSQL."""
+    """CPU seconds of `pid` and every descendant, those that ended too: a daemon with its embedded PostgreSQL, whose
+    sessions and autovacuum workers come and go."""
     stats = {int(p.name): stat for p in Path("/proc").iterdir() if p.name.isdigit() and (stat := _stat(int(p.name)))}
     if pid not in stats:
         return None
@@ -51,7 +52,7 @@ def tree_cpu_s(pid: int) -> float | None:
     total, todo = 0.0, [pid]
     while todo:
         at = todo.pop()
-        total += stats[at].cpu_s
+        total += stats[at].cpu_s + stats[at].reaped_s
         todo.extend(children.get(at, ()))
     return total
 
@@ -62,6 +63,8 @@ class _Stat:
 
     parent: int
     cpu_s: float
+    # of children that ended and were waited for, and of theirs
+    reaped_s: float
 
 
 def _stat(pid: int) -> _Stat | None:
@@ -72,7 +75,8 @@ def _stat(pid: int) -> _Stat | None:
         return None
     # the name in parentheses may itself hold spaces and parentheses
     fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(parent=int(fields[1]), cpu_s=(int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    own, reaped = (sum(map(int, fields[at : at + 2])) / os.sysconf("SC_CLK_TCK") for at in (11, 13))
+    return _Stat(int(fields[1]), own, reaped)
 
 
 @dataclass(frozen=True, slots=True)
