@@ -1,15 +1,19 @@
-"""What README.md, bench/README.md and docs/performance.md name is there: commands, options, targets, links, limits."""
+"""What README.md, bench/README.md and docs/performance.md name is there: commands, options, targets, links, limits, and
+the figures of bench/results."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import typer
 
 from bench.__main__ import app
+from bench.finding import figure
 from bench.runs.archive import BYTES
 from bench.scenarios import ARCHIVE, CEILING, IDLE
 from tests.promises.runbook import anchors
@@ -63,3 +67,36 @@ def test_every_link_leads_somewhere(page: str) -> None:
 def test_the_table_of_scenarios_has_the_limits(scenario: str, said: str) -> None:
     (row,) = re.findall(rf"^\| {scenario} \| .*", TEXTS["bench/README.md"], re.MULTILINE)
     assert said in row
+
+
+def result(name: str) -> Any:
+    """What a command kept."""
+    return json.loads((HOUSE / "bench" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["compare", "curve", "status", "daemons"])
+def test_each_section_of_the_page_has_the_verdicts_of_its_result(name: str) -> None:
+    section = TEXTS["docs/performance.md"].partition(f"<!-- {name}:begin")[2].partition(f"<!-- {name}:end")[0]
+    said = re.findall(r"\| (\S+) \| [≤≥] (\S+) \| (kept|\*\*broken\*\*) \|$", section, re.MULTILINE)
+    marks = {True: "kept", False: "**broken**"}
+    found = result(name)["verdicts"]
+    assert said == [(figure(each["value"]), figure(each["limit"]), marks[each["ok"]]) for each in found]
+
+
+def test_the_readme_has_the_figures_of_the_results() -> None:
+    steady, soak, idle, reconnect = (
+        result(name)["details"] for name in ("2-steady-2000", "soak", "idle", "4-reconnect")
+    )
+    moved, (rates, _, connections, _) = result("import")["import"], result("compare")["details"]["singles"]["nexhb"]
+    steady_mb = steady["extra"]["daemon_rss_mb"]
+    per_s = moved["heartbeats"]["written"] / moved["elapsed_ms"] * 1e3
+    for text in (
+        f"p50 {steady['p50_ms']:.1f} ms, p99 {steady['p99_ms']:.1f} ms, daemon {steady_mb:.0f} MB",
+        f"p50 {soak['p50_ms']:.1f} ms, p99 {soak['p99_ms']:.1f} ms; memory",
+        f"{result('3-offline-query')['verdicts'][0]['value']:,.0f} times |",
+        f"{reconnect['ok']:,} committed in {reconnect['extra']['drained_s']:.1f} s",
+        f"{median(rates):,.0f} heartbeats/s committed over {connections:,} connections",
+        f"idle connections beside {idle['devices']:,} devices | the devices' p99 {idle['p99_ms']:.0f} ms",
+        f"| {per_s:,.0f} rows/s of the 10,000 allowed",
+    ):
+        assert text in TEXTS["README.md"]
