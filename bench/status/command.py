@@ -14,7 +14,7 @@ from bench.compare.command import PAGE
 from bench.compare.page import between
 from bench.finding import Finding
 from bench.micro.status import Grown
-from bench.report import write_text
+from bench.report import Percentiles, write_text
 from bench.scenarios import STATUS
 from bench.status import run
 from bench.status.found import BEGIN, END, Found, List, section, verdicts
@@ -42,6 +42,7 @@ def status(
     try:
         found = run.run(plan, lambda part: console.print(f"  {part}", highlight=False))
         figures = {each.path: _list(each) for each in found.lists}
+        figures["the first one's rows by asyncpg alone"] = _spread(found.alone)
         figures |= {f"{each.devices:,} devices, {each.minutes} minutes": _grown(each) for each in found.growth}
         figures["machine"] = f"{found.others_cores:.2f} cores were busy with something else"
         held = verdicts(plan, found)
@@ -58,8 +59,11 @@ def status(
 
 
 def _list(each: List) -> str:
-    spread = each.latency
-    return f"{each.devices:,} devices; p50 {spread.p50_ms} ms, p95 {spread.p95_ms} ms, p99 {spread.p99_ms} ms"
+    return f"{each.devices:,} devices; {_spread(each.latency)}"
+
+
+def _spread(latency: Percentiles) -> str:
+    return f"p50 {latency.p50_ms} ms, p95 {latency.p95_ms} ms, p99 {latency.p99_ms} ms"
 
 
 def _grown(each: Grown) -> str:
@@ -74,6 +78,7 @@ def _plain(found: Found) -> dict[str, object]:
     growth = [{**asdict(each), "before": each.before._asdict(), "after": each.after._asdict()} for each in found.growth]
     return {
         "lists": lists,
+        "alone": asdict(found.alone),
         "growth": growth,
         "hot_share": found.hot_share,
         "updates": found.updates,

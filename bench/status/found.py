@@ -30,6 +30,8 @@ class Found:
     """All of it."""
 
     lists: tuple[List, ...]
+    # the yardstick: the first list's rows fetched by asyncpg, and nothing done with them
+    alone: Percentiles
     # of the updates of device_last_status while the lists were asked
     hot_share: float
     updates: int
@@ -63,7 +65,8 @@ def section(plan: StatusScenario, found: Found, held: tuple[Verdict, ...], where
         "## The last status of a million devices",
         f"`GET /v1/devices/offline` and `/v1/devices/unity-down`, {plan.requests} times each over HTTP, on a "
         f"device_last_status of {plan.devices:,} rows, {plan.silent:,} of them silent, while {plan.rate_per_s:g} "
-        f"heartbeats a second come in from {plan.senders:,} other devices.",
+        f"heartbeats a second come in from {plan.senders:,} other devices. In turn with them, from "
+        "the same PostgreSQL: the first list's rows fetched by asyncpg as it comes, and nothing done with them.",
         f"`make bench-status` writes this section. Measured {where}. {found.others_cores:.2f} cores were busy with "
         "something else while it ran." + ("" if quiet([found.others_cores]) else f" {NOT_QUIET}"),
         verdict_table(held),
@@ -79,18 +82,15 @@ def section(plan: StatusScenario, found: Found, held: tuple[Verdict, ...], where
 
 
 def _lists(found: Found) -> str:
-    rows = (
-        (
-            each.path,
-            figure(each.devices),
-            f"{each.bytes / 1e3:,.0f}",
-            figure(each.latency.p50_ms),
-            figure(each.latency.p95_ms),
-            figure(each.latency.p99_ms),
-        )
-        for each in found.lists
-    )
+    rows = [
+        (each.path, figure(each.devices), f"{each.bytes / 1e3:,.0f}", *_spread(each.latency)) for each in found.lists
+    ]
+    rows.append(("the first one's rows by asyncpg alone", figure(found.lists[0].devices), "", *_spread(found.alone)))
     return table(("", "devices", "kB", "p50 ms", "p95 ms", "p99 ms"), rows)
+
+
+def _spread(latency: Percentiles) -> tuple[str, str, str]:
+    return figure(latency.p50_ms), figure(latency.p95_ms), figure(latency.p99_ms)
 
 
 def _growth(found: Found) -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import asyncpg
@@ -17,14 +19,18 @@ from bench.load import Stage, flood, recent_span, target
 from bench.load.crowd import CrowdRequests, crowd, make_known
 from bench.micro.scratch import database
 from bench.micro.status import Grown, Scale, grown
-from bench.report import percentiles
+from bench.report import Percentiles, percentiles
 from bench.scenarios import StatusScenario
 from bench.status.found import PATHS, Found, List
+from nexhb import sql
 
 _SEED: Final = 1
 _ANSWER_S: Final = 30.0
 _SETTLE_S: Final = 1.0
 _TABLE: Final = "device_last_status"
+_READS: Final = sql.queries("reads")
+_SILENT_FOR: Final = timedelta(minutes=10)  # heartbeat.offline_after_seconds
+_ALL: Final = 10_000  # what both lists give unless told otherwise
 # $1 how many in all; the senders are there already, with their tokens
 _FILL_DEVICES: Final = """
 INSERT INTO devices (device_id, alias, facts_ts)
@@ -59,7 +65,7 @@ def run(plan: StatusScenario, told: Callable[[str], None]) -> Found:
     for devices, silent, minutes in plan.growth:
         told(f"{minutes} minutes' updates of {devices:,} devices")
         growth.append(uvloop.run(_grown(Scale(devices, silent, minutes))))
-    return Found(*found, tuple(growth))
+    return replace(found, growth=tuple(growth))
 
 
 async def _grown(scale: Scale) -> Grown:
@@ -67,9 +73,7 @@ async def _grown(scale: Scale) -> Grown:
         return await grown(conn, scale)
 
 
-async def _asked(
-    plan: StatusScenario, own: stack.Stack, told: Callable[[str], None]
-) -> tuple[tuple[List, ...], float, int, int, float]:
+async def _asked(plan: StatusScenario, own: stack.Stack, told: Callable[[str], None]) -> Found:
     kiosks = crowd(plan.senders, _SEED)
     conn = await own.connect()
     try:
@@ -81,7 +85,7 @@ async def _asked(
         span = recent_span(max(sends, plan.senders), plan.senders, time.time_ns() // 1000)
         (before,) = await conn.fetch(_UPDATES, _TABLE)
         told(f"{plan.requests} times each list, {plan.rate_per_s:g} heartbeats/s meanwhile")
-        asking: list[asyncio.Task[tuple[List, ...]]] = []
+        asking: list[asyncio.Task[tuple[tuple[List, ...], Percentiles]]] = []
         flooded = await flood(
             target(own.url),
             (),
@@ -91,13 +95,13 @@ async def _asked(
             pid=own.pid,
             started=lambda: asking.append(asyncio.create_task(_lists(plan, own))),
         )
-        lists = await asking[0]
+        lists, alone = await asking[0]
         await conn.execute("SELECT pg_stat_force_next_flush()")
         (after,) = await conn.fetch(_UPDATES, _TABLE)
         updates, hot = (now - then for now, then in zip(after, before, strict=True))
         result = flooded.run.result
         others = result.extra["others_cores"] or 0.0
-        return lists, round(hot / max(1, updates), 4), updates, result.sent - result.ok, others
+        return Found(lists, alone, round(hot / max(1, updates), 4), updates, result.sent - result.ok, others, growth=())
     finally:
         await conn.close(timeout=5)
 
@@ -109,33 +113,45 @@ async def _fill(conn: asyncpg.Connection, plan: StatusScenario) -> None:
     await conn.execute("CHECKPOINT")
 
 
-async def _lists(plan: StatusScenario, own: stack.Stack) -> tuple[List, ...]:
-    """Both in turn, on one connection, one question every so often."""
+async def _lists(plan: StatusScenario, own: stack.Stack) -> tuple[tuple[List, ...], Percentiles]:
+    """Both in turn, on one connection, and the yardstick; one question every so often."""
     await asyncio.sleep(_SETTLE_S)
     # room for a whole answer: with asyncio's 64 kB the reader stops the line five times an answer
     reader, writer = await asyncio.open_connection("127.0.0.1", own.port, limit=2**22)
+    conn = await own.connect()
     took: dict[str, list[float]] = {path: [] for path in PATHS}
-    counts, sizes = {}, {}
+    bodies: dict[str, bytes] = {}
+    alone: list[float] = []
     began = time.monotonic()
     try:
         for number in range(plan.requests):
-            for at, path in enumerate(PATHS):
-                due = began + (number + at / len(PATHS)) * plan.every_s
+            for at, path in enumerate((*PATHS, None)):
+                due = began + (number + at / (len(PATHS) + 1)) * plan.every_s
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 asked = time.perf_counter()
-                writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-admin: {own.admin_key}\r\n\r\n".encode())
-                async with asyncio.timeout(_ANSWER_S):
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    body = await reader.readexactly(_length(head))
+                if path is None:
+                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, _ALL)
+                    alone.append(time.perf_counter() - asked)
+                    continue
+                bodies[path] = await _got(reader, writer, own, path)
                 took[path].append(time.perf_counter() - asked)
-                if not head.startswith(b"HTTP/1.1 200"):
-                    raise stack.StackError(f"GET {path} was answered {head[:100]!r} {body[:500]!r}")
-                counts[path], sizes[path] = body, len(body)
     finally:
         writer.close()
-    return tuple(
-        List(path, orjson.loads(counts[path])["count"], sizes[path], percentiles(took[path])) for path in PATHS
+        await conn.close(timeout=5)
+    lists = (
+        List(path, orjson.loads(body)["count"], len(body), percentiles(took[path])) for path, body in bodies.items()
     )
+    return tuple(lists), percentiles(alone)
+
+
+async def _got(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, own: stack.Stack, path: str) -> bytes:
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-admin: {own.admin_key}\r\n\r\n".encode())
+    async with asyncio.timeout(_ANSWER_S):
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(_length(head))
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise stack.StackError(f"GET {path} was answered {head[:100]!r} {body[:500]!r}")
+    return body
 
 
 def _length(head: bytes) -> int:

@@ -16,7 +16,7 @@ from bench.status.found import BEGIN, END, PATHS, Found, List, section, verdicts
 CALM = Percentiles(4.0, 6.0, 8.0, 9.0)
 OFFLINE, DOWN = List(PATHS[0], 1_000, 275_000, CALM), List(PATHS[1], 420, 110_000, CALM)
 GROWN = Grown(100_000, 60, 80.0, 75_000, 0.78, 12_000, Size(20.0, 4.0), Size(25.0, 5.0))
-FOUND = Found((OFFLINE, DOWN), 0.8, 5_000, 0, 0.04, (GROWN,))
+FOUND = Found((OFFLINE, DOWN), Percentiles(3.0, 5.0, 7.0, 8.0), 0.8, 5_000, 0, 0.04, (GROWN,))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,7 @@ def test_one_floor_is_broken_alone(worse: Found, name: str) -> None:
 def test_the_section_shows_both_lists_and_how_the_table_grew() -> None:
     text = section(STATUS, FOUND, verdicts(STATUS, FOUND), "today on this")
     assert "| /v1/devices/offline | 1,000 | 275 | 4 | 6 | 8 |" in text
+    assert "| the first one's rows by asyncpg alone | 1,000 |  | 3 | 5 | 7 |" in text
     assert "| 100,000 | 60 | 80 | 75,000 | 78% | 20.0 + 4.0 | 25.0 + 5.0 | 1.25 |" in text
     assert "`make bench-status` writes this section. Measured today on this. " in text
     assert NOT_QUIET not in text
