@@ -134,6 +134,9 @@ class _Queue:
 
     async def _admit(self, block: _Block) -> None:
         heartbeats, refused = block.found.heartbeats, block.found.refused
+        most = self._parts.settings.ingest.device_burst
+        if self._held + len(block) > most:  # as a 429 it would come again for ever
+            raise Problem(413, f"A request brings at most {most} heartbeats: send what is left in parts.", close=True)
         # One is taken for the request itself.
         hold_to_rate(self._parts, self._device, len(block) if block.first else len(block) - 1, taken=self._held)
         self._held += len(block)

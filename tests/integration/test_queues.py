@@ -237,9 +237,21 @@ async def test_a_device_that_sends_more_than_it_may_is_429_in_the_middle(
 ) -> None:
     nexhb = await start_daemon(ingest=Ingest(device_burst=600, device_per_minute=1))
     agent = await nexhb.agent()
-    answer = await post(agent, body_of(beats(agent, now, 1_200), "ndjson"))
+    assert (await post(agent, body_of(beats(agent, now, 100), "ndjson"))).status == 200
+    answer = await post(agent, body_of(beats(agent, now, 600), "ndjson"))
     assert (answer.status, int(answer.headers["Retry-After"]) > 60) == (429, True)
     assert await written(nexhb, 100) <= 600
+
+
+@pytest.mark.parametrize(("count", "status"), [(600, 200), (601, 413), (5_000, 413)])
+async def test_more_than_may_ever_come_at_once_is_413_which_says_how_many_may(
+    start_daemon: StartDaemon, now: datetime, count: int, status: int
+) -> None:
+    nexhb = await start_daemon(ingest=Ingest(device_burst=600, device_per_minute=1))
+    agent = await nexhb.agent()
+    answer = await post(agent, body_of(beats(agent, now, count), "ndjson"))
+    assert answer.status == status
+    assert status == 200 or "at most 600 heartbeats" in answer.body["detail"]
 
 
 @pytest.mark.parametrize(("room", "count"), [(1, 20), (40, 500)])
