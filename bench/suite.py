@@ -69,13 +69,11 @@ def run_all(
     out: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
 ) -> None:
     """Run every scenario and write bench/results/. Exit 0: every limit of every scenario was kept."""
-    out = out or (RESULTS / "quick" if quick else RESULTS)
+    out = where(out, usual=not quick)
     console = progress.console()
     chosen = [each.quicker() if quick else each for each in _chosen(only)]
     findings = [_kept(each.name, each.title, partial(run_one, each), out, console) for each in chosen]
-    summary = write_summary(out)
-    console.print(f"Results in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
-    leave(findings, console)
+    end_all(findings, out, console)
 
 
 def run_archive(
@@ -166,6 +164,13 @@ def end(finding: Finding, out: Path, console: Console) -> NoReturn:
     """Say where a kept finding lies and what is wrong with it, below all the rest, and leave by its exit code."""
     console.print(f"Result in {_place(finding, out)}.", soft_wrap=True, highlight=False)
     leave((finding,), console)
+
+
+def end_all(findings: Sequence[Finding], out: Path, console: Console) -> NoReturn:
+    """The same of several, with the table of them all."""
+    summary = write_summary(out)
+    console.print(f"\nResults in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
+    leave(findings, console)
 
 
 def leave(findings: Sequence[Finding], console: Console) -> NoReturn:

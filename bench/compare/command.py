@@ -35,7 +35,7 @@ def compare(
         console.print(f"{', '.join(missing)} are not installed: make bench-compare, or pip install -e '.\\[compare]'")
         raise typer.Exit(2)
     plan = COMPARE.quicker() if quick else COMPARE
-    out = out or (suite.RESULTS / "quick" if quick else suite.RESULTS)
+    out = suite.where(out, usual=not quick)
     docs = docs or (None if quick else PAGE)
     log.setup("warning")
     console.print(f"\n[bold]{plan.name}[/]  {plan.title}", highlight=False)

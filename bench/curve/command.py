@@ -31,7 +31,7 @@ def curve(
     """Measure fleets of 2,000 to 500,000 devices and the ceiling, in five minutes. Exit 0: every limit was kept."""
     console = progress.console()
     plan = CURVE.quicker() if quick else CURVE
-    out = out or (suite.RESULTS / "quick" if quick else suite.RESULTS)
+    out = suite.where(out, usual=not quick)
     docs = docs or (None if quick else PAGE)
     log.setup("warning")
     console.print(f"\n[bold]{plan.name}[/]  {plan.title}", highlight=False)

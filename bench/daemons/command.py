@@ -28,7 +28,7 @@ def daemons(
     """Run several daemons on one PostgreSQL, in two minutes. Exit 0: every limit was kept."""
     console = progress.console()
     plan = DAEMONS.quicker() if quick else DAEMONS
-    out = out or (suite.RESULTS / "quick" if quick else suite.RESULTS)
+    out = suite.where(out, usual=not quick)
     docs = docs or (None if quick else PAGE)
     log.setup("warning")
     console.print(f"\n[bold]{plan.name}[/]  {plan.title}", highlight=False)

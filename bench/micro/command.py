@@ -19,7 +19,7 @@ def micro(
     out: Annotated[Path | None, typer.Option(help="Where results go.")] = None,
 ) -> None:
     """Weigh the history's layout and the last status' indexes. Without --quick ten minutes. Exit 0: limits kept."""
-    out = out or (suite.RESULTS / "quick" if quick else suite.RESULTS)
+    out = suite.where(out, usual=not quick)
     console = progress.console()
     log.setup("warning")
     findings = uvloop.run(_all(quick=quick))
@@ -29,9 +29,7 @@ def micro(
         for verdict in finding.verdicts:
             console.print(f"{verdict.name}: {suite.said(verdict)}", highlight=False, soft_wrap=True)
         suite.write(finding, out)
-    summary = suite.write_summary(out)
-    console.print(f"\nResults in {out}, the table of them all in {summary}.", soft_wrap=True, highlight=False)
-    suite.leave(findings, console)
+    suite.end_all(findings, out, console)
 
 
 async def _all(*, quick: bool) -> list[Finding]:

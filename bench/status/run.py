@@ -23,6 +23,7 @@ from bench.report import Percentiles, percentiles
 from bench.scenarios import StatusScenario
 from bench.status.found import PATHS, Found, List
 from nexhb import sql
+from nexhb.http.fleet import LIST_MOST
 
 _SEED: Final = 1
 _ANSWER_S: Final = 30.0
@@ -30,7 +31,6 @@ _SETTLE_S: Final = 1.0
 _TABLE: Final = "device_last_status"
 _READS: Final = sql.queries("reads")
 _SILENT_FOR: Final = timedelta(minutes=10)  # heartbeat.offline_after_seconds
-_ALL: Final = 10_000  # what both lists give unless told otherwise
 # $1 how many in all; the senders are there already, with their tokens
 _FILL_DEVICES: Final = """
 INSERT INTO devices (device_id, alias, facts_ts)
@@ -130,7 +130,7 @@ async def _lists(plan: StatusScenario, own: stack.Stack) -> tuple[tuple[List, ..
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 asked = time.perf_counter()
                 if path is None:
-                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, _ALL)
+                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, LIST_MOST)
                     alone.append(time.perf_counter() - asked)
                     continue
                 bodies[path] = await _got(reader, writer, own, path)
