@@ -63,9 +63,9 @@ def section(plan: StatusScenario, found: Found, held: tuple[Verdict, ...], where
     """All of it in Markdown; `where`: when and on what."""
     parts = [
         "## The last status of a million devices",
-        f"`GET /v1/devices/offline` and `/v1/devices/unity-down`, {plan.requests} times each over HTTP, on a "
-        f"device_last_status of {plan.devices:,} rows, {plan.silent:,} of them silent, while {plan.rate_per_s:g} "
-        f"heartbeats a second come in from {plan.senders:,} other devices. In turn with them, from "
+        f"`GET /v1/devices/offline` and `/v1/devices/unity-down`, {plan.requests} times each over HTTP, by a process "
+        f"of its own, on a device_last_status of {plan.devices:,} rows, {plan.silent:,} of them silent, while "
+        f"{plan.rate_per_s:g} heartbeats a second come in from {plan.senders:,} other devices. In turn with them, from "
         "the same PostgreSQL: the first list's rows fetched by asyncpg as it comes, and nothing done with them.",
         f"`make bench-status` writes this section. Measured {where}. {found.others_cores:.2f} cores were busy with "
         "something else while it ran." + ("" if quiet([found.others_cores]) else f" {NOT_QUIET}"),

@@ -6,12 +6,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import asyncpg
-import orjson
 import uvloop
 
 from bench import stack
@@ -19,18 +18,12 @@ from bench.load import Stage, flood, recent_span, target
 from bench.load.crowd import CrowdRequests, crowd, make_known
 from bench.micro.scratch import database
 from bench.micro.status import Grown, Scale, grown
-from bench.report import Percentiles, percentiles
 from bench.scenarios import StatusScenario
-from bench.status.found import PATHS, Found, List
-from nexhb import sql
-from nexhb.http.fleet import LIST_MOST
+from bench.status.asking import SETTLE_S, Answers, Questions, ask, asker
+from bench.status.found import Found
 
 _SEED: Final = 1
-_ANSWER_S: Final = 30.0
-_SETTLE_S: Final = 1.0
 _TABLE: Final = "device_last_status"
-_READS: Final = sql.queries("reads")
-_SILENT_FOR: Final = timedelta(minutes=10)  # heartbeat.offline_after_seconds
 # $1 how many in all; the senders are there already, with their tokens
 _FILL_DEVICES: Final = """
 INSERT INTO devices (device_id, alias, facts_ts)
@@ -58,9 +51,9 @@ _UPDATES: Final = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHER
 
 def run(plan: StatusScenario, told: Callable[[str], None]) -> Found:
     """Fill, ask, grow."""
-    with stack.running() as own:
+    with stack.running() as own, asker() as process:
         told(f"{plan.devices:,} rows")
-        found = uvloop.run(_asked(plan, own, told))
+        found = uvloop.run(_asked(plan, own, process, told))
     growth = []
     for devices, silent, minutes in plan.growth:
         told(f"{minutes} minutes' updates of {devices:,} devices")
@@ -73,19 +66,22 @@ async def _grown(scale: Scale) -> Grown:
         return await grown(conn, scale)
 
 
-async def _asked(plan: StatusScenario, own: stack.Stack, told: Callable[[str], None]) -> Found:
+async def _asked(
+    plan: StatusScenario, own: stack.Stack, process: ProcessPoolExecutor, told: Callable[[str], None]
+) -> Found:
     kiosks = crowd(plan.senders, _SEED)
     conn = await own.connect()
     try:
         await make_known(conn, kiosks)
         await _fill(conn, plan)
         # what the senders send now must be newer than what they are said to have sent, and no duplicate of anything
-        seconds = plan.requests * plan.every_s + 2 * _SETTLE_S
+        seconds = plan.requests * plan.every_s + 2 * SETTLE_S
         sends = round(seconds * plan.rate_per_s)
         span = recent_span(max(sends, plan.senders), plan.senders, time.time_ns() // 1000)
         (before,) = await conn.fetch(_UPDATES, _TABLE)
         told(f"{plan.requests} times each list, {plan.rate_per_s:g} heartbeats/s meanwhile")
-        asking: list[asyncio.Task[tuple[tuple[List, ...], Percentiles]]] = []
+        questions = Questions(own.port, own.admin_key, own.dsn, plan.requests, plan.every_s)
+        asking: list[asyncio.Future[Answers]] = []
         flooded = await flood(
             target(own.url),
             (),
@@ -93,14 +89,14 @@ async def _asked(plan: StatusScenario, own: stack.Stack, told: Callable[[str], N
             CrowdRequests(target(own.url), kiosks, span, _SEED),
             connections=min(1_000, plan.senders),
             pid=own.pid,
-            started=lambda: asking.append(asyncio.create_task(_lists(plan, own))),
+            started=lambda: asking.append(asyncio.get_running_loop().run_in_executor(process, ask, questions)),
         )
-        lists, alone = await asking[0]
+        lists, alone, cpu_s = await asking[0]
         await conn.execute("SELECT pg_stat_force_next_flush()")
         (after,) = await conn.fetch(_UPDATES, _TABLE)
         updates, hot = (now - then for now, then in zip(after, before, strict=True))
         result = flooded.run.result
-        others = result.extra["others_cores"] or 0.0
+        others = max(0.0, round((result.extra["others_cores"] or 0.0) - cpu_s / seconds, 2))
         return Found(lists, alone, round(hot / max(1, updates), 4), updates, result.sent - result.ok, others, growth=())
     finally:
         await conn.close(timeout=5)
@@ -111,50 +107,3 @@ async def _fill(conn: asyncpg.Connection, plan: StatusScenario) -> None:
     await conn.execute(_FILL_STATUS, plan.silent, plan.unity_down, plan.senders + 1)
     await conn.execute(f"VACUUM (ANALYZE) devices, {_TABLE}")
     await conn.execute("CHECKPOINT")
-
-
-async def _lists(plan: StatusScenario, own: stack.Stack) -> tuple[tuple[List, ...], Percentiles]:
-    """Both in turn, on one connection, and the yardstick; one question every so often."""
-    await asyncio.sleep(_SETTLE_S)
-    # room for a whole answer: with asyncio's 64 kB the reader stops the line five times an answer
-    reader, writer = await asyncio.open_connection("127.0.0.1", own.port, limit=2**22)
-    conn = await own.connect()
-    took: dict[str, list[float]] = {path: [] for path in PATHS}
-    bodies: dict[str, bytes] = {}
-    alone: list[float] = []
-    began = time.monotonic()
-    try:
-        for number in range(plan.requests):
-            for at, path in enumerate((*PATHS, None)):
-                due = began + (number + at / (len(PATHS) + 1)) * plan.every_s
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                asked = time.perf_counter()
-                if path is None:
-                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, LIST_MOST)
-                    alone.append(time.perf_counter() - asked)
-                    continue
-                bodies[path] = await _got(reader, writer, own, path)
-                took[path].append(time.perf_counter() - asked)
-    finally:
-        writer.close()
-        await conn.close(timeout=5)
-    lists = (
-        List(path, orjson.loads(body)["count"], len(body), percentiles(took[path])) for path, body in bodies.items()
-    )
-    return tuple(lists), percentiles(alone)
-
-
-async def _got(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, own: stack.Stack, path: str) -> bytes:
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-admin: {own.admin_key}\r\n\r\n".encode())
-    async with asyncio.timeout(_ANSWER_S):
-        head = await reader.readuntil(b"\r\n\r\n")
-        body = await reader.readexactly(_length(head))
-    if not head.startswith(b"HTTP/1.1 200"):
-        raise stack.StackError(f"GET {path} was answered {head[:100]!r} {body[:500]!r}")
-    return body
-
-
-def _length(head: bytes) -> int:
-    """The Content-Length of an answer."""
-    lines = head.lower().split(b"\r\n")
-    return next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
