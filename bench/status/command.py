@@ -34,7 +34,7 @@ def status(
     if (devices, silent) != (plan.devices, plan.silent):
         title = plan.title.replace("1,000,000", f"{devices:,}").replace("1,000 of", f"{silent:,} of")
         plan = replace(plan, devices=devices, silent=silent, senders=min(plan.senders, devices // 2), title=title)
-    out = suite.where(out, usual=not quick)
+    out = suite.where(out, usual=plan == STATUS)
     docs = docs or (PAGE if plan == STATUS else None)
     log.setup("warning")
     console.print(f"\n[bold]{plan.name}[/]  {plan.title}", highlight=False)

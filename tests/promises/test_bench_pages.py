@@ -87,6 +87,7 @@ def test_the_readme_has_the_figures_of_the_results() -> None:
     steady, soak, idle, reconnect = (
         result(name)["details"] for name in ("2-steady-2000", "soak", "idle", "4-reconnect")
     )
+    lists = [each["p95_ms"] for each in result("3-offline-query")["details"]["http"].values()]
     moved, (rates, _, connections, _) = result("import")["import"], result("compare")["details"]["singles"]["nexhb"]
     steady_mb = steady["extra"]["daemon_rss_mb"]
     per_s = moved["heartbeats"]["written"] / moved["elapsed_ms"] * 1e3
@@ -94,6 +95,7 @@ def test_the_readme_has_the_figures_of_the_results() -> None:
         f"p50 {steady['p50_ms']:.1f} ms, p99 {steady['p99_ms']:.1f} ms, daemon {steady_mb:.0f} MB",
         f"p50 {soak['p50_ms']:.1f} ms, p99 {soak['p99_ms']:.1f} ms; memory",
         f"{result('3-offline-query')['verdicts'][0]['value']:,.0f} times |",
+        f"offline and unity-down over HTTP | p95 {lists[0]:.1f} and {lists[1]:.1f} ms",
         f"{reconnect['ok']:,} committed in {reconnect['extra']['drained_s']:.1f} s",
         f"{median(rates):,.0f} heartbeats/s committed over {connections:,} connections",
         f"idle connections beside {idle['devices']:,} devices | the devices' p99 {idle['p99_ms']:.0f} ms",
