@@ -106,6 +106,20 @@ async def test_a_row_that_the_database_refuses_is_refused_alone(nexhb: Nexhb, no
     assert len(await nexhb.rows("SELECT FROM device_last_status")) == 27
 
 
+@pytest.mark.usefixtures("patient")
+async def test_the_first_attempt_is_of_the_time_for_retries(start_daemon: StartDaemon, now: datetime) -> None:
+    """A lock outlasts it: the device hears so then, and not after another attempt as long."""
+    nexhb = await start_daemon()
+    agent = await nexhb.agent()
+    assert (await agent.send(now - timedelta(minutes=1))).status == 200
+    before = await nexhb.metric("nexhb_write_retries_total")
+    async with nexhb.database.connected(application="test") as conn, conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+        assert (await agent.send(now)).status == 503
+        assert await nexhb.metric("nexhb_write_retries_total") == before
+    await sent_at_last(agent, now)
+
+
 async def test_no_transaction_is_left_open_behind_batches_in_a_row(start_daemon: StartDaemon, now: datetime) -> None:
     """Where a batch waits, its transaction begins with the commit before it."""
     nexhb = await start_daemon(ingest=Ingest(batch_max=1))
