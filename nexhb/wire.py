@@ -337,19 +337,23 @@ def _decode(decoder: Callable[[bytes], T], body: bytes) -> T:
     except _UNREADABLE as error:
         # Half a character (`\ud83d` alone) is refused by the decoder wherever it stands, also in a field that nobody
         # needs. As U+0000 it is refused only where it would be stored, and by that field's name.
-        whole = _ESCAPE.sub(_no_half, body) if b"\\u" in body else body
+        whole = _without_halves(body) if b"\\u" in body else body
         if whole == body:
             raise _refused_json(error, body) from None
     return _decode(decoder, whole)
 
 
-_ESCAPE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}|\\.", re.DOTALL
+# As much as there is without half a character in between, as a group; or one half. A match for each escape instead, and
+# a function called for it, took five times as long.
+_HALVES = re.compile(
+    rb"((?:[^\\]++|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\(?!u[dD][89a-fA-F][0-9a-fA-F]{2}).?)++)"
+    rb"|\\u.{4}",
+    re.DOTALL,
 )
 
 
-def _no_half(escape: re.Match[bytes]) -> bytes:
-    return rb"\u0000" if len(escape[0]) == 6 else escape[0]
+def _without_halves(body: bytes) -> bytes:
+    return b"".join([run or rb"\u0000" for run in _HALVES.findall(body)])
 
 
 def bucket_of(ts: datetime, bucket_seconds: int) -> int:

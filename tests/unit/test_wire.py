@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -447,6 +448,17 @@ def test_a_whole_character_beside_half_of_one_is_kept(text: str, held: str) -> N
 def test_half_a_character_in_one_of_a_list_is_left_to_that_one() -> None:
     found = wire.split(rb'[1,{"alias":"\ud83d"},2]', most=3)
     assert found == [b"1", rb'{"alias":"\u0000"}', b"2"]
+
+
+PIECES = [rb"\ud83d", rb"\uDE00", rb"\u00e4", rb"\\", rb"\"", rb"\n", b"ud83d", b"x", b" "]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+def test_of_every_text_only_the_halves_are_made_null(text: bytes) -> None:
+    """As Python's own reader has them, which takes a half for a character."""
+    item = b'{"alias":"%s"}' % text
+    [found] = wire.split(b"[%s]" % item, most=1)
+    assert json.loads(found)["alias"] == re.sub("[\ud800-\udfff]", "\0", json.loads(item)["alias"])
 
 
 GOOD = b'{"timestamp_utc":"2026-11-24T02:00:00Z"}'
