@@ -89,7 +89,7 @@ class Cost:
     # of all processes of the machine, and the clock
     machine_s: float = 0.0
     at_s: float = 0.0
-    # of what runs beside the server for its sake: a peer's PostgreSQL is nexhb's child
+    # of what runs beside the server and belongs to the run: a peer's PostgreSQL (nexhb's child), who asks meanwhile
     beside_s: float = 0.0
 
     def since(self, earlier: Cost) -> Cost:

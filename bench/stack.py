@@ -57,6 +57,12 @@ def free_port() -> int:
     raise StackError(f"no free port between {_PORTS[0]} and {_PORTS[1]}")
 
 
+async def connect(dsn: str) -> asyncpg.Connection:
+    """A connection of a run's own."""
+    settings = {"application_name": "nexhb bench", "timezone": "UTC"}
+    return await asyncpg.connect(dsn, timeout=10, command_timeout=600, server_settings=settings)
+
+
 class Stack:
     """One daemon and its data. Calls block: from an event loop, use `asyncio.to_thread`."""
 
@@ -252,9 +258,7 @@ class Stack:
 
     async def connect(self, database: str | None = None) -> asyncpg.Connection:
         """A connection of one's own to the daemon's database, or to another one of its PostgreSQL."""
-        settings = {"application_name": "nexhb bench", "timezone": "UTC"}
-        dsn = self.dsn if database is None else self.dsn_of(database)
-        return await asyncpg.connect(dsn, timeout=10, command_timeout=600, server_settings=settings)
+        return await connect(self.dsn if database is None else self.dsn_of(database))
 
     def memory(self) -> Memory:
         """The daemon's memory, PostgreSQL's not counted."""

@@ -10,12 +10,7 @@ from contextlib import suppress
 from datetime import date
 
 import asyncpg
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    wait_random_exponential,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from nexhb import batch, db, log, metrics, partitions, sql, staging
 from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys

@@ -248,12 +248,14 @@ async def flood(
     connections: int,
     timeout_s: float = TIMEOUT_S,
     pid: int | None = None,
+    beside: int | None = None,
     seed: int = 0,
     started: Callable[[], None] = lambda: None,
 ) -> Flooded:
     """Send stage after stage; `started` is called when all connections are open and the first send is due.
 
-    `keys` are the buckets of the fleet's heartbeats, or the requests themselves.
+    `keys` are the buckets of the fleet's heartbeats, or the requests themselves. `pid` is the server's, for its CPU
+    time; `beside` is a process that belongs to the run and is neither it nor the generator.
     Latencies count from the intended times, and those of the result cover every stage.
     """
     pool, due = RequestPool(to, fleet, keys) if isinstance(keys, Span) else keys, due_us(stages, seed)
@@ -269,7 +271,7 @@ async def flood(
             # thousands of connections would be walked again and again
             gc.freeze()
             started()
-            await loop.run(time.monotonic(), ends_s, lambda: cost_now(pid), alarm)
+            await loop.run(time.monotonic(), ends_s, lambda: cost_now(pid, beside), alarm)
         finally:
             await loop.close()
     record = loop.record
@@ -290,6 +292,6 @@ async def flood(
     return Flooded(LoadRun(result, record.sends), record, tuple(loop.costs))
 
 
-def _known(cost: Cost) -> tuple[float, float, float, float, float]:
+def _known(cost: Cost) -> tuple[float, ...]:
     """Its clocks, 0 for one that could not be read."""
-    return cost.generator_s, cost.server_s or 0.0, cost.server_tree_s or 0.0, cost.machine_s, cost.at_s
+    return cost.generator_s, cost.server_s or 0.0, cost.server_tree_s or 0.0, cost.machine_s, cost.at_s, cost.beside_s

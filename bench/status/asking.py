@@ -4,6 +4,7 @@ the generator is done with a heartbeat, and that would count as the daemon's tim
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,12 +13,10 @@ from datetime import UTC, datetime, timedelta
 from multiprocessing import get_context
 from typing import Final, NamedTuple
 
-import asyncpg
 import orjson
 import uvloop
 
 from bench import stack
-from bench.cost import own_cpu_s
 from bench.report import Percentiles, percentiles
 from bench.status.found import PATHS, List
 from nexhb import sql
@@ -40,34 +39,35 @@ class Questions(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """The lists; the yardstick, which is the first list's rows by asyncpg alone; CPU seconds that asking took."""
+    """The lists; the yardstick, which is the first list's rows by asyncpg alone."""
 
     lists: tuple[List, ...]
     alone: Percentiles
-    cpu_s: float
 
 
 @contextmanager
-def asker() -> Iterator[ProcessPoolExecutor]:
-    """A process for `ask`, which has started and imported what it needs."""
+def asker() -> Iterator[tuple[ProcessPoolExecutor, int]]:
+    """A process for `ask`, which has started and imported what it needs, and its id."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        process.submit(own_cpu_s).result()
-        yield process
+        yield process, process.submit(_own_pid).result()
+
+
+def _own_pid() -> int:
+    """Of this module, so that whoever is asked for it has imported it."""
+    return os.getpid()
 
 
 def ask(questions: Questions) -> Answers:
     """All of them, in turn."""
-    before_s = own_cpu_s()
-    lists, alone = uvloop.run(_ask(questions))
-    return Answers(lists, alone, own_cpu_s() - before_s)
+    return uvloop.run(_ask(questions))
 
 
-async def _ask(questions: Questions) -> tuple[tuple[List, ...], Percentiles]:
+async def _ask(questions: Questions) -> Answers:
     """On one connection each."""
     await asyncio.sleep(SETTLE_S)
     # room for a whole answer: with asyncio's 64 kB the reader stops the line five times an answer
     reader, writer = await asyncio.open_connection("127.0.0.1", questions.port, limit=2**22)
-    conn = await asyncpg.connect(questions.dsn, timeout=10, command_timeout=_ANSWER_S)
+    conn = await stack.connect(questions.dsn)
     took: dict[str, list[float]] = {path: [] for path in PATHS}
     bodies: dict[str, bytes] = {}
     alone: list[float] = []
@@ -90,7 +90,7 @@ async def _ask(questions: Questions) -> tuple[tuple[List, ...], Percentiles]:
     lists = (
         List(path, orjson.loads(body)["count"], len(body), percentiles(took[path])) for path, body in bodies.items()
     )
-    return tuple(lists), percentiles(alone)
+    return Answers(tuple(lists), percentiles(alone))
 
 
 async def _got(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, admin_key: str, path: str) -> bytes:

@@ -51,9 +51,9 @@ _UPDATES: Final = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHER
 
 def run(plan: StatusScenario, told: Callable[[str], None]) -> Found:
     """Fill, ask, grow."""
-    with stack.running() as own, asker() as process:
+    with stack.running() as own, asker() as (process, asker_pid):
         told(f"{plan.devices:,} rows")
-        found = uvloop.run(_asked(plan, own, process, told))
+        found = uvloop.run(_asked(plan, own, process, asker_pid, told))
     growth = []
     for devices, silent, minutes in plan.growth:
         told(f"{minutes} minutes' updates of {devices:,} devices")
@@ -67,7 +67,7 @@ async def _grown(scale: Scale) -> Grown:
 
 
 async def _asked(
-    plan: StatusScenario, own: stack.Stack, process: ProcessPoolExecutor, told: Callable[[str], None]
+    plan: StatusScenario, own: stack.Stack, process: ProcessPoolExecutor, asker_pid: int, told: Callable[[str], None]
 ) -> Found:
     kiosks = crowd(plan.senders, _SEED)
     conn = await own.connect()
@@ -89,14 +89,15 @@ async def _asked(
             CrowdRequests(target(own.url), kiosks, span, _SEED),
             connections=min(1_000, plan.senders),
             pid=own.pid,
+            beside=asker_pid,
             started=lambda: asking.append(asyncio.get_running_loop().run_in_executor(process, ask, questions)),
         )
-        lists, alone, cpu_s = await asking[0]
+        lists, alone = await asking[0]
         await conn.execute("SELECT pg_stat_force_next_flush()")
         (after,) = await conn.fetch(_UPDATES, _TABLE)
         updates, hot = (now - then for now, then in zip(after, before, strict=True))
         result = flooded.run.result
-        others = max(0.0, round((result.extra["others_cores"] or 0.0) - cpu_s / seconds, 2))
+        others = result.extra["others_cores"] or 0.0
         return Found(lists, alone, round(hot / max(1, updates), 4), updates, result.sent - result.ok, others, growth=())
     finally:
         await conn.close(timeout=5)
