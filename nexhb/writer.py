@@ -40,7 +40,7 @@ TRACEBACKS = 3
 
 
 class _InDoubt(DatabaseUnavailable):
-    """The connection went away around COMMIT: the transaction may be in."""
+    sentence = "The connection went away around COMMIT: the transaction may be in."
 
     def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan, heartbeats: Sequence[Heartbeat]) -> None:
         self.xid = xid

@@ -35,7 +35,7 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help="nexhb takes the heartbeats of a fleet of Android kiosks and never loses one.")
 def options(
     config_file: Annotated[
         Path | None,
@@ -45,7 +45,6 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """nexhb takes the heartbeats of a fleet of Android kiosks and never loses one."""
     _chosen["config"] = config_file
 
 
@@ -71,13 +70,17 @@ def show(value: object) -> None:
     sys.stdout.write(orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z).decode() + "\n")
 
 
-def main() -> None:
-    """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+def register() -> None:
+    """Import every command's file: that registers it."""
     from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, legacy, migrate, partitions, serve, status  # noqa: F401, PLC0415
-    from nexhb.cli import config as _config  # noqa: F401, PLC0415 - importing a command registers it
+    from nexhb.cli import config as _config  # noqa: F401, PLC0415
     from nexhb.cli import flags as _flags  # noqa: F401, PLC0415
     from nexhb.cli import perf_diff as _perf_diff  # noqa: F401, PLC0415
 
+
+def main() -> None:
+    """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+    register()
     try:
         app()
     except (ConfigError, BadInput) as error:

@@ -53,9 +53,8 @@ def _busy(what: str) -> Any:
     return Console(stderr=True).status(what)  # shown where a person watches
 
 
-@_commands.command(name="list")
+@_commands.command(name="list", help="List what is archived, and days that could not be, newest first.")
 def list_archives(as_json: cli.Json = False) -> None:
-    """List what is archived, and days that could not be, newest first."""
 
     async def work() -> list[dict[str, Any]]:
         async with _house() as house:
@@ -81,7 +80,12 @@ def _minute(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%MZ}" if moment else ""
 
 
-@_commands.command(name="verify")
+@_commands.command(
+    name="verify",
+    help="""
+    Read archives back from the store and compare every byte with their manifests. Exit code 1: one is damaged.
+    """,
+)
 def verify_archives(
     day: Annotated[
         datetime | None, typer.Argument(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")
@@ -89,7 +93,6 @@ def verify_archives(
     everything: Annotated[bool, typer.Option("--all", help="Every archive there is.")] = False,
     as_json: cli.Json = False,
 ) -> None:
-    """Read archives back from the store and compare every byte with their manifests. Exit code 1: one is damaged."""
     if (day is None) != everything:
         raise BadInput("verify takes a day or --all.")
 
@@ -120,7 +123,10 @@ async def _verified(house: _House, archived: Archived) -> dict[str, Any]:
     return found | {"rows": manifest.rows}
 
 
-@_commands.command(name="restore")
+@_commands.command(
+    name="restore",
+    help="Bring a day back. It is not archived again until it is released. Exit code 3: the nightly run is at work.",
+)
 def restore_day(
     day: Day,
     into: Annotated[
@@ -131,7 +137,6 @@ def restore_day(
     ] = False,
     as_json: cli.Json = False,
 ) -> None:
-    """Bring a day back. It is not archived again until it is released. Exit code 3: the nightly run is at work."""
     if into is not None and release:
         raise BadInput("restore takes --into or --release, not both.")
     if into is not None and not into.strip():
@@ -164,13 +169,15 @@ async def _restore(house: _House, day: date, into: str | None) -> dict[str, Any]
     return {"day": day, "table": archives[0].partition, "rows": rows}
 
 
-@_commands.command(name="get")
+@_commands.command(
+    name="get",
+    help="Write one device's heartbeats of an archived day, oldest first, as CSV (or JSON); nothing is restored.",
+)
 def get_device(
     device: Annotated[str, typer.Option(help="device_id")],
     day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")],
     as_json: cli.Json = False,
 ) -> None:
-    """Write one device's heartbeats of an archived day, oldest first, as CSV (or JSON); nothing is restored."""
 
     async def work() -> list[dict[str, str | None]]:
         async with _house() as house:

@@ -16,12 +16,13 @@ async def _audit(day: datetime) -> ledger.Audit:
         return await ledger.audit(conn, day.date())
 
 
-@cli.app.command()
+@cli.app.command(
+    help="Hold a day against the ledger that was written with every commit. Exit code 1 where they differ."
+)
 def audit(
     day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")],
     as_json: cli.Json = False,
 ) -> None:
-    """Hold a day against the ledger that was written with every commit. Exit code 1 where they differ."""
     found = cli.run(_audit(day))
     if as_json:
         cli.show(found.shown())

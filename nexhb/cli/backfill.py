@@ -43,12 +43,16 @@ def _moment(value: object) -> str:
     return f"{value:%Y-%m-%d %H:%M:%SZ}" if value else "none"
 
 
-@cli.app.command()
+@cli.app.command(
+    help="""
+    Fill device_last_status from the history, only where that is newer. Exit code 3 where somebody else is at
+    it.
+    """
+)
 def backfill(
     days: Annotated[int, typer.Option(min=1, max=DAYS_MOST, help="How far back the history counts.")] = 7,
     as_json: cli.Json = False,
 ) -> None:
-    """Fill device_last_status from the history, only where that is newer. Exit code 3 where somebody else is at it."""
     with progress.shown("devices") as show:
         found = cli.run(run(days, show))
     if as_json:

@@ -11,14 +11,13 @@ _commands = typer.Typer(no_args_is_help=True, help="The configuration.")
 cli.app.add_typer(_commands, name="config")
 
 
-@_commands.callback()
+@_commands.callback(help="The configuration.")
 def _group() -> None:
-    """The configuration."""
+    pass
 
 
-@_commands.command()
+@_commands.command(help="Read the configuration as the daemon would; secrets are not shown.")
 def check(as_json: cli.Json = False) -> None:
-    """Read the configuration as the daemon would; secrets are not shown."""
     settings = cli.settings()
     values = settings.model_dump(mode="json")
     if as_json:

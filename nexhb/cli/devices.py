@@ -39,25 +39,26 @@ def _show_token(device_id: str, token: str, as_json: bool) -> None:
         typer.echo(token)
 
 
-@_commands.command()
+@_commands.command(help="Make a device and print its token, this once.")
 def add(
     device_id: DeviceId,
     alias: Annotated[str | None, typer.Option(help="A name that people use.")] = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Make a device and print its token, this once."""
     _show_token(device_id, cli.run(_with_connection(lambda conn: store.add(conn, device_id, alias))), as_json)
 
 
-@_commands.command()
+@_commands.command(
+    help="Give a device a new token, print it once, to be put into the device; the old ones stop working at once."
+)
 def rotate(device_id: DeviceId, as_json: cli.Json = False) -> None:
-    """Give a device a new token, print it once, to be put into the device; the old ones stop working at once."""
     _show_token(device_id, cli.run(_with_connection(lambda conn: store.rotate(conn, device_id))), as_json)
 
 
-@_commands.command()
+@_commands.command(
+    help="Answer a device 410 from now on. By mistake: `readmit`; `rotate` only where the token itself must go."
+)
 def revoke(device_id: DeviceId, as_json: cli.Json = False) -> None:
-    """Answer a device 410 from now on. By mistake: `readmit`; `rotate` only where the token itself must go."""
     cli.run(_with_connection(lambda conn: store.revoke(conn, device_id, daemon.utc_now())))
     if as_json:
         cli.show({"device_id": device_id, "revoked": True})
@@ -65,9 +66,12 @@ def revoke(device_id: DeviceId, as_json: cli.Json = False) -> None:
         typer.echo(f"{device_id} is revoked.")
 
 
-@_commands.command()
+@_commands.command(
+    help="""
+    Take `revoke` back: the device goes on at once with the token that it has. One revoked on its own stays so.
+    """
+)
 def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
-    """Take `revoke` back: the device goes on at once with the token that it has. One revoked on its own stays so."""
     done = cli.run(_with_connection(lambda conn: store.readmit(conn, device_id)))
     if as_json:
         cli.show({"device_id": device_id, "revoked": False, **done._asdict()})
@@ -77,12 +81,14 @@ def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
     typer.echo(f"{device_id} {found}: {done.tokens} of its tokens work.{remedy}")
 
 
-@_commands.command(name="import")
+@_commands.command(
+    name="import",
+    help="Take devices and their tokens from a CSV file: all of it or, where a line is bad, nothing. Idempotent.",
+)
 def import_file(
     file: Annotated[Path, typer.Argument(help="CSV with device_id,alias,token or token_sha256 (NexMDM's token_id).")],
     as_json: cli.Json = False,
 ) -> None:
-    """Take devices and their tokens from a CSV file: all of it or, where a line is bad, nothing. Idempotent."""
     if not file.is_file():
         raise BadInput(f"there is no file {file}.")
     done = cli.run(_with_connection(lambda conn: store.import_csv(conn, file)))
@@ -94,13 +100,12 @@ def import_file(
         typer.echo(f"{done.rows_of_revoked} rows are of revoked devices, which hear 410 until `nexhb devices readmit`.")
 
 
-@_commands.command(name="list")
+@_commands.command(name="list", help="List devices by id. Tokens are never shown: only their hashes are stored.")
 def list_devices(
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many.")] = 100,
     after: Annotated[str, typer.Option(help="From behind this id.")] = "",
     as_json: cli.Json = False,
 ) -> None:
-    """List devices by id. Tokens are never shown: only their hashes are stored."""
     rows: list[dict[str, Any]] = [
         dict(row) for row in cli.run(_with_connection(lambda conn: store.page(conn, after, limit)))
     ]
@@ -120,14 +125,18 @@ def _plain(text: str | None) -> Text:
     return Text("".join(c if c.isprintable() else "\ufffd" for c in text or ""))
 
 
-@_commands.command(name="enrolment-key")
+@_commands.command(
+    name="enrolment-key",
+    help="""
+    Issue a key with which devices register themselves (auth.enrolment = "open"); printed this once.
+    """,
+)
 def enrolment_key(
     uses: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many devices may register with it.")] = 1,
     hours: Annotated[int, typer.Option(min=1, max=8784, help="How long it holds.")] = 168,
     note: Annotated[str | None, typer.Option(help="What it is for.")] = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Issue a key with which devices register themselves (auth.enrolment = "open"); printed this once."""
     expires_at = daemon.utc_now() + timedelta(hours=hours)
     key = cli.run(_with_connection(lambda c: store.issue_enrolment_key(c, note=note, uses=uses, expires_at=expires_at)))
     if as_json:

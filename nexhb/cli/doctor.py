@@ -16,13 +16,15 @@ async def _visit() -> list[practice.Line]:
         return await practice.examine(conn, settings, daemon.utc_now())
 
 
-@cli.app.command()
-def doctor(as_json: cli.Json = False) -> None:
-    """A line a question, good or bad, with what mends it. Exit code 1 where one is bad: made for cron.
+@cli.app.command(
+    help="""
+    A line a question, good or bad, with what mends it. Exit code 1 where one is bad: made for cron.
 
-    It judges the database and what lies in it, also while the daemon is stopped. Whether that serves, `nexhb status`
-    says.
+    It judges the database and what lies in it, also while the daemon is stopped. Whether that serves, `nexhb
+    status` says.
     """
+)
+def doctor(as_json: cli.Json = False) -> None:
     lines = cli.run(_visit())
     if as_json:
         cli.show(practice.shown(lines))

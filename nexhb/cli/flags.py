@@ -31,9 +31,8 @@ async def _with_connection(work: Callable[[Connection, Flags], Awaitable[T]]) ->
         return await work(conn, store.first_values(settings.reads))
 
 
-@_commands.callback()
+@_commands.callback(help="The flags, and who changed them last.")
 def show(context: typer.Context, as_json: cli.Json = False) -> None:
-    """The flags, and who changed them last."""
     if context.invoked_subcommand is None:
         _show(*cli.run(_with_connection(_look)), as_json)
 
@@ -42,12 +41,13 @@ async def _look(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, A
     return await store.read(conn, first), await store.last_changes(conn, CHANGES_SHOWN)
 
 
-@_commands.command(name="set")
+@_commands.command(
+    name="set", help="Change flags in every daemon: `nexhb flags set read_from_last_status=off` is the kill switch."
+)
 def set_flags(
     changes: Annotated[list[str], typer.Argument(metavar="FLAG=VALUE …", help="on, off, or a number of percent.")],
     as_json: cli.Json = False,
 ) -> None:
-    """Change flags in every daemon: `nexhb flags set read_from_last_status=off` is the kill switch."""
     wanted = dict(_parsed(text) for text in changes)
 
     async def work(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, Any]]]:

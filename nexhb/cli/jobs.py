@@ -37,13 +37,14 @@ def _end(run: Run, as_json: bool) -> None:
     raise typer.Exit(codes.get(run.status, cli.EXIT_FAILED))
 
 
-@cli.app.command()
+@cli.app.command(
+    help="Make days ahead, archive and drop what is old, vacuum. Exit code 3 where somebody else is at it."
+)
 def nightly(dry_run: DryRun = False, as_json: cli.Json = False) -> None:
-    """Make days ahead, archive and drop what is old, vacuum. Exit code 3 where somebody else is at it."""
     _end(_run(lambda jobs: jobs.nightly(dry_run=dry_run)), as_json)
 
 
-@cli.app.command()
+@cli.app.command(help="Heal device_last_status from the last 24 hours. Exit code 3 where somebody else is at it.")
 def reconcile(
     dry_run: DryRun = False,
     max_rows: Annotated[
@@ -51,5 +52,4 @@ def reconcile(
     ] = MAX_ROWS,
     as_json: cli.Json = False,
 ) -> None:
-    """Heal device_last_status from the last 24 hours. Exit code 3 where somebody else is at it."""
     _end(_run(lambda jobs: jobs.reconcile(dry_run=dry_run, max_rows=max_rows)), as_json)

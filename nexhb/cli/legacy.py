@@ -57,7 +57,16 @@ def _options(settings: Settings, days: int | None, rate: int) -> Options:
     return Options(retention if days is None else days, rate, retention, settings.ingest.bucket_seconds)
 
 
-@cli.app.command(name="import-legacy")
+@cli.app.command(
+    name="import-legacy",
+    help="""
+    Take devices, their tokens and their heartbeats from a NexMDM database, while both systems serve.
+
+    Interrupted, it goes on where it was when it is run again; what is there already is not written twice. The
+    switch: import; turn DNS or the proxy over to nexhb; import again, for what came meanwhile (with --days 1
+    that is quick). Exit code 1 where the counts of both sides do not agree, 3 where another import is at work.
+    """,
+)
 def import_legacy(
     source: Annotated[
         str,
@@ -73,12 +82,6 @@ def import_legacy(
     ] = RATE,
     as_json: cli.Json = False,
 ) -> None:
-    """Take devices, their tokens and their heartbeats from a NexMDM database, while both systems serve.
-
-    Interrupted, it goes on where it was when it is run again; what is there already is not written twice. The switch:
-    import; turn DNS or the proxy over to nexhb; import again, for what came meanwhile (with --days 1 that is quick).
-    Exit code 1 where the counts of both sides do not agree, 3 where another import is at work.
-    """
     run, found, filled = cli.run(_import(source, days, rate))
     if as_json:
         more = found.shown() if found else {}

@@ -13,9 +13,8 @@ async def _migrate() -> list[str]:
         return await migrations.migrate(conn, daemon.utc_now())
 
 
-@cli.app.command()
+@cli.app.command(help="Apply the migrations that are missing. Running it twice changes nothing.")
 def migrate(as_json: cli.Json = False) -> None:
-    """Apply the migrations that are missing. Running it twice changes nothing."""
     applied = cli.run(_migrate())
     if as_json:
         cli.show({"applied": applied})

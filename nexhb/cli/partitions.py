@@ -19,9 +19,8 @@ async def _known() -> list[dict[str, Any]]:
         return [dict(row) for row in await days.known(conn)]
 
 
-@cli.app.command()
+@cli.app.command(help="List the partitions, newest first. Rows are those of the last nightly count.")
 def partitions(as_json: cli.Json = False) -> None:
-    """List the partitions, newest first. Rows are those of the last nightly count."""
     rows = cli.run(_known())
     if as_json:
         cli.show({"partitions": rows})

@@ -13,9 +13,9 @@ _commands = typer.Typer(no_args_is_help=True, help="Reads that were asked both w
 cli.app.add_typer(_commands, name="perf-diff")
 
 
-@_commands.callback()
+@_commands.callback(help="Reads that were asked both ways.")
 def _group() -> None:
-    """Reads that were asked both ways."""
+    pass
 
 
 async def _read(hours: int) -> dict[str, Any]:
@@ -23,12 +23,11 @@ async def _read(hours: int) -> dict[str, Any]:
         return await perfdiff.report(conn, daemon.utc_now() - timedelta(hours=hours))
 
 
-@_commands.command()
+@_commands.command(help="Times of both ways, speed-ups and mismatches. Exit code 1 where there is a mismatch.")
 def report(
     hours: Annotated[int, typer.Option(min=1, max=24 * 8, help="How far back.")] = 24,
     as_json: cli.Json = False,
 ) -> None:
-    """Times of both ways, speed-ups and mismatches. Exit code 1 where there is a mismatch."""
     found = cli.run(_read(hours))
     if as_json:
         cli.show(found)

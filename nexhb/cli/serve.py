@@ -43,14 +43,13 @@ def _say_nothing(_running: daemon.Running) -> None:
     """Nobody watches."""
 
 
-@cli.app.command()
+@cli.app.command(help="Run the daemon in the foreground.")
 def serve(
     welcome: Annotated[
         bool | None,
         typer.Option(help="Say where it serves and how to send a first heartbeat; else only at a terminal."),
     ] = None,
 ) -> None:
-    """Run the daemon in the foreground."""
     watched = sys.stderr.isatty() if welcome is None else welcome
     ready = _say if watched else _say_nothing
     raise typer.Exit(cli.run(daemon.serve(cli.settings(for_daemon=True), ready)))

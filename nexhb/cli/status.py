@@ -12,7 +12,7 @@ from nexhb.errors import NexhbError
 
 
 class _NotRunning(NexhbError):
-    """The daemon does not answer."""
+    sentence = "The daemon does not answer."
 
 
 async def _ask(url: str, admin_key: str | None) -> dict[str, Any]:
@@ -31,12 +31,13 @@ async def _ask(url: str, admin_key: str | None) -> dict[str, Any]:
     return found
 
 
-@cli.app.command()
+@cli.app.command(
+    help="Is it ready, and how is the fleet? Exit code 1 where it is not ready, or the fleet cannot be read."
+)
 def status(
     url: Annotated[str | None, typer.Option(help="Where the daemon listens; else as configured.")] = None,
     as_json: cli.Json = False,
 ) -> None:
-    """Is it ready, and how is the fleet? Exit code 1 where it is not ready, or the fleet cannot be read."""
     settings = cli.settings()
     where = url or f"http://{settings.server.host}:{settings.server.port}"
     found = cli.run(_ask(where, keys.read(settings)))
