@@ -2,7 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-LOCK   := tests/requirements.lock
+LOCK   := requirements.lock
+# By hash, all of it: nothing is resolved, and what builds nexhb itself is of the lock too.
+PIP    := $(BIN)/pip install -q --disable-pip-version-check --require-hashes -r packaging/build.lock
+SELF   := $(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+COMPILE := $(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
 SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
@@ -18,16 +23,19 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make a virtual environment. On Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.run: $(BIN)/python pyproject.toml $(LOCK)
-	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded]'
+$(VENV)/.run: $(BIN)/python pyproject.toml packaging/build.lock $(LOCK)
+	$(PIP) -r $(LOCK)
+	$(SELF)
 	@touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml $(LOCK)
-	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test]'
+$(VENV)/.test: $(BIN)/python pyproject.toml packaging/build.lock tests/requirements.lock
+	$(PIP) -r tests/requirements.lock
+	$(SELF)
 	@touch $@ $(VENV)/.run
 
-$(VENV)/.compare: $(BIN)/python pyproject.toml $(LOCK)
-	$(BIN)/pip install -q --disable-pip-version-check -c $(LOCK) -e '.[embedded,test,compare]'
+$(VENV)/.compare: $(BIN)/python pyproject.toml packaging/build.lock bench/requirements.lock
+	$(PIP) -r bench/requirements.lock
+	$(SELF)
 	@touch $@ $(VENV)/.test $(VENV)/.run
 
 # The S3 server of the tests, in an environment of its own.
@@ -80,10 +88,15 @@ install: ## into PREFIX=/opt/nexhb, with systemd units and /etc/nexhb (DESTDIR= 
 uninstall: ## what install made; never the configuration or the data
 	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' packaging/install uninstall
 
-lock: ## write tests/requirements.lock anew from pyproject.toml, and the lock of the tests' S3 server
+lock: ## write the lock files anew from pyproject.toml: of the daemon, the tests, the comparison, the build, the tests' S3 server
 	@$(PYTHON) -m venv $(VENV)-lock && $(VENV)-lock/bin/pip install -q uv
-	@$(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --extra embedded --extra test --extra compare --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o $(LOCK) pyproject.toml
-	@printf 'swift==2.38.3\npyeclib==1.8.0\n' | $(VENV)-lock/bin/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --no-emit-find-links -o tests/swift-requirements.txt -
+	@printf 'hatchling>=1.27\neditables>=0.5\n' >$(VENV)-lock/build.in
+	@printf 'swift==2.38.3\npyeclib==1.8.0\n' >$(VENV)-lock/swift.in
+	@$(COMPILE) --extra embedded --extra test --extra compare -o bench/requirements.lock pyproject.toml $(VENV)-lock/build.in
+	@$(COMPILE) -c bench/requirements.lock --extra embedded --extra test -o tests/requirements.lock pyproject.toml
+	@$(COMPILE) -c bench/requirements.lock --extra embedded -o $(LOCK) pyproject.toml
+	@$(COMPILE) -c bench/requirements.lock -o packaging/build.lock $(VENV)-lock/build.in
+	@$(COMPILE) -o tests/swift-requirements.txt $(VENV)-lock/swift.in
 	@rm -rf $(VENV)-lock
 
 clean: ## remove the virtual environment and caches (never the data)

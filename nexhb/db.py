@@ -10,10 +10,12 @@ from typing import Any
 
 import asyncpg
 
-from nexhb import sql
+from nexhb import sql, supported
 from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
+
+supported.check("asyncpg", asyncpg.__version__)
 
 _Q = sql.queries("db")
 

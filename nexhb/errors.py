@@ -27,6 +27,10 @@ class ConfigError(NexhbError):
     sentence = "The configuration is not usable."
 
 
+class UnsupportedLibrary(NexhbError, ImportError):
+    sentence = "A library that nexhb needs has a version that nexhb does not support."
+
+
 class EmbeddedPostgresError(NexhbError):
     sentence = "The embedded PostgreSQL is not usable."
 

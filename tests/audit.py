@@ -1,4 +1,5 @@
-"""Known vulnerabilities in what tests/requirements.lock pins: `python -m tests.audit`. Fails only on one that is found.
+"""Known vulnerabilities in what bench/requirements.lock pins, which holds the other locks: `python -m tests.audit`.
+Fails only on one that is found.
 
 Where the advisory service cannot be reached, or knows nothing, it says so. To pip-audit a package that the service does
 not know has no vulnerability, so it is first asked for one that is known to have some.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PIP_AUDIT = "pip-audit==2.10.1"
-LOCK = Path(__file__).with_name("requirements.lock")
+LOCK = Path(__file__).parents[1] / "bench" / "requirements.lock"
 VULNERABLE = "jinja2==2.10"  # CVE-2019-10906, and more since
 IGNORED: dict[str, str] = {}  # id: why it does not concern nexhb
 

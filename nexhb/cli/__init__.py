@@ -71,7 +71,7 @@ def show(value: object) -> None:
 
 
 def register() -> None:
-    """Import every command's file: that registers it."""
+    """Import every command's file: that registers it. Raises UnsupportedLibrary."""
     from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, legacy, migrate, partitions, serve, status  # noqa: F401, PLC0415
     from nexhb.cli import config as _config  # noqa: F401, PLC0415
     from nexhb.cli import flags as _flags  # noqa: F401, PLC0415
@@ -80,8 +80,8 @@ def register() -> None:
 
 def main() -> None:
     """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
-    register()
     try:
+        register()
         app()
     except (ConfigError, BadInput) as error:
         typer.echo(f"nexhb: {error}", err=True)

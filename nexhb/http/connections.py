@@ -13,13 +13,18 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Protocol, cast
 
+import aiohttp
+import uvloop
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_request import BaseRequest
 
-from nexhb import log, metrics
+from nexhb import log, metrics, supported
 from nexhb.http.head import INCOMPLETE, Request, is_bodiless
 from nexhb.http.problem import Problem
+
+supported.check("aiohttp", aiohttp.__version__)
+supported.check("uvloop", uvloop.__version__)  # type: ignore[attr-defined]
 
 _log = log.get("http")
 

@@ -23,7 +23,7 @@ pytestmark = [
 
 def make(target: str, destination: Path, *more: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """As a packager calls it, but without what nexhb depends on."""
-    words = [target, f"DESTDIR={destination}", f"PYTHON={PYTHON}", "PIP_ARGS=--no-deps", *more]
+    words = [target, f"DESTDIR={destination}", f"PYTHON={PYTHON}", "LOCK=/dev/null", *more]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
         ["make", "-C", HOUSE, *words], env=environment, capture_output=True, text=True, check=check, timeout=200

@@ -93,6 +93,10 @@ def test_its_home_is_one_that_it_may_enter() -> None:
     assert value("ProtectHome") == "yes"
 
 
+def test_a_crash_leaves_no_dump_with_keys_in_it() -> None:
+    assert value("LimitCORE") == "0"
+
+
 def test_an_outage_of_the_database_never_reaches_the_start_limit() -> None:
     each = daemon.START_PATIENCE_S + float(value("RestartSec"))
     assert float(value("StartLimitIntervalSec")) / each < int(value("StartLimitBurst"))
