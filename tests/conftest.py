@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -30,6 +30,7 @@ from nexhb import config, db, devices, embedded, log, migrate
 from nexhb import daemon as daemon_module
 from nexhb.config import Auth, Ingest, Jobs, Server, Settings
 from nexhb.config import Database as DatabaseSettings
+from tests import skips
 
 _numbers = itertools.count(1)
 ADMIN_KEY = "admin-key-of-the-tests-0123456789"
@@ -46,6 +47,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """A coroutine that hangs fails with its traceback, and the rest of the suite goes on."""
     if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
         item.obj = _bounded(item.obj)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A skip that is not listed is a failure."""
+    return skips.judged((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole file."""
+    return skips.judged((yield))
 
 
 def _bounded(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
