@@ -12,7 +12,7 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint fuzz faults timelapse bench bench-compare bench-curve bench-status bench-daemons install uninstall lock clean
+.PHONY: help run demo test lint audit fuzz faults timelapse bench bench-compare bench-curve bench-status bench-daemons install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -57,6 +57,9 @@ lint: $(VENV)/.test ## ruff, mypy strict, import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+audit: $(VENV)/.test ## known vulnerabilities of the locked dependencies; needs the Internet, and fails without it
+	@$(BIN)/python -m tests.audit
 
 fuzz: $(VENV)/.test ## a million malformed bodies against a real daemon (BODIES=, SEED=)
 	@$(BIN)/python -m tests.fuzz --bodies $(or $(BODIES),1000000) --seed $(or $(SEED),1)

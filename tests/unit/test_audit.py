@@ -31,17 +31,30 @@ def test_a_service_that_does_not_know_the_vulnerable_one_has_checked_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silence: audit.Report
 ) -> None:
     asked = heard(monkeypatch, silence)
-    assert audit.main() == 0
+    assert audit.main() == 1
     assert asked == [f"{audit.VULNERABLE}\n"]
-    assert capsys.readouterr().out == "audit: not checked: the advisory service cannot be reached\n"
+    assert "nothing was checked" in capsys.readouterr().out
 
 
 def test_a_service_that_falls_silent_has_checked_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard(monkeypatch, {"dependencies": [VULNERABLE]}, {})
+    assert audit.main() == 1
+    assert "nothing was checked" in capsys.readouterr().out
+
+
+def test_a_package_that_the_service_does_not_know_was_not_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard(monkeypatch, {"dependencies": [VULNERABLE]}, {"dependencies": [CLEAN, NOT_THERE]})
+    assert audit.main() == 1
+    assert capsys.readouterr().out == "audit: 0 known vulnerabilities; not checked: uvloop\n"
+
+
+def test_a_lock_without_known_vulnerabilities_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard(monkeypatch, {"dependencies": [VULNERABLE]}, {"dependencies": [CLEAN]})
     assert audit.main() == 0
-    assert "not checked" in capsys.readouterr().out
 
 
 def test_a_known_vulnerability_fails_and_is_named(
@@ -52,7 +65,7 @@ def test_a_known_vulnerability_fails_and_is_named(
     assert asked[1] == audit.LOCK.read_text()
     out = capsys.readouterr().out
     assert "jinja2 2.10: CVE-2019-10906, mended in 2.10.1" in out
-    assert "1 known vulnerabilities; not known there: uvloop" in out
+    assert "1 known vulnerabilities; not checked: uvloop" in out
 
 
 def test_one_that_is_ignored_for_a_reason_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
