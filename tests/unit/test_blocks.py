@@ -201,8 +201,42 @@ def test_an_item_that_is_too_large_is_refused_by_its_place_before_it_is_there(bo
     assert taken.held <= 306
 
 
-def test_a_large_item_is_looked_at_a_few_times_only_however_slowly_it_comes() -> None:
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_a_large_item_is_looked_at_a_few_times_only_however_slowly_it_comes(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is counted is what is searched for a place to cut, and not only what is parsed: at each piece of 7 bytes it
+    would be 180 MB of these 50 kB."""
+    searched: list[int] = []
+    for search in ("_exact", "_lines", "_guess"):
+        looks = getattr(Blocks, search)
+
+        def counted(self: Blocks[Any], *args: Any, looks: Any = looks) -> Any:
+            searched.append(len(self._buffer))
+            return looks(self, *args)
+
+        monkeypatch.setattr(Blocks, search, counted)
     taken = Taken(item_bytes=100_000)
     item = {"a": "x" * 50_000}
-    assert taken.all_of(pieces(json.dumps([item, 1]).encode(), 7)) == [item, 1]
+    body = json.dumps([item, 1]) if form == "array" else f"{json.dumps(item)}\n1"
+    assert taken.all_of(pieces(body.encode(), 7)) == [item, 1]
     assert sum(map(len, taken.tries)) < 200_000
+    assert sum(searched) < 500_000
+
+
+def test_a_block_is_as_large_as_the_items_before_it_allow_and_not_parsed_in_vain() -> None:
+    """A block of 40 kB holds 600 of these where 40 may be: each would be parsed and thrown away first."""
+    items = [beat(n) for n in range(1_000)]
+    for body in (json.dumps(items), "\n".join(map(json.dumps, items))):
+        taken = Taken(block_bytes=40_000, item_bytes=40_000)
+        assert taken.all_of(pieces(body.encode(), 5_000)) == items
+        assert len(taken.tries) <= len(taken.found) + 3
+
+
+def test_a_place_to_cut_is_searched_no_further_than_a_quarter_of_a_block() -> None:
+    """Items that do not begin alike: nothing can be guessed, and the search costs 10 µs a heartbeat."""
+    items = [{f"a{n}": "x" * 20} for n in range(400)]
+    taken = Taken(block_bytes=4_000, item_bytes=4_000)
+    assert taken.all_of(pieces(json.dumps(items).encode(), 500)) == items
+    *blocks, _last = taken.tries
+    assert max(map(len, blocks)) <= 1_000 + 40

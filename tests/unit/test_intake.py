@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
@@ -322,8 +323,52 @@ async def test_what_was_received_is_counted_once_however_often_it_is_observed(
 async def test_the_queue_does_not_grow_by_what_is_answered_already() -> None:
     intake = intake_of(max_items=10)
     now = asyncio.get_running_loop().time()
-    for _ in range(50):
+    for _ in range(3):
         admit(intake, 10)
         intake.expire(now + 1000, after_s=1)
+        assert not intake.has_waiting
+    admit(intake, 10)
+    intake.fail_all("the daemon stops")
+    assert not intake.has_waiting
     admit(intake, 3)
     assert len(intake.take(3)) == 3
+
+
+@pytest.mark.parametrize("why", ["closed_because", "held_because", "max_items", "max_bytes"])
+async def test_whether_there_is_room_is_said_as_it_is_checked(why: str) -> None:
+    """`has_room` is what the fast path asks, `check` what aiohttp's way asks."""
+    intake = intake_of(max_items=2, max_bytes=150)
+    assert intake.has_room
+    if why.startswith("max"):
+        [ticket] = admit(intake, size=150 if why == "max_bytes" else 1)
+        if why == "max_items":
+            admit(intake)
+    else:
+        setattr(intake, why, "The database cannot commit.")
+    found = [intake.has_room]
+    with pytest.raises(Overloaded):
+        intake.check()
+    if why.startswith("max"):
+        intake.settle([ticket], [WRITTEN])
+    else:
+        setattr(intake, why, "")
+    intake.check()
+    assert [*found, intake.has_room] == [False, True]
+
+
+async def test_a_wait_that_a_ticket_ended_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under load there are thousands of waits in the time that one may last."""
+    intake, loop = intake_of(), asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+    call_later = loop.call_later
+
+    def noted(*args: Any) -> asyncio.TimerHandle:
+        timers.append(call_later(*args))
+        return timers[-1]
+
+    monkeypatch.setattr(loop, "call_later", noted)
+    waiting = asyncio.create_task(intake.wait(3600))
+    await asyncio.sleep(0)
+    admit(intake)
+    await waiting
+    assert [timer.cancelled() for timer in timers] == [True]
