@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 from aiohttp import HttpVersion11, web
 
@@ -13,6 +14,7 @@ from nexhb.errors import BadInput, UnknownDevice
 from nexhb.http import auth, fleet, heartbeats, ops, queues
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
+from nexhb.http.query import check as check_query
 from nexhb.pgerrors import is_retryable
 
 _log = log.get("http")
@@ -20,40 +22,59 @@ _log = log.get("http")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+class Route(NamedTuple):
+    """One call. `query` names the parameters that it takes; any other is refused."""
+
+    method: str
+    path: str
+    handler: Handler
+    key: str  # whose: device, enrolment, admin or none
+    query: tuple[str, ...] = ()
+
+
+ROUTES = (
+    Route("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
+    Route("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
+    Route("POST", "/v1/register", heartbeats.post_register, "enrolment"),
+    Route("GET", "/v1/fleet", fleet.get_fleet, "admin"),
+    Route("GET", "/v1/devices", fleet.get_devices, "admin", ("limit", "after")),
+    Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", "limit")),
+    Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", ("limit",)),
+    Route("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
+    Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", "limit")),
+    Route("POST", "/ops/enrolment-keys", ops.post_enrolment_key, "admin"),
+    Route("POST", "/ops/nightly", ops.post_nightly, "admin", ("dry_run",)),
+    Route("POST", "/ops/reconcile", ops.post_reconcile, "admin", ("dry_run", "max_rows")),
+    Route("GET", "/ops/jobs", ops.get_jobs, "admin", ("limit",)),
+    Route("GET", "/ops/flags", ops.get_flags, "admin"),
+    Route("PUT", "/ops/flags", ops.put_flags, "admin"),
+    Route("GET", "/metrics", ops.get_metrics, "admin"),
+    Route("GET", "/healthz", ops.get_healthz, "none"),
+    Route("GET", "/readyz", ops.get_readyz, "none"),
+)
+
+
 def make_app(parts: Parts) -> web.Application:
-    """The application. Bodies are bounded by their handlers, so aiohttp's own limit is the larger of theirs."""
+    """The application. Bodies are bounded by their handlers, so aiohttp's own limit is the larger of theirs.
+
+    HEAD is taken wherever GET is. Each path is taken with a second slash before it as well: an agent whose server_url
+    ends in a slash sends to //v1/heartbeat.
+    """
     app = web.Application(client_max_size=parts.settings.server.batch_body_max_bytes)
     app[PARTS] = parts
-    for method, path, handler, key in (
-        ("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
-        ("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
-        ("POST", "/v1/register", heartbeats.post_register, "enrolment"),
-        ("GET", "/v1/fleet", fleet.get_fleet, "admin"),
-        ("GET", "/v1/devices", fleet.get_devices, "admin"),
-        ("GET", "/v1/devices/offline", fleet.get_offline, "admin"),
-        ("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin"),
-        ("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
-        ("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin"),
-        ("POST", "/ops/enrolment-keys", ops.post_enrolment_key, "admin"),
-        ("POST", "/ops/nightly", ops.post_nightly, "admin"),
-        ("POST", "/ops/reconcile", ops.post_reconcile, "admin"),
-        ("GET", "/ops/jobs", ops.get_jobs, "admin"),
-        ("GET", "/ops/flags", ops.get_flags, "admin"),
-        ("PUT", "/ops/flags", ops.put_flags, "admin"),
-        ("GET", "/metrics", ops.get_metrics, "admin"),
-        ("GET", "/healthz", ops.get_healthz, "none"),
-        ("GET", "/readyz", ops.get_readyz, "none"),
-    ):
-        app.router.add_route(
-            method, path, _wrapped(path, method, handler, admin=key == "admin"), expect_handler=_expect
-        )
-    other = _wrapped("other", "other", _no_such_route, admin=False)
+    for route in ROUTES:
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            handler = _wrapped(route.path, method, route.handler, admin=route.key == "admin", query=route.query)
+            for path in (route.path, f"/{route.path}"):
+                app.router.add_route(method, path, handler, expect_handler=_expect)
+    other = _wrapped("other", "other", _no_such_route, admin=False, query=None)
     app.router.add_route("*", "/{tail:.*}", other, expect_handler=_expect)
     return app
 
 
-def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handler:
-    """No middleware: aiohttp would build a chain of them for every request."""
+def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: tuple[str, ...] | None) -> Handler:
+    """The handler with its key, its parameters, its time and its errors. No middleware: aiohttp would build a chain of
+    them for every request."""
     observe = metrics.http_request_latency_ms.series(route, method)
 
     async def call(request: web.Request) -> web.StreamResponse:
@@ -61,6 +82,8 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool) -> Handl
         try:
             if admin:
                 auth.check_admin(request, request.app[PARTS])
+            if query is not None:
+                check_query(request, query)
             response = await handler(request)
         except Exception as error:
             response = _as_problem(error, request).response()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 _LINE = b"POST /v1/heartbeat HTTP/1.1\r\n"
+_SLASHED = b"POST //v1/heartbeat HTTP/1.1\r\n"  # of an agent whose server_url ends in a slash
 _HEAD_MOST = 4096  # bytes; an agent's has 250
 
 _KNOWN = (
@@ -43,13 +44,16 @@ INCOMPLETE = Request(b"", b"")  # understood so far; the rest has not come yet
 
 def read(data: bytes, body_most: int) -> Request | None:
     """The one request that `data` is; INCOMPLETE where it may become one; None where it is anything else."""
+    start = len(_LINE)
     if not data.startswith(_LINE):
-        return None
-    end = data.find(b"\r\n\r\n", len(_LINE) - 2, _HEAD_MOST)
+        if not data.startswith(_SLASHED):
+            return None
+        start = len(_SLASHED)
+    end = data.find(b"\r\n\r\n", start - 2, _HEAD_MOST)
     if end < 0:
         return INCOMPLETE if len(data) < _HEAD_MOST else None
     seen, key, length_line = 0, b"", b""
-    for line in data[len(_LINE) : end].split(b"\r\n"):
+    for line in data[start:end].split(b"\r\n"):
         bit = _harmless.get(line) or _bit_of(line)
         if not bit or seen & bit:
             return None
@@ -66,10 +70,10 @@ def read(data: bytes, body_most: int) -> Request | None:
 
 
 def is_bodiless(data: bytes) -> bool:
-    """Whether `data` is one whole GET without a body, behind which the next request begins. A proxy asks how we are on
-    the connections that carry heartbeats."""
+    """Whether `data` is one whole GET or HEAD without a body, behind which the next request begins. A proxy asks how we
+    are on the connections that carry heartbeats."""
     end = data.find(b"\r\n\r\n", 0, _HEAD_MOST)
-    if not data.startswith(b"GET /") or end != len(data) - 4:
+    if not data.startswith((b"GET /", b"HEAD /")) or end != len(data) - 4:
         return False
     lines = data[:end].split(b"\r\n")
     return all(map(_is_plain, lines)) and not any(line.lower().startswith(_FRAMING) for line in lines[1:])

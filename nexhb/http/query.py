@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import UTC, datetime
 
 from aiohttp import web
@@ -15,6 +16,21 @@ _LATEST = datetime(2080, 1, 1, tzinfo=UTC)
 
 def _bad(name: str, message: str) -> Problem:
     return Problem(400, f"The parameter {name} is not valid.", errors=[FieldError(name, message)])
+
+
+def check(request: web.Request, known: tuple[str, ...]) -> None:
+    """Raise a 400 Problem that names each parameter that is not known here or is given twice: `?dryrun=true` must not
+    run what `?dry_run=true` only plans."""
+    if not request.rel_url.raw_query_string:
+        return
+    takes = f"takes {', '.join(known)}" if known else "takes no parameters"
+    errors = [
+        FieldError(name[:100], "is given twice" if name in known else f"is not known here: the call {takes}")
+        for name, count in Counter(request.query.keys()).items()
+        if name not in known or count > 1
+    ]
+    if errors:
+        raise Problem(400, "; ".join(f"{e.path}: {e.message}" for e in errors[:10]) + ".", errors=errors[:10])
 
 
 def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:

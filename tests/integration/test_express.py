@@ -104,6 +104,19 @@ async def test_both_ways_answer_the_same(nexhb: Nexhb, now: datetime, served: li
             assert headers == expected[1]
 
 
+async def test_a_second_slash_leads_the_same_two_ways(nexhb: Nexhb, now: datetime, served: list[bool]) -> None:
+    """An agent whose server_url ends in a slash sends to //v1/heartbeat, and heard 404."""
+    agent = await nexhb.agent()
+    assert (await agent.send(now - timedelta(hours=1))).status == 200  # the token is known from here on
+    served.clear()
+    for extra, taken in ((b"", [True]), (AROUND, [True])):  # the second is not offered at all
+        async with line_to(nexhb) as line:
+            status, _, body = await line.ask(post(agent, now, extra).replace(b" /v1", b" //v1", 1))
+            assert (status, served, b'"deduplicated":false' in body) == (200, taken, not extra)
+    for path in ("//v1/heartbeats", "//v1/register"):
+        assert (await agent.post(b"", path)).status == (200 if "beats" in path else 403)
+
+
 async def test_neither_a_revoked_device_nor_a_full_queue_is_passed_by(
     start_daemon: StartDaemon, now: datetime, served: list[bool]
 ) -> None:

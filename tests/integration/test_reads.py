@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from nexhb import devices
 from nexhb.config import Database as DatabaseSettings
 from nexhb.db import Connection, Database
+from nexhb.http.app import ROUTES, Route
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, shown
 
 ADMIN_ROUTES = [
@@ -183,7 +184,44 @@ async def test_what_is_not_there_is_404_and_a_wrong_method_405(nexhb: Nexhb) -> 
     problem = await nexhb.get("/v1/heartbeat", 405)
     assert "POST" in problem["detail"]
     async with nexhb.http.post(f"{nexhb.url}/v1/fleet") as response:
-        assert (response.status, response.headers["Allow"]) == (405, "GET")
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+async def test_head_is_taken_wherever_get_is_and_answered_without_a_body(nexhb: Nexhb) -> None:
+    """Monitors and balancers ask with HEAD, and heard 405."""
+    await nexhb.agent("kiosk-1")
+    own = ("Date", "Content-Length")  # the length of one second's answer is not always that of the next one's
+    for path in [route.path.format(device_id="kiosk-1") for route in ROUTES if route.method == "GET"] + [
+        "/v1/devices/none", "/v1/devices?limit=0", "/v2/none", "//healthz"
+    ]:  # fmt: skip
+        heard = []
+        for method in ("GET", "HEAD"):
+            for key in ({"x-admin": ADMIN_KEY}, {}):
+                async with nexhb.http.request(method, nexhb.url + path, headers=key) as response:
+                    body = await response.read()
+                    assert int(response.headers["Content-Length"]) > 0
+                    assert bool(body) is (method == "GET")
+                    heard.append((response.status, {k: v for k, v in response.headers.items() if k not in own}))
+        assert heard[:2] == heard[2:], path
+
+
+async def test_a_parameter_that_is_not_known_is_named_and_nothing_is_done(nexhb: Nexhb) -> None:
+    """`?dryrun=true` of /ops/nightly was ignored, and the nightly run was made."""
+
+    async def ask(route: Route, query: str) -> dict[str, str]:
+        url = nexhb.url + route.path.format(device_id="kiosk-1") + query
+        async with nexhb.http.request(route.method, url, headers={"x-admin": ADMIN_KEY}) as response:
+            problem = await response.json(content_type="application/problem+json")
+            assert response.status == 400
+            return {error["path"]: error["message"] for error in problem["errors"]}
+
+    for route in ROUTES:
+        errors = await ask(route, "?dryrun=true&%E2%80%A8=1")
+        assert list(errors) == ["dryrun", "\u2028"]
+        assert all(name in errors["dryrun"] for name in route.query)
+        for name in route.query:
+            assert await ask(route, f"?{name}=1&{name}=1") == {name: "is given twice"}
+    assert await nexhb.rows("SELECT FROM job_runs") == []
 
 
 async def test_a_heavy_read_does_not_hold_up_ingest(

@@ -26,7 +26,7 @@ from schemathesis.specs.openapi import checks
 from nexhb import __version__, devices, metrics
 from nexhb.config import Auth, Ingest, Server, Settings
 from nexhb.db import Database
-from nexhb.http.app import make_app
+from nexhb.http.app import ROUTES, make_app
 from nexhb.http.parts import Parts
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
 from tests.integration.test_bad_input import raw
@@ -74,7 +74,19 @@ def test_it_is_valid_openapi_of_this_version() -> None:
 def test_its_calls_are_the_routes_of_the_daemon() -> None:
     app = make_app(cast("Parts", SimpleNamespace(settings=Settings())))
     routes = {(r.method, r.resource.canonical) for r in app.router.routes() if r.resource is not None}
-    assert routes - {("*", "/{tail}")} == set(CALLS)
+    heads = {("HEAD", call.path) for call in CALLS if call.method == "GET"}
+    slashed = {(method, f"/{path}") for method, path in {*CALLS, *heads}}
+    assert routes - {("*", "/{tail}")} == {*CALLS, *heads, *slashed}
+
+
+def test_the_parameters_of_each_call_are_those_that_the_daemon_takes() -> None:
+    taken = {Call(route.method, route.path): sorted(route.query) for route in ROUTES}
+    assert {call: parameters(call) for call in CALLS} == taken
+
+
+def parameters(call: Call) -> list[str]:
+    """The query parameters that the document lists for a call."""
+    return sorted(one["name"] for one in call.said.get("parameters", []) if one["in"] == "query")
 
 
 # ---- as it is answered ----------------------------------------------------------------------------------------------
@@ -118,16 +130,16 @@ class Heard(NamedTuple):
     body: bytes
 
 
-async def ask(nexhb: Nexhb, call: Call, headers: Mapping[str, str], body: bytes = b"") -> Heard:
+async def ask(nexhb: Nexhb, call: Call, headers: Mapping[str, str], body: bytes = b"", query: str = "") -> Heard:
     """This call, held against the document."""
-    heard = await hear(nexhb, call, headers, body)
+    heard = await hear(nexhb, call, headers, body, query)
     hold_against_the_document(call, heard)
     return heard
 
 
-async def hear(nexhb: Nexhb, call: Call, headers: Mapping[str, str], body: bytes = b"") -> Heard:
+async def hear(nexhb: Nexhb, call: Call, headers: Mapping[str, str], body: bytes = b"", query: str = "") -> Heard:
     """Any call, over a connection of its own."""
-    path = call.path.format(device_id="kiosk-1")
+    path = call.path.format(device_id="kiosk-1") + query
     sent = {"Host": "nexhb", "Connection": "close", "Content-Length": str(len(body)), **headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
     answer = await raw(nexhb, f"{call.method} {path} HTTP/1.1\r\n{head}\r\n".encode(), body)
@@ -223,7 +235,7 @@ async def test_schemathesis_finds_nothing_that_is_not_as_it_says(
                 process.kill()
     assert process.returncode == 0, output.decode()[-20_000:]
     heard = {one for one, count in answered().items() if count > before.get(one, 0)}
-    broken = {(call, 400) for call in CALLS if "requestBody" in call.said}
+    broken = {(call, 400) for call in CALLS if "requestBody" in call.said or not parameters(call)}
     assert {(call, status) for call, status in LISTED - broken if status not in PROVOKED} <= heard
 
 
@@ -250,10 +262,14 @@ async def test_what_it_says_of_any_call_is_so(nexhb: Nexhb) -> None:
         assert f"- {status} where" in said
         assert (heard.status, heard.headers["Content-Type"]) == (status, "application/problem+json")
         assert orjson.loads(heard.body).keys() == {"type", "title", "status", "detail"}
-        assert heard.headers["Allow"] == ("GET" if status == 405 else None)
+        assert heard.headers["Allow"] == ("GET, HEAD" if status == 405 else None)
 
 
 # ---- what has to be provoked ----------------------------------------------------------------------------------------
+
+
+async def test_400_for_a_parameter_that_is_not_listed(nexhb: Nexhb) -> None:
+    assert [(await ask(nexhb, call, ADMIN, query="?unknown=1")).status for call in CALLS] == [400] * len(CALLS)
 
 
 async def test_401_a_call_is_opened_by_each_key_that_it_names_and_by_nothing_else(open_house: Nexhb) -> None:

@@ -15,6 +15,7 @@ from nexhb.http import head
 from nexhb.http.head import INCOMPLETE, Request, is_bodiless, read
 
 LINE = b"POST /v1/heartbeat HTTP/1.1"
+SLASHED = b"POST //v1/heartbeat HTTP/1.1"
 TOKEN = b"not-a_token"
 AGENT = (
     b"Authorization: Bearer " + TOKEN,
@@ -42,9 +43,14 @@ def test_an_agents_request_is_read_whatever_the_case_and_order_of_its_fields() -
     assert read(request(b"authorization:bearer  " + TOKEN + b" ", b"content-length:7", b"host:"), 100) == whole
 
 
-def test_each_piece_of_it_is_the_beginning_of_one() -> None:
-    whole = request(*AGENT)
-    for length in range(len(LINE) + 2, len(whole)):
+def test_an_agent_whose_server_url_ends_in_a_slash_is_understood_as_well() -> None:
+    assert read(request(*AGENT, line=SLASHED), 100) == Request(TOKEN, b'{"a":1}')
+
+
+@pytest.mark.parametrize("line", [LINE, SLASHED])
+def test_each_piece_of_it_is_the_beginning_of_one(line: bytes) -> None:
+    whole = request(*AGENT, line=line)
+    for length in range(len(line) + 2, len(whole)):
         assert read(whole[:length], 100) is INCOMPLETE, whole[:length]
     assert read(whole + b"P", 100) is None, "and what stands behind it leaves doubt"
 
@@ -54,6 +60,8 @@ OTHERWISE = {
     "another path": {"line": b"POST /v1/heartbeats HTTP/1.1"},
     "a query": {"line": b"POST /v1/heartbeat?a=1 HTTP/1.1"},
     "HTTP/1.0": {"line": b"POST /v1/heartbeat HTTP/1.0"},
+    "three slashes": {"line": b"POST ///v1/heartbeat HTTP/1.1"},
+    "a slash behind": {"line": b"POST /v1/heartbeat/ HTTP/1.1"},
     "two blanks": {"line": b"POST  /v1/heartbeat HTTP/1.1"},
 }
 FIELDS = {
@@ -128,7 +136,8 @@ def test_no_more_lines_are_remembered_than_fit() -> None:
         (b"GET /healthz HTTP/1.1\r\nUpgrade: websocket\r\n\r\n", False),
         (b"GET /healthz HTTP/1.1\r\nA: b\nContent-Length: 3\r\n\r\n", False),
         (b"GET /healthz HTTP/1.1\r\nA: b\r\n Content-Length: 3\r\n\r\n", False),
-        (b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        (b"HEAD /healthz HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (b"HEAD /healthz HTTP/1.1\r\nContent-Length: 3\r\n\r\n", False),
         (b"POST /healthz HTTP/1.1\r\nHost: x\r\n\r\n", False),
         (b"", False),
     ],
@@ -152,14 +161,15 @@ _field = st.one_of(
 
 
 @given(
+    st.sampled_from([LINE, SLASHED]),
     st.lists(_field, max_size=9),
     st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n"]),
     st.sampled_from([b'{"a":1}', b'{"a":1', b'{"a":1}}', b"", b"0\r\n\r\n"]),
 )
 def test_what_is_understood_here_aiohttp_understands_in_the_same_way(
-    fields: list[bytes], end: bytes, body: bytes
+    line: bytes, fields: list[bytes], end: bytes, body: bytes
 ) -> None:
-    data = end.join((LINE, AGENT[0], AGENT[2], AGENT[3], *fields)) + end + end + body
+    data = end.join((line, AGENT[0], AGENT[2], AGENT[3], *fields)) + end + end + body
     found = read(data, 100)
     if not found or found is INCOMPLETE:
         return
@@ -171,7 +181,7 @@ def test_what_is_understood_here_aiohttp_understands_in_the_same_way(
         assert (len(messages), upgraded, tail) == (1, False, b"")
         message, payload = cast(tuple[Any, Any], messages[0])
         assert (message.method, message.path, message.should_close, message.chunked) == (
-            "POST", "/v1/heartbeat", False, False,
+            "POST", line.split()[1].decode(), False, False,
         )  # fmt: skip
         assert payload.is_eof()
         assert payload.read_nowait() == found.body
