@@ -39,7 +39,7 @@ from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import Schedule
 from nexhb.legacy.adopt import Adoption
 from nexhb.perfdiff import PerfDiff
-from nexhb.pgerrors import Kind, classify, is_retryable
+from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify, is_retryable
 from nexhb.reads import LEGACY_SESSION, Answers, FromHistory, Reads
 from nexhb.writer import Writer
 
@@ -467,6 +467,11 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
         _log.error("daemon.not_started", error=str(error))
         manager.send(STATUS=f"Not started: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+    except FROM_THE_DATABASE as error:
+        # The database went away between its first answer and our last question: whoever started us starts us again.
+        _log.error("daemon.not_started", error=f"{type(error).__name__}: {error}")
+        manager.send(STATUS="Not started: the database went away.")
+        return 1
     finally:
         stopped.cancel()
     if daemon.failed.done():

@@ -20,7 +20,7 @@ from tests.faults.world import World
 class Violation:
     """A promise that was broken: by which word, for whom, and what had happened to it."""
 
-    what: str  # lost · doubled · wrong · stuck
+    what: str  # lost · doubled · wrong · stuck · unexpected
     device: int
     beat: Beat | None
     story: str

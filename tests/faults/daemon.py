@@ -41,6 +41,7 @@ class Daemon:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "daemon.log"
+        self.commands_log_path = folder / "commands.log"
         self.command = command
         self.starts = 0
         self.ended_by_itself: list[int] = []  # exit codes that nobody had asked for
@@ -53,6 +54,11 @@ class Daemon:
         self._started = asyncio.Condition()
         self._expected = False  # its next end is somebody's will
         (folder / "nexhb.toml").touch()
+
+    @property
+    def logs(self) -> list[Path]:
+        """What it and the commands beside it have logged."""
+        return [path for path in (self.log_path, self.commands_log_path) if path.exists()]
 
     @property
     def is_running(self) -> bool:
@@ -149,7 +155,7 @@ class Daemon:
 
     def run(self, *words: str, **settings: str) -> subprocess.Popen[bytes]:
         """A command beside it, started."""
-        with self.log_path.open("ab") as log:
+        with self.commands_log_path.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "nexhb", "--config", str(self.folder / "nexhb.toml"), *words],
                 env=self._environment | settings, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

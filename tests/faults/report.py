@@ -13,7 +13,7 @@ from rich.table import Table
 from tests.faults.record import What
 from tests.faults.run import KINDS, Outcome
 
-WORDS = ("lost", "doubled", "wrong", "stuck")
+WORDS = ("lost", "doubled", "wrong", "stuck", "unexpected")
 
 
 @dataclass

@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
-from tests.faults import kinds_lines, kinds_processes, kinds_tables
+from tests.faults import kinds_lines, kinds_processes, kinds_tables, logs
 from tests.faults.check import Violation, check
 from tests.faults.cluster import until_up
 from tests.faults.kinds_tables import SENT_AWAY, send_days_away
@@ -56,8 +57,8 @@ def possible(world: World, kinds: Sequence[Kind]) -> list[Kind]:
     ]
 
 
-async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> Outcome:
-    """The whole of it."""
+async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS, quiet_s: float = logs.QUIET_S) -> Outcome:
+    """The whole of it. For `quiet_s` behind the healing nothing happens, and the logs must be silent."""
     outcome = Outcome(world.seed)
     if await world.daemons[0].ready(FIRST_S) is None:
         return _stuck(outcome, f"the daemon was not ready within {FIRST_S:.0f} s of its first start")
@@ -65,8 +66,11 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> O
     outcome.struck = await unleash(world, schedule(world.seed, possible(world, kinds), seconds))
     outcome.seconds = time.monotonic() - began
     await _heal(world, outcome)
+    healed_at = datetime.now(UTC)
     if not outcome.violations:
+        await asyncio.sleep(quiet_s)
         await _counters(world, outcome)
+    quiet = healed_at, datetime.now(UTC)
     for daemon in world.daemons:
         code = await daemon.stop(signal.SIGTERM)
         if code != 0:
@@ -76,10 +80,21 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> O
         if code != 0:
             _stuck(outcome, f"a nightly run behind the healing ended with {code}")
     outcome.violations += await check(world)
+    outcome.violations += await asyncio.to_thread(_logged, world, quiet)
     outcome.counts = world.record.counts
     outcome.starts = sum(daemon.starts for daemon in world.daemons)
     outcome.ended_by_itself = [code for daemon in world.daemons for code in daemon.ended_by_itself]
     return outcome
+
+
+def _logged(world: World, quiet: tuple[datetime, datetime]) -> list[Violation]:
+    """What no fault explains in what was logged."""
+    entries = logs.read_files(path for daemon in world.daemons for path in daemon.logs)
+    said = [*logs.unexpected(entries), *logs.repeating(entries, *quiet)]
+    ends = sum(len(daemon.ended_by_itself) for daemon in world.daemons)
+    if ends > (told := sum(one.event == "daemon.not_started" for one in entries)):
+        said.append(f"a daemon ended by itself {ends} times, and said so {told} times")
+    return [Violation("unexpected", -1, None, one) for one in said]
 
 
 def _stuck(outcome: Outcome, why: str) -> Outcome:

@@ -6,13 +6,17 @@ fault reveals it, and which word of the check it must be caught by.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from nexhb import cli, daemon, writer
+from nexhb import cli, daemon, log, writer
 from nexhb.daemon import State
 from nexhb.db import Connection
+from nexhb.devices import DeviceStore
 from nexhb.intake import WRITTEN, Intake, Ticket, Verdict
+from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.wire import Heartbeat
 from nexhb.writer import Writer, _InDoubt
 
@@ -82,9 +86,28 @@ class Forgets(Writer):
         return await super()._attempt(heartbeats)
 
 
-def _put(kind: type[Writer]) -> Callable[[], None]:
+class StumblesInDoubt(Writer):
+    """An error of its own where it should ask what became of a COMMIT. The devices come again, and nothing is lost."""
+
+    async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
+        raise UnboundLocalError
+
+
+class NeverListensAgain(DeviceStore):
+    """Once its connection was lost, it loses each new one: nobody but the log says so."""
+
+    async def run(self) -> None:
+        """See DeviceStore."""
+        with suppress(*FROM_THE_DATABASE):
+            await self._follow()
+        while True:
+            variant_log.warning("devices.listen_lost", error="the connection before this one was lost")
+            await asyncio.sleep(1)
+
+
+def _put(kind: type[Writer | DeviceStore]) -> Callable[[], None]:
     def patch() -> None:
-        setattr(daemon, "Writer", kind)  # noqa: B010 - it is an import there, and no export
+        setattr(daemon, kind.__mro__[1].__name__, kind)  # an import there, and no export
 
     return patch
 
@@ -109,6 +132,7 @@ def _forgets() -> None:
     _put(Forgets)()
 
 
+variant_log = log.get("devices")
 VARIANTS: dict[str, Callable[[], None]] = {
     "answers-before-commit": _put(AnswersFirst),
     "retries-commit-blindly": _put(RetriesBlindly),
@@ -116,6 +140,8 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "drops-a-failed-batch": _put(DropsAndAnswers),
     "status-moves-back": _status_moves_back,
     "forgets-at-the-stop": _forgets,
+    "stumbles-in-doubt": _put(StumblesInDoubt),
+    "never-listens-again": _put(NeverListensAgain),
 }
 
 
