@@ -95,6 +95,7 @@ class Queue(msgspec.Struct, frozen=True):
     heartbeats: list[Heartbeat]
     places: Sequence[int]  # of these heartbeats in the queue, from 0
     refused: dict[int, Refused]  # place → what is wrong with that one
+    understood: bool  # whether any of them says when it was made, the refused ones included
 
     def __len__(self) -> int:
         return len(self.heartbeats) + len(self.refused)
@@ -180,6 +181,10 @@ class _Body(msgspec.Struct, gc=False, kw_only=True):
     unity_process_running: bool | None = None
 
 
+class _When(msgspec.Struct, gc=False):
+    timestamp_utc: _Zoned
+
+
 class _LooseBattery(_Battery, gc=False):
     pct: _Number = None
     temperature_c: _Number = None
@@ -216,6 +221,7 @@ class _LooseBody(_Body, gc=False, kw_only=True):
 _decode_body = msgspec.json.Decoder(_Body).decode
 _decode_bodies = msgspec.json.Decoder(list[_Body]).decode
 _decode_loose = msgspec.json.Decoder(_LooseBody).decode
+_decode_when = msgspec.json.Decoder(_When).decode
 _decode_app = msgspec.json.Decoder(_App | None).decode
 _decode_anything = msgspec.json.Decoder().decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -264,11 +270,12 @@ def parse_many(
         raws = [_decode_body(line) for line in body.split(b"\n") if line] if ndjson else _decode_bodies(body)
         if len(raws) <= most:
             heartbeats = _heartbeats(raws, device_no, device_id, received_at, rules)
-            return Queue(heartbeats, range(len(heartbeats)), {})
+            return Queue(heartbeats, range(len(heartbeats)), {}, bool(heartbeats))
     except (*_UNREADABLE, _Unstorable):
         pass  # one of them is wrong, or just unusual: each for itself
     found: list[tuple[int, Heartbeat]] = []
     refusals: dict[int, Refused] = {}
+    understood = False
     for place, item in enumerate(split(body, most=most, ndjson=ndjson)):
         try:
             one = parse(item, device_no=device_no, device_id=device_id, received_at=received_at, rules=rules)
@@ -277,7 +284,17 @@ def parse_many(
             # Its like, without a traceback: that holds this frame, which holds it, and so the block until the collector
             # comes.
             refusals[place] = Refused(refused.errors, refused.status)
-    return Queue([one for _, one in found], [place for place, _ in found], refusals)
+            understood = understood or bool(found) or _says_when(item)
+    return Queue([one for _, one in found], [place for place, _ in found], refusals, understood or bool(found))
+
+
+def _says_when(item: bytes) -> bool:
+    """Whether it is a heartbeat, though perhaps one with a bad field: an object with a readable timestamp_utc."""
+    try:
+        _decode(_decode_when, item)
+    except Refused:
+        return False
+    return True
 
 
 def _heartbeats(

@@ -25,6 +25,10 @@ from nexhb.intake import DEDUPLICATED, WRITTEN, Outcome, Verdict
 
 _TYPES = ("application/json", "application/x-ndjson", "application/jsonl")
 REFUSED_LISTED = 1_000  # the agent's whole queue, twice
+_SHOWN = 10  # items of a body in which nothing is a heartbeat
+_EXPECTED = wire.FieldError(
+    "", "takes an array of heartbeats, or one heartbeat a line (NDJSON); each is an object with timestamp_utc"
+)
 _UNDER_WAY = 2
 _BLOCK_LEAST = 2**16
 
@@ -103,6 +107,7 @@ class _Queue:
         self._under_way: deque[tuple[_Block, asyncio.Future[list[Verdict]]]] = deque()
         self._held = 0  # to the device's rate
         self._written = self._deduplicated = 0
+        self._understood = False  # at least one of them
         self._refused: list[dict[str, Any]] = []
         self._not_listed = 0
 
@@ -112,8 +117,11 @@ class _Queue:
             await self._admit(_Block(block.size, block.found, self.blocks.items - len(block)))
 
     async def answer(self) -> web.Response:
-        """Once all of it is committed. Raises a Problem where it is not."""
+        """Once all of it is committed. Raises a Problem where it is not, and where nothing of it was a heartbeat: a
+        client deletes at 2xx."""
         await self._await_all()
+        if self.blocks.items and not self._understood:
+            raise Problem(400, "Nothing in the body is a heartbeat.", errors=[_EXPECTED, *self._first_errors()])
         value: dict[str, Any] = {
             "ok": True,
             "written": self._written,
@@ -134,6 +142,7 @@ class _Queue:
 
     async def _admit(self, block: _Block) -> None:
         heartbeats, refused = block.found.heartbeats, block.found.refused
+        self._understood = self._understood or block.found.understood
         most = self._parts.settings.ingest.device_burst
         if self._held + len(block) > most:  # as a 429 it would come again for ever
             raise Problem(413, f"A request brings at most {most} heartbeats: send what is left in parts.", close=True)
@@ -193,6 +202,14 @@ class _Queue:
         harmless. Who sends again what we could not keep does not come too often."""
         self._parts.device_rate.give_back(self._device.device_no, self._held)
         return self._parts.come_back("Not all heartbeats could be committed. Keep them and send them again.")
+
+    def _first_errors(self) -> list[wire.FieldError]:
+        """What is wrong with the first of them; each path begins with its place."""
+        return [
+            wire.FieldError(f"{refusal['index']}.{error['path']}".rstrip("."), error["message"])
+            for refusal in self._refused[:_SHOWN]
+            for error in refusal["errors"]
+        ]
 
     def _refuse(self, index: int, errors: Sequence[wire.FieldError]) -> None:
         if len(self._refused) < REFUSED_LISTED:

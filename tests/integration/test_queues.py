@@ -141,12 +141,55 @@ async def test_bad_ones_are_named_by_their_place_in_the_whole_and_doubles_found_
 async def test_of_very_many_bad_ones_the_first_are_named_and_the_others_counted(start_daemon: StartDaemon) -> None:
     nexhb = await start_daemon(ingest=MANY)
     agent = await nexhb.agent()
-    for body in (b"[" + b"{}," * 2_999 + b"1]", b"{}\n" * 3_000):
+    bad = b'{"timestamp_utc":"2026-11-24T02:00:00Z","battery":{"pct":200}}'
+    for body in (b"[" + b"{}," * 2_999 + bad + b"]", (b"{}\n" * 2_999) + bad):
         answer = await post(agent, body)
         assert answer.status == 200
         assert [refused["index"] for refused in answer.body["refused"]] == list(range(queues.REFUSED_LISTED))
         assert answer.body["refused_not_listed"] == 3_000 - queues.REFUSED_LISTED
     assert await nexhb.metric("nexhb_heartbeats_refused_total") >= 6_000
+
+
+NO_HEARTBEATS: list[tuple[bytes, str]] = [
+    (b'{"heartbeats":[{"timestamp_utc":"2026-11-24T02:00:00Z"}]}', "0.timestamp_utc"),
+    (b'[{"ts":"2026-11-24T02:00:00Z"},{"ts":"2026-11-24T02:01:00Z"}]', "1.timestamp_utc"),
+    (b'[{"battery":{"pct":200},"timestamp_utc":1764000000}]', "0.timestamp_utc"),
+    (b'[[{"timestamp_utc":"2026-11-24T02:00:00Z"}]]', "0"),
+    (b"[1,null]", "1"), (b'"x"', "0"), (b"garbage\nof lines\n", "1"), (b"heartbeats=x", "0"), (b"\x1f\x8b\x08", "0"),
+]  # fmt: skip
+
+
+async def test_a_body_in_which_nothing_is_a_heartbeat_is_400(start_daemon: StartDaemon) -> None:
+    """`{"heartbeats": […]}` was answered 200 with written 0, and a client that deletes at 2xx had lost its queue."""
+    nexhb = await start_daemon(ingest=Ingest(device_burst=100_000))
+    agent = await nexhb.agent()
+    for body, path in NO_HEARTBEATS:
+        answer = await post(agent, body)
+        assert answer.status == 400, body
+        assert "an array of heartbeats" in answer.body["errors"][0]["message"]
+        assert path in answer.paths
+    many = await post(agent, b"{}\n" * 900)  # in two blocks
+    assert (many.status, len(many.paths)) == (400, 1 + 10)
+    assert await rows(nexhb) == 0
+
+
+async def test_one_that_is_understood_is_enough_in_whichever_block_and_though_it_is_refused(
+    start_daemon: StartDaemon, now: datetime
+) -> None:
+    nexhb = await start_daemon(ingest=MANY)
+    agent = await nexhb.agent()
+    [good] = beats(agent, now, 1)
+    for one, written in ((good, 1), (good | {"battery": {"pct": 200}}, 0), (good | {"system": None}, 1)):
+        for place in (0, 1_400):
+            items: list[Any] = [{"ts": "x"}] * 1_400
+            items.insert(place, one)
+            for form in ("array", "ndjson"):
+                answer = await post(agent, body_of(items, form))
+                assert (answer.status, len(answer.body["refused"])) == (200, 1_000)
+                assert answer.body["written"] + answer.body["deduplicated"] == written
+    for nothing in (b"[]", b" [ ]\n", b"", b"\n\n"):
+        answer = await post(agent, nothing)
+        assert (answer.status, answer.body["written"], answer.body["refused"]) == (200, 0, [])
 
 
 async def test_a_connection_that_breaks_leaves_what_was_committed_and_the_rest_comes_again(

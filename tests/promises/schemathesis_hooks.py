@@ -11,8 +11,9 @@ from nexhb.wire import INT16_MAX, INT32_MAX
 
 schemathesis.openapi.format("printable", st.text().filter(str.isprintable))
 
-_LINES = st.lists(
-    st.sampled_from([b'{"timestamp_utc":"2026-11-24T02:00:00Z"}', b'{"timestamp_utc":"2026-11-24T02:0', b"", b"7"])
+_GOOD = b'{"timestamp_utc":"2026-11-24T02:00:00Z"}'
+_LINES = st.lists(st.sampled_from([_GOOD, b'{"timestamp_utc":"2026-11-24T02:0', b"", b"7"])).map(
+    lambda lines: lines if not any(lines) or _GOOD in lines else [*lines, _GOOD]
 )
 for lines in ("application/x-ndjson", "application/jsonl"):
     schemathesis.openapi.media_type(lines, _LINES.map(b"\n".join))

@@ -223,7 +223,7 @@ async def test_schemathesis_finds_nothing_that_is_not_as_it_says(
         "ADMIN_KEY": tokens["adminKey"],
         "PYTHONPATH": str(HOUSE),
     }
-    async with asyncio.timeout(80):
+    async with asyncio.timeout(130):
         process = await asyncio.create_subprocess_exec(
             *SCHEMATHESIS, str(tmp_path / "openapi.yaml"), "--url", open_house.url, "--no-color",
             cwd=HOUSE, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
