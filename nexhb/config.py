@@ -556,4 +556,5 @@ def _reason(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "no such setting"
     # The value is not repeated: it may be a secret.
-    return str(error["msg"]).removeprefix("Value error, ").lower()
+    said = str(error["msg"]).removeprefix("Value error, ")
+    return said.replace("Input should", "input should", 1)  # names and values keep their case: AWS_ACCESS_KEY_ID

@@ -27,7 +27,7 @@ from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
-from nexhb.errors import ConfigError, DatabaseUnavailable, NexhbError, PoolerBetween
+from nexhb.errors import CannotListen, ConfigError, DatabaseUnavailable, NexhbError, PoolerBetween
 from nexhb.http import tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
@@ -383,27 +383,32 @@ async def _serving(parts: Parts, connections: Connections, tls: ssl.SSLContext |
 
 
 async def _listen(factory: Callable[[], asyncio.BaseProtocol], settings: Server, key: str) -> asyncio.Server:
-    """On server.host and the port that `key` names; only server.port is ever shared. Raises ConfigError."""
+    """On server.host and the port that `key` names; only server.port is ever shared. Raises ConfigError, or
+    CannotListen where another setting is not the only remedy."""
     port, shared = getattr(settings, key), settings.reuse_port and key == "port"
     try:
         return await asyncio.get_running_loop().create_server(
-            factory, settings.host, port, backlog=4096, reuse_port=shared or None
+            factory, settings.host.strip("[]"), port, backlog=4096, reuse_port=shared or None
         )
     except OSError as error:
-        raise ConfigError(
+        # A port that is taken may be free in a moment, an address or a name may come with the network.
+        kind = ConfigError if isinstance(error, PermissionError) else CannotListen
+        raise kind(
             f"server.host {settings.host}, server.{key} {port}: {error.strerror or error}.",
             hint=f"Is another nexhb running? Set server.{key}.",
         ) from error
 
 
 def _urls(settings: Server, ports: list[int]) -> tuple[str, str | None]:
-    first, *own = [_url(settings.host, port, tls=settings.tls_cert_file is not None) for port in ports]
+    first, *own = [url_of(settings, port) for port in ports]
     return first, own[0] if own else None
 
 
-def _url(host: str, port: int, *, tls: bool) -> str:
+def url_of(settings: Server, port: int) -> str:
+    """Where a program on this host reaches what listens as these settings say, on `port`."""
+    host = settings.host.strip("[]")
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http{'s' if tls else ''}://{shown}:{port}"
+    return f"http{'s' if settings.tls_cert_file else ''}://{shown}:{port}"
 
 
 def raise_open_files_limit() -> None:

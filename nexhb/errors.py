@@ -31,6 +31,10 @@ class UnsupportedLibrary(NexhbError, ImportError):
     sentence = "A library that nexhb needs has a version that nexhb does not support."
 
 
+class CannotListen(NexhbError):
+    sentence = "The daemon cannot listen for connections."
+
+
 class EmbeddedPostgresError(NexhbError):
     sentence = "The embedded PostgreSQL is not usable."
 

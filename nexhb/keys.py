@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
 
 from nexhb.config import Settings
-from nexhb.errors import ConfigError
+from nexhb.errors import ConfigError, NexhbError
 
 FILE = "admin_key"
 
@@ -49,5 +50,6 @@ def _make(data_dir: Path) -> str:
         finally:
             beside.unlink()
     except OSError as error:
-        raise ConfigError(f"The admin key cannot be kept: {error}.", hint="Set data_dir or auth.admin_key.") from error
+        kind = NexhbError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError  # a disk may be emptied
+        raise kind(f"The admin key cannot be kept: {error}.", hint="Set data_dir or auth.admin_key.") from error
     return key

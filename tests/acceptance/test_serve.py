@@ -189,7 +189,7 @@ def test_a_disk_that_runs_full_stops_the_intake_before_it_stops_postgresql(site:
 def test_a_second_daemon_on_the_same_port_says_so(site: Site) -> None:
     site.start()
     second = site.nexhb("serve", check=False)
-    assert second.returncode == 2  # a setting is to be changed
+    assert second.returncode == 1  # not 2, after which systemd gives it up: the port may be free in a moment
     assert f"server.port {site.port}" in second.stderr
     assert site.call("/v1/fleet")[0] == 200
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nexhb import config
+from nexhb.cli.config import toml_lines
 from nexhb.config import Settings
 from nexhb.errors import ConfigError
 
@@ -336,6 +337,49 @@ def test_config_check_is_a_command(tmp_path: Path) -> None:
     )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["server"]["port"] == 8080
+
+
+EVERYTHING = """
+data_dir = "/mnt/Kiosks \\"7\\""
+[server]
+host = "::"
+port = 9443
+trusted_proxies = ["10.0.0.0/8", "2001:db8::1"]
+tls_cert_file = "/etc/Cert.pem"
+tls_key_file = "/etc/Key.pem"
+[database]
+url = "postgresql://user:geheim@host/x"
+[auth]
+admin_key = "Geheim"
+[ingest]
+accept_past = "36h"
+accept_future = 90.5
+[archive]
+url = "s3://Bucket/Prefix"
+region = "eu-central-1"
+[jobs]
+nightly = ""
+jitter_seconds = 0.5
+"""
+
+
+@pytest.mark.parametrize("text", ["", EVERYTHING])
+def test_config_check_prints_what_the_file_takes(load: Loaded, text: str) -> None:
+    """Booleans came as Python's and durations as ISO 8601, and neither could be pasted."""
+    found = load(text)
+    printed = "\n".join(toml_lines(found))
+    again = load("\n".join(line for line in printed.splitlines() if not line.startswith("#")))
+    shown = {"url": found.database.url, "admin_key": found.auth.admin_key}
+    assert again.model_dump(exclude={"database", "auth"}) == found.model_dump(exclude={"database", "auth"})
+    assert "geheim" not in printed.lower()
+    assert printed.count("is set, and not shown") == (2 if any(shown.values()) else 0)
+    if text:
+        assert 'ingest.accept_past = "36 hours"' in printed
+        assert 'ingest.accept_future = "90.500000 seconds"' in printed
+
+
+def test_a_refusal_keeps_the_case_of_what_it_names(load: Loaded) -> None:
+    assert "AWS_ACCESS_KEY_ID" in refusal('[archive]\nurl = "s3://Key:Secret@Bucket/x"\n', load)
 
 
 # ---- what systemd hands over ------------------------------------------------------------------------------------
