@@ -13,6 +13,7 @@ from nexhb import embedded, log
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.errors import NexhbError
+from nexhb.session import Home
 
 _log = log.get("cluster")
 
@@ -63,11 +64,12 @@ async def _start_embedded(data_dir: Path) -> embedded.EmbeddedPostgres:
 @asynccontextmanager
 async def open_cluster(settings: Settings) -> AsyncIterator[Cluster]:
     """database.url, else the embedded PostgreSQL, started now unless it runs."""
+    home = Home(settings.database.schema_name)
     if settings.database.url is not None:
-        yield Cluster(Database(settings.database.url.get_secret_value()))
+        yield Cluster(Database(settings.database.url.get_secret_value(), home))
         return
     server = await _start_embedded(settings.data_dir)
-    cluster = Cluster(Database(server.dsn), server)
+    cluster = Cluster(Database(server.dsn, home), server)
     try:
         yield cluster
     finally:

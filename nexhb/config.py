@@ -144,6 +144,12 @@ class Database(_Section):
     url: SecretStr | None = Field(
         default=None, description="postgresql://…, PostgreSQL 14 or newer; unset: the embedded PostgreSQL in data_dir"
     )
+    schema_name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=63,
+        description="schema of nexhb's tables; unset: the one that holds them, whatever the role's search_path says",
+    )
     read_pool_size: int = Field(
         default=4,
         ge=1,

@@ -27,7 +27,7 @@ from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
-from nexhb.errors import CannotListen, ConfigError, DatabaseUnavailable, NexhbError, PoolerBetween
+from nexhb.errors import CannotListen, ConfigError, DatabaseUnavailable, DatabaseUnfit, NexhbError, PoolerBetween
 from nexhb.http import tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
@@ -233,7 +233,7 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
             await migrate.migrate(conn, now)
             await partitions.ensure(conn, window_days(settings, now))
         except Exception as error:
-            if isinstance(error, PoolerBetween) or classify(error) is not Kind.LOST or utc_now() > until:
+            if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or utc_now() > until:
                 raise
             _log.warning("database.waiting", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(1)
@@ -305,8 +305,8 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
         try:
             return await database.connect(application="nexhb start", lock_timeout="30000")
         except DatabaseUnavailable as error:
-            # A wrong password, a database that does not exist or a pooler will not mend itself.
-            if utc_now() > until or isinstance(error, PoolerBetween) or not is_retryable(error.__cause__ or error):
+            # A wrong password, a database that does not exist, one that is not fit or a pooler will not mend itself.
+            if utc_now() > until or isinstance(error, DatabaseUnfit) or not is_retryable(error.__cause__ or error):
                 raise
             _log.warning("database.waiting", error=str(error))
             await asyncio.sleep(1)

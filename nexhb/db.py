@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import asyncpg
 
-from nexhb import sql, supported
+from nexhb import session, sql, supported
 from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
@@ -20,8 +21,9 @@ supported.check("asyncpg", asyncpg.__version__)
 _Q = sql.queries("db")
 
 MINIMUM_VERSION = 140000
-_MARK = "direct"  # comes back where PostgreSQL itself took our settings
 CONNECT_TIMEOUT_S = 10.0
+# What we prepare meets what another one prepared, or is not there: a pooler shares the session.
+SHARED_SESSION = (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError)
 
 Connection = asyncpg.Connection
 Pool = asyncpg.Pool
@@ -32,6 +34,7 @@ class Database:
     """How to reach it."""
 
     dsn: str
+    home: session.Home = field(default_factory=session.Home, compare=False, repr=False)
 
     async def connect(
         self,
@@ -48,7 +51,7 @@ class Database:
                 self.dsn,
                 timeout=timeout_s,
                 command_timeout=command_timeout_s,
-                server_settings=_settings(application, settings),
+                server_settings=session.at_start(application, settings),
             )
         except ValueError:  # asyncpg's own for a malformed address, whose text may repeat a password
             raise ConfigError("database.url: takes postgresql://user:password@host:port/database.") from None
@@ -57,11 +60,25 @@ class Database:
                 raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
             raise PoolerBetween(f"It said: {error}.") from error
         except Exception as error:
-            if classify(error) is Kind.BUG and not isinstance(error, asyncpg.PostgresError):
-                raise
-            raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+            if _is_foreseen(error):
+                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+            raise
         _end_copies_with(conn)
+        await self._settle(conn, timeout_s)
         return conn
+
+    async def _settle(self, conn: Connection, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Make a new session ours, or end it. Raises DatabaseUnfit, PoolerBetween, DatabaseUnavailable."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await session.settle(conn, self.home)
+        except BaseException as error:
+            conn.terminate()
+            if isinstance(error, SHARED_SESSION):
+                raise PoolerBetween from error
+            if _is_foreseen(error) and not isinstance(error, DatabaseUnavailable):
+                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+            raise
 
     @asynccontextmanager
     async def connected(self, *, application: str, **how: Any) -> AsyncIterator[Connection]:
@@ -83,10 +100,21 @@ class Database:
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=timeout_s + 1,
-            init=_use_text,
+            init=self._prepare_reader,
             reset=_as_it_is,
-            server_settings=_settings(application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}),
+            server_settings=session.at_start(
+                application, settings | {"statement_timeout": f"{round(timeout_s * 1000)}"}
+            ),
         )
+
+    async def _prepare_reader(self, conn: Connection) -> None:
+        await self._settle(conn)
+        await _use_text(conn)
+
+
+def _is_foreseen(error: BaseException) -> bool:
+    """Whether it says of the database that it cannot be had now."""
+    return isinstance(error, asyncpg.PostgresError) or classify(error) is not Kind.BUG
 
 
 def _end_copies_with(conn: Any) -> None:
@@ -94,17 +122,6 @@ def _end_copies_with(conn: Any) -> None:
     wait for ever, the statement's timeout notwithstanding."""
     protocol = conn._protocol  # when the listener is called, the connection may have let go of it
     conn.add_termination_listener(lambda _: protocol.resume_writing())
-
-
-def _settings(application: str, more: dict[str, str]) -> dict[str, str]:
-    # Set on the session, so that no role's or database's default weakens what a 2xx promises.
-    return {
-        "application_name": application,
-        "timezone": "UTC",
-        "datestyle": "ISO",
-        "synchronous_commit": "on",
-        "nexhb.session": _MARK,
-    } | more
 
 
 async def use_packed(conn: Connection) -> None:
@@ -158,15 +175,15 @@ async def unsafe_settings(conn: Connection) -> list[Finding]:
     """What stands against the promise that an acknowledged heartbeat survives a crash; empty where nothing does."""
     try:
         row = await conn.fetchrow(_Q["settings"])
-    except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
-        return [POOLER]  # what we prepare meets what another one prepared, or is not there: sessions are shared
+    except SHARED_SESSION:
+        return [POOLER]
     assert row is not None  # noqa: S101 - a SELECT without FROM has one row
     found = [
         Finding(f"{name} is off", f"ALTER SYSTEM SET {name} = on; SELECT pg_reload_conf()")
         for name in ("fsync", "full_page_writes")
         if row[name] != "on"
     ]
-    if row["session_mark"] != _MARK:
+    if row["session_mark"] != session.MARK:
         found.append(POOLER)
     elif row["timezone"] != "UTC" or row["synchronous_commit"] not in ("on", "remote_apply"):
         found.append(

@@ -55,7 +55,11 @@ class DatabaseUnavailable(NexhbError):
     sentence = "The database cannot be reached or cannot commit right now."
 
 
-class PoolerBetween(DatabaseUnavailable):
+class DatabaseUnfit(DatabaseUnavailable):
+    sentence = "The database is not one that nexhb can use."
+
+
+class PoolerBetween(DatabaseUnfit):
     sentence = "A pooler (pgbouncer or its like) stands before PostgreSQL and keeps what a session asks for to itself."
 
     def __init__(self, detail: str = "") -> None:

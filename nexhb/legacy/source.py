@@ -13,6 +13,7 @@ import asyncpg
 from nexhb import sql
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable
+from nexhb.session import Home
 
 _Q = sql.queries("nexmdm")
 
@@ -23,6 +24,7 @@ _NEEDED = {
     "devices": {"id", "alias", "token_hash"},
     "device_heartbeats": {"hb_id", "device_id", "ts"},
 }
+_MARKS = {"devices": "token_hash", "device_heartbeats": "hb_id"}  # by which its tables are known
 
 
 class Place(NamedTuple):
@@ -107,7 +109,7 @@ async def opened(dsn: str) -> AsyncIterator[Source]:
         "idle_in_transaction_session_timeout": "10000",
     }
     try:
-        async with Database(dsn).connected(**how) as conn:
+        async with Database(dsn, Home(marks=_MARKS)).connected(**how) as conn:
             yield await _looked_at(conn)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"The source: {error.detail}", hint=error.hint) from error

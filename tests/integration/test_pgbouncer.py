@@ -24,12 +24,13 @@ from bench.stack import free_port
 from nexhb import config
 from nexhb.db import POOLER, Database, unsafe_settings
 from nexhb.errors import PoolerBetween
+from nexhb.session import AT_START
 from tests.conftest import StartDaemon
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
 # What nexhb asks a session for and pgbouncer does not know.
-OURS = "nexhb.session, synchronous_commit, lock_timeout, statement_timeout"
+OURS = ", ".join(AT_START)
 
 Bouncer = Callable[[Database, str, str], str]
 

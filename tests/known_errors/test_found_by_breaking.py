@@ -7,9 +7,11 @@ import asyncio
 import io
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from nexhb import devices, log, partitions
@@ -51,18 +53,41 @@ async def test_a_daemon_whose_tables_are_locked_is_not_ready_until_they_are_free
             await asyncio.sleep(0.1)
 
 
-async def test_a_read_only_database_is_not_ready(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+@pytest.fixture
+async def read_only(cluster: str) -> AsyncIterator[Callable[[str], Awaitable[None]]]:
+    """Makes the whole server read-only by its configuration, as providers do when a disk is full; or not."""
+
+    async def make(value: str) -> None:
+        conn = await asyncpg.connect(cluster)
+        await conn.execute("SET default_transaction_read_only = off")
+        await conn.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+        await conn.execute("SELECT pg_reload_conf()")
+        await conn.close()
+        async with asyncio.timeout(10):
+            while True:  # whoever connects now goes by it
+                fresh = await asyncpg.connect(cluster)
+                found = await fresh.fetchval("SHOW default_transaction_read_only")
+                await fresh.close()
+                if found == value:
+                    return
+
+    yield make
+    await make("off")
+
+
+async def test_a_read_only_server_is_not_ready(
+    nexhb: Nexhb, conn: Connection, now: datetime, read_only: Callable[[str], Awaitable[None]]
+) -> None:
+    """A server's own configuration is respected. What a role or a database has by default is not."""
     agent = await nexhb.agent()
-    name = await conn.fetchval("SELECT current_database()")
-    await conn.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await read_only("on")
     await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'nexhb%'")
     async with asyncio.timeout(10):
         while (ready := await nexhb.http.get(f"{nexhb.url}/readyz")).status != 503:
             pass
     assert "read-only" in (await ready.json())["reasons"][0]
     assert (await agent.send(now)).status == 503
-    await conn.execute("SET default_transaction_read_only = off")
-    await conn.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await read_only("off")
     async with asyncio.timeout(10):
         while (await agent.send(now)).status != 200:
             await asyncio.sleep(0.05)

@@ -32,6 +32,7 @@ HEAD = """\
 # Keys that are unset unless somebody sets them: what one might look like.
 EXAMPLES = {
     "database.url": "postgresql://nexhb@db.example/nexhb",
+    "database.schema_name": "nexhb",
     "auth.admin_key": "at-least-32-random-characters-please",
     "server.instance_port": 9101,
     "server.tls_cert_file": "/etc/nexhb/cert.pem",

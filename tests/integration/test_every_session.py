@@ -1,0 +1,238 @@
+"""Every session that nexhb opens has its own settings, whatever the role, the database or its operators say."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from pydantic import SecretStr
+from typer.testing import CliRunner
+
+import nexhb as package
+from bench.nexmdm import MONOLITHIC, add_beat, add_device
+from nexhb import cli, config, daemon, devices, session
+from nexhb.cli import archive, audit, backfill, doctor, flags, jobs, legacy, migrate, partitions, perf_diff  # noqa: F401
+from nexhb.cli import devices as _devices  # noqa: F401 - to import a command registers it
+from nexhb.db import Connection, Database
+from nexhb.errors import DatabaseUnfit
+from nexhb.partitions import midnight
+from tests.conftest import ADMIN_KEY, Agent, StartDaemon, dsn_of
+from tests.integration.test_nightly import House
+
+SOURCES = Path(package.__file__).parent
+# What each setting of the list must not be. A limit in ms ends whatever runs without its own.
+HOSTILE = {
+    "synchronous_commit": "off", "client_min_messages": "error", "statement_timeout": "5ms", "lock_timeout": "1ms",
+    "idle_in_transaction_session_timeout": "5ms", "idle_session_timeout": "5ms", "transaction_timeout": "9s",
+    "default_transaction_isolation": "serializable", "default_transaction_deferrable": "on",
+    "default_transaction_read_only": "on", "row_security": "on", "exit_on_error": "on", "timezone": "Asia/Kolkata",
+    "datestyle": "SQL, DMY", "intervalstyle": "iso_8601", "bytea_output": "escape", "extra_float_digits": "-15",
+    "standard_conforming_strings": "off", "array_nulls": "off", "transform_null_equals": "on",
+    "quote_all_identifiers": "on", "default_tablespace": "elsewhere", "restrict_nonsystem_relation_kind": "view",
+    "session_replication_role": "replica", "search_path": "elsewhere", "client_encoding": "latin1",
+}  # fmt: skip
+NOT_TO_BE_SPOILT = {"nexhb.session", "default_table_access_method"}  # nobody else's, and there is no other one here
+# Whose own settings are no part of the list.
+OWN = {
+    "nexhb writer": {"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"},
+    "nexhb reads": {"statement_timeout"},
+    "nexhb legacy reads": {"statement_timeout"},
+    "nexhb perf_diff": {"statement_timeout"},
+    "nexhb import-legacy": {"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"},
+}
+LIST = session.AT_START | session.AFTERWARDS
+SOURCE = " (source)"  # another system's database
+DAY = timedelta(days=1)
+Seen = dict[str, list[dict[str, str]]]
+
+
+async def spoil(conn: Connection, names: list[str]) -> None:
+    """Defaults of the role, and of these databases, against everything that nexhb depends on."""
+    await conn.execute("SET allow_in_place_tablespaces = on")
+    await conn.execute("CREATE TABLESPACE elsewhere LOCATION ''")
+    role = await conn.fetchval("SELECT current_user")
+    for whose in [f'ROLE "{role}"', *(f'DATABASE "{name}"' for name in names)]:
+        for setting, value in HOSTILE.items():
+            await conn.execute(f"ALTER {whose} SET {setting} = '{value}'")
+
+
+def name_of(database: Database) -> str:
+    """The name of a database."""
+    return urlsplit(database.dsn).path.removeprefix("/")
+
+
+@pytest.fixture
+async def hostile(database: Database, empty_database: Database, conn: Connection) -> AsyncIterator[None]:
+    """A role and two databases whose defaults are against everything that nexhb depends on."""
+    source = await empty_database.connect(application="test source")
+    now = datetime.now(UTC)
+    await MONOLITHIC.create(source, now - timedelta(days=3), now)
+    await add_device(source, "old-1", devices.new_token())
+    await add_beat(source, "old-1", now - timedelta(hours=1))
+    await spoil(conn, [name_of(database), name_of(empty_database)])
+    await source.close()
+    yield
+    role = await conn.fetchval("SELECT current_user")
+    await conn.execute(f'ALTER ROLE "{role}" RESET ALL')
+    for one in (database, empty_database):
+        await conn.execute(f'ALTER DATABASE "{name_of(one)}" RESET ALL')
+    await conn.execute("DROP TABLESPACE elsewhere")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """The settings of each session, by its name, as they are once it is ready."""
+    found: Seen = {}
+    settle = session.settle
+    names = [*LIST, "search_path", "client_encoding", "default_transaction_read_only"]
+
+    async def settle_and_look(conn: Connection, home: session.Home) -> None:
+        await settle(conn, home)
+        rows = await conn.fetch(
+            "SELECT n AS name, current_setting(n) AS value FROM unnest($1::text[]) n", [*names, "application_name"]
+        )
+        values = {row["name"]: row["value"] for row in rows}
+        application = values.pop("application_name")
+        found.setdefault(application + ("" if home.is_ours else SOURCE), []).append(values)
+
+    monkeypatch.setattr(session, "settle", settle_and_look)
+    return found
+
+
+def kinds() -> set[str]:
+    """Every name that nexhb's own code gives a session."""
+    texts = {path: path.read_text() for path in SOURCES.rglob("*.py")}
+    found = {name for text in texts.values() for name in re.findall(r'"?application"?[=:] ?"(nexhb [^"]+)"', text)}
+    assert 'application=f"nexhb {job.name}"' in texts[SOURCES / "jobs" / "runner.py"]
+    by_job = {f"nexhb {name}" for name in ("nightly", "reconcile", "backfill", "import")}
+    return found | by_job | {f"nexhb import-legacy{SOURCE}"}
+
+
+def run(environment: dict[str, str], *words: str) -> str:
+    """A command, in this process, as an operator has it."""
+    done = CliRunner().invoke(cli.app, words, env=environment)
+    assert done.exit_code == 0, (words, done.output, done.exception)
+    return done.output
+
+
+@pytest.mark.usefixtures("hostile")
+async def test_every_session_has_its_own_settings_and_does_its_work(
+    start_daemon: StartDaemon, database: Database, empty_database: Database, conn: Connection, tmp_path: Path,
+    seen: Seen, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A timeout or default_transaction_read_only on the role or the database ended nightly runs, restores and the
+    listener; session_replication_role = replica let revoked devices in. Every session sets what it depends on."""
+    monkeypatch.setattr(daemon, "SETTINGS_S", 0.05)
+    old = (datetime.now(UTC) - timedelta(days=92)).date()
+    await House(database, conn, tmp_path).fill(old)
+    nexhb = await start_daemon(
+        auth=config.Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open"),
+        reads=config.Reads(perf_diff=True, perf_diff_percent=100),
+        jobs=config.Jobs(jitter_seconds=0),
+    )
+    now = datetime.now(UTC)
+    agent = await nexhb.agent()  # the listener hears of it
+    assert (await agent.send(now)).status == 200
+    assert (await agent.send(now + timedelta(seconds=20))).status == 200
+    assert (await Agent(nexhb, "x", "x" * 43).send(now)).status == 401
+    async with database.connected(application="test") as one:
+        key = await devices.issue_enrolment_key(one, note=None, uses=1, expires_at=now + timedelta(hours=1))
+        await devices.revoke(one, agent.device_id, now)
+    async with asyncio.timeout(20):
+        while (await agent.send(now + timedelta(seconds=40))).status != 410:
+            await asyncio.sleep(0.02)
+    registered = await nexhb.http.post(
+        f"{nexhb.url}/v1/register", json={"device_id": "new"}, headers={"Authorization": f"Bearer {key}"}
+    )
+    assert registered.status in (200, 201), await registered.text()
+    assert (await nexhb.get("/v1/fleet"))["devices"] >= 1
+    assert (await nexhb.get("/v1/devices/offline"))["source"] == "last_status"
+    async with nexhb.http.put(
+        f"{nexhb.url}/ops/flags", json={"read_from_last_status": False}, headers={"x-admin": ADMIN_KEY}
+    ) as changed:
+        assert changed.status == 200
+    assert (await nexhb.get("/v1/devices/offline"))["source"] == "legacy"
+    async with asyncio.timeout(60):  # by the daemon's own schedule
+        while not {("nightly", "completed"), ("reconcile", "completed")} <= {
+            (row["job"], row["status"]) for row in await conn.fetch("SELECT job, status FROM job_runs")
+        }:
+            await asyncio.sleep(0.1)
+    await nexhb.get("/ops/jobs")
+    environment = {
+        "NEXHB_DATA_DIR": str(tmp_path), "DATABASE_URL": database.dsn, "LEGACY_DATABASE_URL": empty_database.dsn,
+    }  # fmt: skip
+    for words in (
+        ["archive", "restore", f"{old}"], ["archive", "verify", "--all"], ["backfill", "--days", "7"],
+        ["import-legacy", "--days", "2"], ["reconcile"], ["audit", "--day", f"{now.date()}"], ["partitions"],
+        ["devices", "list"], ["flags"], ["perf-diff", "report"], ["migrate"],
+    ):  # fmt: skip
+        await asyncio.to_thread(run, environment, *words)
+    await asyncio.to_thread(CliRunner().invoke, cli.app, ["doctor"], env=environment)  # not all is good here
+    assert await conn.fetchval("SELECT count(*) FROM device_heartbeats WHERE ts < $1", midnight(old) + DAY) == 150
+    assert kinds() - seen.keys() == set()
+    for name, sessions in seen.items():
+        for values in sessions:
+            own = OWN.get(name.removesuffix(SOURCE), {"lock_timeout"})
+            wrong = {one: values[one] for one in LIST.keys() - own if values[one].lower() != LIST[one].lower()}
+            assert wrong == {}, name
+            assert values["search_path"] == '"public"'
+            assert values["client_encoding"] == "UTF8"
+            assert values["default_transaction_read_only"] == ("on" if name.endswith(SOURCE) else "off")
+
+
+def test_the_test_spoils_every_setting_of_the_list() -> None:
+    assert {name.lower() for name in LIST} - NOT_TO_BE_SPOILT <= HOSTILE.keys()
+    assert [name for name, value in HOSTILE.items() if LIST.get(name) == value] == []
+
+
+def test_nobody_makes_a_session_of_his_own() -> None:
+    """A connection that is made anywhere else has the role's settings."""
+    found = {
+        path.relative_to(SOURCES).as_posix()
+        for path in SOURCES.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("connect", "create_pool")
+        and isinstance(node.value, ast.Name) and node.value.id == "asyncpg"
+    }  # fmt: skip
+    assert found == {"db.py"}
+
+
+async def test_triggers_that_a_role_may_not_turn_on_again_are_a_sentence(database: Database, conn: Connection) -> None:
+    """session_replication_role is a superuser's to set; as replica, no token that is revoked is notified."""
+    name = await conn.fetchval("SELECT current_database()")
+    me = await conn.fetchval("SELECT current_user")
+    await conn.execute(f'DROP ROLE IF EXISTS plain; CREATE ROLE plain; GRANT plain TO "{me}"')
+    await conn.execute(f"ALTER DATABASE {name} SET session_replication_role = replica")
+    await conn.execute(f"ALTER DATABASE {name} SET role = plain")
+    try:
+        with pytest.raises(DatabaseUnfit, match="ALTER ROLE … RESET session_replication_role"):
+            await database.connect(application="test")
+    finally:
+        await conn.execute(f"ALTER DATABASE {name} RESET ALL; DROP ROLE plain")
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+async def test_a_database_that_cannot_store_every_text_is_refused_at_the_start(
+    start_daemon: StartDaemon, cluster: str, conn: Connection, encoding: str
+) -> None:
+    """In LATIN1 a network named "Магазин 7" was 422, and the agent dropped the heartbeat."""
+    name = f"test_{encoding.lower()}"
+    await conn.execute(
+        f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LOCALE_PROVIDER libc LOCALE 'C'"
+    )
+    dsn = dsn_of(cluster, name)
+    try:
+        with pytest.raises(DatabaseUnfit, match=f"Its encoding is {encoding}.*ENCODING 'UTF8'"):
+            await asyncio.wait_for(start_daemon(url=dsn), 20)  # at once, not after a minute of patience
+        bare = await asyncpg.connect(dsn)
+        assert await bare.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'schema_migrations'") == 0
+        await bare.close()
+    finally:
+        await conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
