@@ -33,22 +33,24 @@ ATTEMPT_S = 30.0  # one attempt from its connection to its COMMIT; whoever waite
 RECOVER_WAIT_S = 2.0  # between two looks for a database that is away, at most
 # The longest that a writer which lives leaves no mark: an attempt (30 s), cut by its own timer, and the wait for the
 # next (1 s). Shorter are a turn with nothing to do (5 s), a new connection (5 s, and two lookups of 5 s), and a step
-# of the recovery (a connection, a query of 5 s, a wait of 2 s: 22 s). The rest is for a slow machine.
+# of the recovery (a connection, three queries of 5 s, a wait of 2 s: 32 s). The rest is for a slow machine.
 SILENT_MOST_S = ATTEMPT_S + 10.0
 UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
 TRACEBACKS = 3
 
 
 class _InDoubt(DatabaseUnavailable):
-    sentence = "The connection went away around COMMIT: the transaction may be in."
+    sentence = "COMMIT was not answered, or not confirmed by a synchronous standby."
 
-    def __init__(self, xid: str, verdicts: list[Verdict], plan: Plan, heartbeats: Sequence[Heartbeat]) -> None:
+    def __init__(
+        self, xid: str, verdicts: list[Verdict], plan: Plan, heartbeats: Sequence[Heartbeat], detail: str
+    ) -> None:
         self.xid = xid
         self.verdicts = verdicts
         self.plan = plan
         written = (h for h, verdict in zip(heartbeats, verdicts, strict=True) if verdict is WRITTEN)
         self.witness = next(written, None)  # a row of it: if that is in, all of it is
-        super().__init__("A COMMIT was not answered.")
+        super().__init__(detail)
 
 
 class Writer:
@@ -66,6 +68,7 @@ class Writer:
         self._tables: dict[date, str] = {}
         self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
         self._begun = False  # a transaction is open already, and nothing is in it
+        self._warning = ""  # what PostgreSQL last warned of on this connection
         self._doubt: _InDoubt | None = None
         self._unforeseen = 0  # batches in a row that failed for no known reason
         self._failed_at = 0.0  # the last of them, by the event loop's clock
@@ -197,6 +200,7 @@ class Writer:
         # Each statement has its own bound; a cancellation that nobody answers has none in asyncpg, and days to be made
         # may be many.
         timer = asyncio.get_running_loop().call_later(ATTEMPT_S, conn.terminate)
+        impossible: list[Verdict | None] = []
         try:
             if self._doubt and (verdicts := await self._resolve_doubt(conn, self._doubt)):
                 return verdicts
@@ -206,6 +210,7 @@ class Writer:
             if impossible:
                 verdicts = _merge(impossible, verdicts)
         except _InDoubt as doubt:
+            # `impossible` is empty where the doubt is an earlier attempt's, which has been merged already.
             doubt.verdicts = _merge(impossible, doubt.verdicts) if impossible else doubt.verdicts
             await self._after(doubt)
             raise
@@ -265,7 +270,8 @@ class Writer:
             await self._end(conn)
         except Exception as error:
             if classify(error) is Kind.LOST:
-                raise _InDoubt(row["xid"], verdicts, plan, heartbeats) from error
+                detail = getattr(error, "detail", "") or f"{type(error).__name__}: {error}."
+                raise _InDoubt(row["xid"], verdicts, plan, heartbeats, detail) from error
             raise
         self._remember(plan, changed)
         self._count_late(written, plan)
@@ -279,10 +285,16 @@ class Writer:
 
     async def _end(self, conn: Connection) -> None:
         """Commit. Where a batch waits, its transaction begins with the same message: in the time of a BEGIN of its own
-        the daemon would take in what has come, and PostgreSQL would have nothing to do."""
+        the daemon would take in what has come, and PostgreSQL would have nothing to do.
+
+        Raises DatabaseUnavailable where COMMIT succeeded with a warning: PostgreSQL stopped waiting for a synchronous
+        standby, because of a timeout or somebody's pg_cancel_backend, and the transaction is on the primary alone."""
         more = self._intake.has_waiting
+        self._warning = ""
         await conn.execute("COMMIT AND CHAIN" if more else "COMMIT")
         self._begun = more
+        if self._warning:
+            raise DatabaseUnavailable(f"COMMIT succeeded with a warning: {self._warning}.")
 
     async def _outside(self, conn: Connection) -> None:
         """What follows is in no transaction, and lasts by itself."""
@@ -350,9 +362,15 @@ class Writer:
                 conn.terminate()  # half ready, it would take every address for a bad one
                 raise
             conn.add_termination_listener(lambda _: self._intake.wake())
+            conn.add_log_listener(self._note_warning)
             self._conn = conn
             self._begun = False
         return self._conn
+
+    def _note_warning(self, _conn: object, message: asyncpg.PostgresLogMessage) -> None:
+        """Called by asyncpg for each notice and warning, before the statement that it belongs to returns."""
+        if getattr(message, "severity_en", None) == "WARNING":
+            self._warning = getattr(message, "message", "") or "a warning without a text"
 
     async def _without_missing_days(
         self, conn: Connection, heartbeats: Sequence[Heartbeat]
@@ -401,18 +419,29 @@ class Writer:
     async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
         """What became of the transaction whose COMMIT was never answered. None: it is not in, do it again.
 
-        Raises the doubt again while the transaction is still in progress.
+        Raises the doubt again while the transaction is still in progress, or where a synchronous standby does not
+        confirm it.
         """
         outcome = await self._outcome(conn, doubt)
         metrics.commits_in_doubt.labels(outcome=str(outcome)).inc()
         _log.warning("commit.in_doubt", xid=doubt.xid, outcome=outcome)
         if outcome == "in progress":
             raise doubt
+        if outcome == "committed" and not await self._is_confirmed(conn):
+            metrics.commits_in_doubt.labels(outcome="unconfirmed").inc()
+            raise doubt
         self._doubt = None
         if outcome != "committed":
             return None  # aborted, or forgotten; or too old to know, and then the key makes a second writing harmless
         self._remember(doubt.plan, [])
         return doubt.verdicts
+
+    async def _is_confirmed(self, conn: Connection) -> bool:
+        """Whether what is committed is as durable as synchronous_commit promises. pg_xact_status says "committed" as
+        soon as the primary has it; a later transaction that a synchronous standby confirms proves the earlier ones."""
+        self._warning = ""
+        await conn.execute(_Q["write_after"])
+        return not self._warning
 
     async def _outcome(self, conn: Connection, doubt: _InDoubt) -> str | None:
         """What PostgreSQL says of the transaction, as far as it can be believed. A crash forgets the number of one of
@@ -459,6 +488,11 @@ class Writer:
         if held := await conn.fetchrow(_Q["locked_by"]):
             raise DatabaseUnavailable(f"{held['relation']} is locked by pid {held['pid']} ({held['name']}).")
 
+    async def _check_confirmed(self) -> None:
+        """Raise where a commit would be on the primary alone: each batch would wait for seconds and fail."""
+        if not await self._is_confirmed(await self._connection()):
+            raise DatabaseUnavailable(f"A synchronous standby does not confirm: {self._warning}.")
+
     async def _recover(self) -> None:
         """Until the database answers again; the intake stays closed meanwhile."""
         delay_s = 0.1
@@ -467,6 +501,7 @@ class Writer:
             try:
                 await self._check_writable()
                 await self._check_unlocked()
+                await self._check_confirmed()
                 break
             except Exception as error:
                 _log.info("writer.still_not_ready", error=f"{type(error).__name__}: {error}")
