@@ -12,6 +12,7 @@ from aiohttp import HttpVersion11, web
 from nexhb import log, metrics
 from nexhb.errors import BadInput, UnknownDevice
 from nexhb.http import auth, fleet, heartbeats, ops, queues
+from nexhb.http.connections import Guarded
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
 from nexhb.http.query import check as check_query
@@ -86,7 +87,9 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
                 check_query(request, query)
             response = await handler(request)
         except Exception as error:
-            response = _as_problem(error, request).response()
+            problem = _as_problem(error, request)
+            _leave_the_rest(request, problem)
+            response = problem.response()
         except asyncio.CancelledError:
             observe(499, time.perf_counter() - started)
             raise
@@ -94,6 +97,15 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
         return response
 
     return call
+
+
+def _leave_the_rest(request: web.Request, problem: Problem) -> None:
+    """What is still to come of a body larger than a heartbeat, of somebody who showed no valid key."""
+    line, length = request.protocol, request.content_length
+    small = length is not None and length <= request.app[PARTS].settings.server.body_max_bytes
+    if isinstance(line, Guarded) and not line.is_proven and not small and not request.content.is_eof():
+        problem.close = True
+        line.slow_down()
 
 
 def _as_problem(error: Exception, request: web.Request) -> Problem:

@@ -30,7 +30,7 @@ _log = log.get("http")
 
 READ_BUFFER = 2**16  # bytes of a body that a handler has not asked for; twice as much is held, then the line is paused
 READS_AT_LEAST = 4096  # bytes from one look to the next, of answers that wait: whoever drips does not read
-
+SLOW_S = 0.02  # between two reads (256 kB at most) of a body that nobody wants: 2 MB take 0.2 s
 
 HOLD_S = 0.25  # how long the start of a heartbeat waits for its rest, before aiohttp and its bounds see to it
 
@@ -92,6 +92,10 @@ class Connections:
     def proven(self, connection: _Line) -> None:
         """It showed a valid key."""
         self._unproven.pop(connection, None)
+
+    def is_proven(self, connection: _Line) -> bool:
+        """Whether it did."""
+        return connection not in self._unproven
 
     def sweep(self, now: float) -> None:
         """Cut those that do not get on in time; called now and then, by the loop's clock."""
@@ -175,8 +179,8 @@ class Guarded(RequestHandler):
     """aiohttp's connection, watched."""
 
     __slots__ = (
-        "_answered", "_clean", "_connections", "_direct", "_due", "_held", "_hold", "_line", "_pausing", "_stuck_since",
-        "_unsent", "waiting_since",
+        "_answered", "_clean", "_connections", "_direct", "_due", "_held", "_hold", "_line", "_pausing", "_reads_on",
+        "_slow", "_stuck_since", "_unsent", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, connections: Connections, server: web.Server, direct: Direct, **options: Any) -> None:
@@ -193,6 +197,8 @@ class Guarded(RequestHandler):
         self._stuck_since = 0.0  # s, since when its answers are not read, or it does not close; 0 while all is well
         self._unsent = 0  # bytes, as last seen
         self._pausing: asyncio.Future[None] | None = None
+        self._slow = False  # what comes is the rest of a body that nobody wants
+        self._reads_on: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
@@ -211,6 +217,9 @@ class Guarded(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
+        if self._slow and data and self._line is not None:
+            self._line.pause_reading()
+            self._read_later()
         if self._due:
             self._keep(data)
             return
@@ -366,6 +375,32 @@ class Guarded(RequestHandler):
         """Its request, which is being answered, carried a valid key."""
         self.waiting_since = 0.0
         self._connections.proven(self)
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether a request on this connection carried a valid key."""
+        return self._connections.is_proven(self)
+
+    def slow_down(self) -> None:
+        """Read what is left slowly: it is the body of somebody unknown, who is answered already, and thrown away. As
+        fast as it comes, four such connections with bodies of 2 MB take most of the event loop's time."""
+        self._slow = True
+
+    def _resume_transport_reading(self) -> None:
+        """aiohttp's, once what came is thrown away."""
+        if self._slow:
+            self._read_later()
+        else:
+            super()._resume_transport_reading()
+
+    def _read_later(self) -> None:
+        if self._reads_on is None:
+            self._reads_on = self._loop.call_later(SLOW_S, self._read_on)
+
+    def _read_on(self) -> None:
+        self._reads_on = None
+        if self._line is not None and not self._line.is_closing():
+            self._line.resume_reading()
 
     def cut(self, reason: str) -> None:
         """See _Line."""

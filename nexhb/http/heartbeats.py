@@ -140,8 +140,10 @@ async def post_register(request: web.Request) -> web.Response:
     parts = request.app[PARTS]
     if parts.settings.auth.enrolment != "open":
         raise Problem(403, "Devices are added by the operator here (auth.enrolment is token).")
-    key = auth.bearer(request)
     auth.hold_off_guessing(request, parts)
+    key = auth.bearer(request)
+    if not key:
+        raise auth.wrong_key(request, parts, "enrolment", "An enrolment key is required: Authorization: Bearer …")
     body.check_headers(request, most=4096, types=_JSON)
     raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
     try:

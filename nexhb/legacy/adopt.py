@@ -100,16 +100,30 @@ class Adoption:
         stale = now - when > REFUSED_FOR_S or newest is None or newest < waiting["newest"]
         return Standing.OPEN if stale else Standing.NOBODYS
 
-    def ask(self, token: str, token_sha256: bytes, hint: str | None, address: str) -> None:
+    def admits(self, token_sha256: bytes, address: str) -> bool:
+        """Whether this token may be asked for now, by somebody at this address; his allowance is taken with it. Called
+        before anything of a body is read."""
+        if self._is_asked(token_sha256):
+            return False
+        full = len(self._hinted) >= HINTED_MOST and len(self._unhinted) >= UNHINTED_MOST
+        if full or self._by_address.take(address, time.monotonic()):
+            metrics.adoptions.labels(outcome="put_off").inc()
+            return False
+        return True
+
+    def ask(self, token: str, token_sha256: bytes, hint: str | None) -> None:
         """Try it, as soon as its turn comes; forgotten where too many wait. `hint`: the device_id that it claims."""
-        if any(token_sha256 in one for one in (self._hinted, self._unhinted, self._trying)):
+        if self._is_asked(token_sha256):
             return
         lane, most = (self._hinted, HINTED_MOST) if hint else (self._unhinted, UNHINTED_MOST)
-        if len(lane) >= most or self._by_address.take(address, time.monotonic()):
+        if len(lane) >= most:
             metrics.adoptions.labels(outcome="put_off").inc()
             return
         lane[token_sha256] = _Asked(token.encode("utf-8", "surrogateescape"), token_sha256, hint)
         self._wake.set()
+
+    def _is_asked(self, token_sha256: bytes) -> bool:
+        return any(token_sha256 in one for one in (self._hinted, self._unhinted, self._trying))
 
     async def run(self) -> None:
         """Try whatever was asked, until cancelled."""

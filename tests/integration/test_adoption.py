@@ -91,7 +91,7 @@ async def test_a_queue_too_long_to_be_looked_through_is_adopted_too(
     await leave_hash(conn, "kiosk-1", token_hash(token))
     agent = Agent(nexhb, "kiosk-1", token)
     beat = orjson.dumps(example(datetime.now(UTC), filler="x" * 50_000)) + b"\n"
-    beats = (adoption.READ_MOST // len(beat) + 1) * [beat]
+    beats = 40 * [beat]  # 2 MB
 
     async def pieces() -> AsyncIterator[bytes]:
         for each in beats:
@@ -198,7 +198,8 @@ class Bench:
 
     def ask(self, token: str, hint: str | None = None, address: str = ADDRESS) -> None:
         """Somebody asks."""
-        self.adoption.ask(token, devices.hash_token(token), hint, address)
+        if self.adoption.admits(devices.hash_token(token), address):
+            self.adoption.ask(token, devices.hash_token(token), hint)
 
     async def is_open(self, token: str) -> bool:
         """Whether he would be told to come again."""
@@ -266,6 +267,81 @@ async def test_who_waits_is_bounded_by_address_and_in_all(
     assert len(held._unhinted) == 40
     assert await bench.is_open("one more")  # told to come again all the same, and never 401
     await bench.adoption.close()
+
+
+async def test_the_body_of_a_stranger_is_not_read_without_his_allowance_and_never_past_a_heartbeat(
+    nexhb: Nexhb, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four connections with bodies of 2 MB, each parsed whole before the address's allowance was asked for, raised a
+    heartbeat's median from 10 to 458 ms while hashes waited."""
+    await leave_hash(conn, "kiosk-1", token_hash(devices.new_token()))
+    looked_at: list[bytes] = []
+    claimed_in = adoption.claimed_in
+
+    def noted(start: bytes) -> str | None:
+        looked_at.append(start)
+        return claimed_in(start)
+
+    monkeypatch.setattr(adoption, "claimed_in", noted)
+    monkeypatch.setattr(adopt, "UNHINTED_MOST", 1_000)
+    most = nexhb.settings.server.body_max_bytes
+    body = b"[" + b",".join([orjson.dumps(example(datetime.now(UTC), filler="x" * 2_000))] * 1_000) + b"]"
+    assert len(body) > 2_000_000
+    for n in range(adopt.OF_AN_ADDRESS + 5):
+        # No more of the body is sent than may be read, and then nothing: an answer waits for none of the rest.
+        sent = body[:most] if n < adopt.OF_AN_ADDRESS else b""
+        assert await begin_queue(nexhb, f"stranger-{n}", len(body), sent) == 503
+    assert len(looked_at) == adopt.OF_AN_ADDRESS
+    assert {len(start) for start in looked_at} == {most}
+
+
+async def test_a_token_in_line_is_not_read_for_again(
+    nexhb: Nexhb, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await leave_hash(conn, "kiosk-1", token_hash(devices.new_token()))
+    at_work = asyncio.Event()
+
+    async def fetch_nothing(*_: Any) -> None:
+        at_work.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Adoption, "_try", fetch_nothing)
+    assert await begin_queue(nexhb, "stranger", 20, 20 * b" ") == 503
+    await at_work.wait()
+    assert await begin_queue(nexhb, "stranger", 20, b"") == 503
+
+
+async def begin_queue(nexhb: Nexhb, token: str, size: int, sent: bytes) -> int:
+    """The status that a queue of `size` bytes hears of which only `sent` comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(nexhb.url.rpartition(":")[2]))
+    head = f"POST /v1/heartbeats HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {size}\r\n\r\n"
+    writer.write(head.encode() + sent)
+    async with asyncio.timeout(20):
+        answer = await reader.readuntil(b"\r\n")
+    writer.close()
+    return int(answer.split()[1])
+
+
+@pytest.mark.parametrize(
+    ("start", "claimed"),
+    [
+        (b'{"alias":"a","device_id" : "kiosk-1"}', "kiosk-1"),
+        (b'[{"device_id":"kiosk-1"},{"device_id":"other"}', "kiosk-1"),
+        (b'{"alias":"a"}\n{"device_id":"\\u043a-1"}\n', "к-1"),
+        ('{"device_id":"магазин"}'.encode(), "магазин"),
+        (b'{"alias":"\\"device_id\\":\\"no\\"","device_id":"kiosk-1"', "kiosk-1"),
+        (b'{"device_id":"cut of', None),
+        (b'{"device_id":17}', None),
+        (b'{"device_id":"\xff"}', None),
+        (b'{"device_id":"\\q"}', None),
+        (b'{"device_id":"' + b"x" * 50_000 + b'"}', None),
+        (b'"device_id"' * 5_000, None),
+        (b'"device_id"' + b" " * 60_000, None),
+        (b"", None),
+    ],
+)
+def test_the_device_id_is_found_without_parsing(start: bytes, claimed: str | None) -> None:
+    assert adoption.claimed_in(start) == claimed
 
 
 async def test_a_database_that_is_away_ends_nothing(conn: Connection, database: Database) -> None:

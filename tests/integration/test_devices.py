@@ -488,6 +488,15 @@ async def uses_left(nexhb: Nexhb) -> int:
     return int(row["uses_left"])
 
 
+async def test_a_registration_without_a_key_is_refused_before_its_body_is_read(open_house: Nexhb) -> None:
+    host, port = open_house.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+    async with asyncio.timeout(5):
+        assert (await reader.readuntil(b"\r\n")).split()[1] == b"401"
+    writer.close()
+
+
 async def test_a_device_registers_itself_and_its_token_works(open_house: Nexhb, now: datetime) -> None:
     key = await issue(open_house, uses=2, note="Store 42")
     answer = await register(open_house, key, "kiosk-1", alias="by the door")

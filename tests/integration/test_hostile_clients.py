@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import itertools
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +19,8 @@ from pydantic import SecretStr
 
 from nexhb import config
 from nexhb.errors import ConfigError
-from nexhb.http import tls
+from nexhb.http import connections, tls
+from nexhb.http.connections import Guarded
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
 from tests.tls import certificate, served_name
 
@@ -307,3 +310,34 @@ async def test_an_answer_is_whole_over_tls_for_devices_too(
         for _ in range(2):
             async with session.post(f"{nexhb.url}/v1/heartbeat", data=body, headers=headers, ssl=False) as response:
                 assert (await response.json())["ok"]
+
+
+@pytest.mark.parametrize("path", ["/v1/heartbeats", "/v1/nothing", "/v1/fleet"])
+async def test_the_rest_of_a_strangers_body_is_thrown_away_slowly(
+    nexhb: Nexhb, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fast as they came, the bodies of four connections took the event loop from the healthy devices."""
+    came: list[float] = []
+    pass_on = Guarded._pass_on
+
+    def noted(self: Guarded, data: bytes) -> None:
+        if data:
+            came.append(asyncio.get_running_loop().time())
+        pass_on(self, data)
+
+    monkeypatch.setattr(connections, "SLOW_S", 0.05)
+    monkeypatch.setattr(Guarded, "_pass_on", noted)
+    async with line_to(nexhb) as (reader, writer):
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {2**22}\r\n\r\n".encode())
+        assert (await reader.readuntil(b"\r\n")).split()[1] in (b"401", b"404", b"405")
+        writer.write(bytes(2**20))
+        await ended(reader)
+    assert len(came) > 3
+    # The first piece of the body may be waiting already when the answer is given.
+    assert all(later - sooner > 0.04 for sooner, later in itertools.pairwise(came[2:]))
+
+
+async def test_a_stranger_who_sends_two_megabytes_can_read_why_they_are_refused(nexhb: Nexhb) -> None:
+    async with nexhb.http.post(f"{nexhb.url}/v1/heartbeats", data=io.BytesIO(bytes(2_000_000))) as response:
+        assert response.status == 401
+        assert (await response.json())["detail"]
