@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
 import re
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from croniter import CroniterBadDateError, croniter
 from pydantic import (
@@ -17,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     IPvAnyNetwork,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -28,9 +32,10 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
+from nexhb import configfile, dburl
+from nexhb.configfile import find_file
 from nexhb.errors import ConfigError
 
 # The seed's names, and the keys they stand for.
@@ -67,15 +72,47 @@ def parse_duration(value: object) -> object:
 Duration = Annotated[timedelta, BeforeValidator(parse_duration)]
 
 
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\}|\([^)]*\))")
+
+
+def _checked(value: object, annotation: Any) -> object:
+    """What somebody wrote for a key of this type, before it is converted: one rule for every key of the type, whether
+    it stands in the environment or in a file. An empty secret counts as unset. Raises ValueError."""
+    types = {annotation, *get_args(annotation)}
+    if isinstance(value, bool) and bool not in types:
+        raise ValueError("takes no true or false")
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        if SecretStr in types:
+            return None
+        raise ValueError("takes at least 1 character that is not a blank")
+    return _checked_text(value, types) if types & {str, Path, SecretStr} else value
+
+
+def _checked_text(value: str, types: set[Any]) -> str:
+    if value != value.strip():
+        raise ValueError("begins or ends with a blank or a line end")
+    if any(ord(character) < 32 or ord(character) == 127 for character in value):
+        raise ValueError("contains a control character")
+    # A secret may contain a dollar sign, but is hardly ever the name of a variable.
+    if (_VARIABLE.fullmatch if SecretStr in types else _VARIABLE.search)(value):
+        raise ValueError("contains a variable such as $NAME, which is not expanded: write the value itself")
+    if Path in types and not value.startswith("/"):
+        raise ValueError("takes an absolute path" + ("; ~ is not expanded" if value.startswith("~") else ""))
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+    may_be_empty: ClassVar[frozenset[str]] = frozenset()
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("takes no true or false")
-        return value
+    def _one_rule_by_type(cls, value: object, info: ValidationInfo) -> object:
+        if info.field_name in cls.may_be_empty and isinstance(value, str) and not value.strip():
+            return ""
+        return _checked(value, cls.model_fields[str(info.field_name)].annotation)
 
 
 class Server(_Section):
@@ -131,6 +168,17 @@ class Server(_Section):
         default=[], description="addresses or networks whose X-Forwarded-For is believed"
     )
 
+    @field_validator("host")
+    @classmethod
+    def _address_or_name(cls, value: str) -> str:
+        if ":" in value:
+            with suppress(ValueError):
+                ipaddress.IPv6Address(value.strip("[]"))
+                return value
+        elif re.fullmatch(r"[\w.-]+", value):
+            return value
+        raise ValueError("takes one address or host name, without scheme or port; 0.0.0.0 is every address")
+
     @model_validator(mode="after")
     def _both_or_none(self) -> Server:
         if (self.tls_cert_file is None) != (self.tls_key_file is None):
@@ -169,10 +217,12 @@ class Database(_Section):
         description="serve although fsync or full_page_writes is off: a crash may then lose acknowledged heartbeats",
     )
 
-    @field_validator("url", mode="before")
+    @field_validator("url")
     @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return value or None
+    def _an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            dburl.parse(value.get_secret_value())
+        return value
 
 
 class Auth(_Section):
@@ -281,7 +331,11 @@ class HeartbeatRules(_Section):
         default=600, ge=1, le=366 * 86400, description="seconds of silence after which a device counts as offline"
     )
     unity_package: str = Field(
-        default="io.unitynodes.unityapp", min_length=1, max_length=200, description="Android package of the Unity app"
+        default="io.unitynodes.unityapp",
+        min_length=1,
+        max_length=200,
+        pattern=r"^\S+$",
+        description="Android package of the Unity app",
     )
 
 
@@ -297,6 +351,10 @@ class Partitions(_Section):
     )
 
 
+# The names of S3 and of the stores that are like it, and the ARN of an access point.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{3,255}|arn:aws[\w-]*:s3[\w:./-]*", re.ASCII)
+
+
 def _refuse_credentials(address: str) -> None:
     # Addresses stand in errors, job_runs and hb_partitions.
     if "@" in address.split("/", maxsplit=1)[0]:
@@ -310,7 +368,9 @@ class Archive(_Section):
         default=None, description="file:///an/absolute/folder or s3://bucket/prefix; unset: data_dir/archive"
     )
     endpoint_url: str | None = Field(default=None, description="the S3-compatible store's address; unset: AWS's own")
-    region: str | None = Field(default=None, description="the bucket's region; unset: as the AWS configuration says")
+    region: str | None = Field(
+        default=None, pattern=r"^[\w-]+$", description="the bucket's region; unset: as the AWS configuration says"
+    )
     addressing: Literal["auto", "path", "virtual"] = Field(
         default="auto",
         description='how the bucket is named; "auto": in the path where endpoint_url is set',
@@ -322,25 +382,46 @@ class Archive(_Section):
     @field_validator("url")
     @classmethod
     def _file_or_s3(cls, value: str | None) -> str | None:
-        if not value:
+        if value is None:
             return None
         scheme, _, rest = value.partition("://")
-        if scheme == "file" and rest.startswith("/"):
+        if scheme == "file" and rest.startswith("/") and rest.strip("/"):
             return value
-        if scheme == "s3" and rest.strip("/"):
+        if scheme == "s3" and rest:
             _refuse_credentials(rest)
+            _refuse_bucket(rest.partition("/")[0])
             return value
         raise ValueError("takes file:///an/absolute/folder or s3://bucket/prefix")
 
     @field_validator("endpoint_url")
     @classmethod
-    def _no_credentials(cls, value: str | None) -> str | None:
-        _refuse_credentials((value or "").rpartition("://")[2])
+    def _an_http_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        _refuse_credentials(value.rpartition("://")[2])
+        if not _is_http_address(value):
+            raise ValueError("takes https://host or http://host:port")
         return value
+
+
+def _refuse_bucket(name: str) -> None:
+    if not _BUCKET.fullmatch(name):
+        raise ValueError("takes s3://bucket/prefix, where the bucket is 3 to 255 letters, digits, dots or hyphens")
+
+
+def _is_http_address(value: str) -> bool:
+    with suppress(ValueError):  # of a port that is not a number, or of a bracket that is not closed
+        parts = urlsplit(value)
+        host = parts.hostname or ""
+        plain = bool(re.fullmatch(r"[\w.-]+", host)) or (":" in host and bool(ipaddress.IPv6Address(host)))
+        return parts.scheme in ("http", "https") and plain and parts.port != 0 and not (parts.query or parts.fragment)
+    return False
 
 
 class Jobs(_Section):
     """When the daemon runs its jobs, in UTC. Missed runs are made up at the next start."""
+
+    may_be_empty: ClassVar[frozenset[str]] = frozenset({"nightly", "reconcile"})
 
     nightly: str = Field(default="0 3 * * *", description="cron expression; empty turns the schedule off")
     reconcile: str = Field(default="5 * * * *", description="cron expression; empty turns the schedule off")
@@ -401,19 +482,37 @@ class Reads(_Section):
 
 
 def default_data_dir(environment: Mapping[str, str]) -> Path:
-    """Where state lies, of a daemon or command with these variables, unless it is told."""
+    """The data_dir of a daemon or command with these variables that no setting names. Raises ConfigError where there is
+    no home directory, or where a variable does not name an absolute path."""
     if state := environment.get("STATE_DIRECTORY"):
-        return Path(state.split(":", maxsplit=1)[0])
+        return _absolute(state.split(":", maxsplit=1)[0], "STATE_DIRECTORY")
     if os.geteuid() == 0:
         return Path("/var/lib/nexhb")
-    base = environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "nexhb"
+    if base := environment.get("XDG_STATE_HOME"):
+        return _absolute(base, "XDG_STATE_HOME") / "nexhb"
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        raise ConfigError(
+            f"data_dir: user id {os.geteuid()} has no home directory.", hint="Set data_dir, or NEXHB_DATA_DIR."
+        ) from None
+    return _absolute(home, "HOME") / ".local" / "state" / "nexhb"
+
+
+def _absolute(folder: str, variable: str) -> Path:
+    if not folder.startswith("/"):
+        raise ConfigError(
+            f"data_dir: ${variable} takes an absolute path.", hint="Correct the variable, or set NEXHB_DATA_DIR."
+        )
+    return Path(folder)
 
 
 class Settings(BaseSettings):
     """All settings; frozen, made once at the rim."""
 
     model_config = SettingsConfigDict(env_prefix="NEXHB_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    file_values: ClassVar[dict[str, Any]] = {}
+    _file: Path | None = PrivateAttr(default=None)
 
     data_dir: Path = Field(
         default_factory=lambda: default_data_dir(os.environ),
@@ -450,12 +549,27 @@ class Settings(BaseSettings):
             raise ValueError("server.reuse_port needs database.url: the embedded PostgreSQL belongs to one daemon")
         return self
 
-    @field_validator("data_dir", mode="before")
+    @field_validator("data_dir", "log_level", mode="before")
     @classmethod
-    def _some_folder(cls, value: object) -> object:
-        if not str(value).strip():
-            raise ValueError("takes a folder")
-        return value
+    def _one_rule_by_type(cls, value: object, info: ValidationInfo) -> object:
+        return _checked(value, cls.model_fields[str(info.field_name)].annotation)
+
+    @property
+    def file(self) -> Path | None:
+        """The configuration file that these settings were read from."""
+        return self._file
+
+    @property
+    def data_dir_from(self) -> str:
+        """Where data_dir comes from, for messages."""
+        if any(name.upper() == "NEXHB_DATA_DIR" for name in os.environ):
+            return "NEXHB_DATA_DIR"
+        if "data_dir" in self.model_fields_set:
+            return f"data_dir in {self._file}"
+        variable = next((name for name in ("STATE_DIRECTORY", "XDG_STATE_HOME") if os.environ.get(name)), "")
+        if variable == "XDG_STATE_HOME" and os.geteuid() == 0:
+            variable = ""
+        return f"the default for user id {os.geteuid()}" + (f" with ${variable}" if variable else "")
 
     @classmethod
     def settings_customise_sources(
@@ -467,11 +581,42 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Arguments, then NEXHB_…, then the seed's names, then the file, then systemd's credentials."""
-        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings, _AliasSource(settings_cls)]
-        file = settings_cls.model_config.get("toml_file")
-        if file:
-            sources.append(TomlConfigSettingsSource(settings_cls))
-        return (*sources, _CredentialsSource(settings_cls))
+        sources = (
+            env_settings,
+            _AliasSource(settings_cls),
+            _FileSource(settings_cls),
+            _CredentialsSource(settings_cls),
+        )
+        return (init_settings, *(_NoEmptySecrets(settings_cls, source) for source in sources))
+
+
+class _NoEmptySecrets(PydanticBaseSettingsSource):
+    """Another source without its empty secrets, so that `DATABASE_URL=` does not hide the url of a file."""
+
+    def __init__(self, settings_cls: type[BaseSettings], source: PydanticBaseSettingsSource) -> None:
+        super().__init__(settings_cls)
+        self._source = source
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found = self._source()
+        for section, key, field in _keys():
+            values = found.get(section)
+            if SecretStr in get_args(field.annotation) and isinstance(values, dict):
+                value = values.get(key)
+                if isinstance(value, str) and not value.strip():
+                    del values[key]
+        return found
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(getattr(self.settings_cls, "file_values", {}))
 
 
 class _AliasSource(PydanticBaseSettingsSource):
@@ -506,17 +651,24 @@ class _CredentialsSource(PydanticBaseSettingsSource):
         return found
 
 
-def find_file(argument: Path | None) -> Path | None:
-    """`--config`, else $NEXHB_CONFIG, else ./nexhb.toml, else /etc/nexhb/nexhb.toml, else none.
+def _keys() -> Iterator[tuple[str, str, Any]]:
+    """Section, name and field of every key that stands in a section."""
+    for section, outer in Settings.model_fields.items():
+        if isinstance(outer.annotation, type) and issubclass(outer.annotation, _Section):
+            for key, field in outer.annotation.model_fields.items():
+                yield section, key, field
 
-    Raises ConfigError where a named file is not there.
-    """
-    named = argument or (Path(os.environ["NEXHB_CONFIG"]) if os.environ.get("NEXHB_CONFIG") else None)
-    if named:
-        if not named.is_file():
-            raise ConfigError(f"There is no file {named}.", hint="Name another with --config or $NEXHB_CONFIG.")
-        return named
-    return next((p for p in (Path("nexhb.toml"), Path("/etc/nexhb/nexhb.toml")) if p.is_file()), None)
+
+def _refuse_lists() -> None:
+    """pydantic-settings would name the section, not the key, of a list in the environment that is not JSON."""
+    written = {name.upper(): value for name, value in os.environ.items()}
+    for section, key, field in _keys():
+        name = f"NEXHB_{section}__{key}".upper()
+        if get_origin(field.annotation) is list and name in written:
+            with suppress(ValueError):
+                if isinstance(json.loads(written[name]), list):
+                    continue
+            raise ConfigError(f'{section}.{key}: {name} takes a JSON list such as ["10.0.0.0/8", "127.0.0.1"].')
 
 
 def _unknown_environment() -> list[str]:
@@ -537,13 +689,13 @@ def load(file: Path | None = None) -> Settings:
     if unknown := _unknown_environment():
         raise ConfigError(f"{', '.join(sorted(unknown))}: no such setting.", hint="See config.example.toml.")
 
+    _refuse_lists()
+
     class FromFile(Settings):
-        model_config = SettingsConfigDict(toml_file=path)
+        file_values: ClassVar[dict[str, Any]] = configfile.read(path) if path else {}
 
     try:
-        return FromFile()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}.") from error
+        found = FromFile()
     except SettingsError as error:
         # Its message names the section; the value, which may hold a secret, is not repeated.
         section = re.search(r'field "(\w+)"', str(error))
@@ -552,6 +704,8 @@ def load(file: Path | None = None) -> Settings:
     except ValidationError as error:
         lines = [f"{_key(e['loc'])}: {_reason(dict(e))}" for e in error.errors(include_url=False)]
         raise ConfigError("; ".join(lines) + ".", hint="See config.example.toml.") from None
+    found._file = path
+    return found
 
 
 def _key(loc: tuple[int | str, ...]) -> str:

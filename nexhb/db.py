@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property, partial
 from typing import Any
 
 import asyncpg
 
-from nexhb import session, sql, supported
+from nexhb import dburl, pgfiles, pgreach, session, sql, supported
 from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
@@ -33,8 +34,25 @@ Pool = asyncpg.Pool
 class Database:
     """How to reach it."""
 
-    dsn: str
+    dsn: str = field(repr=False)
     home: session.Home = field(default_factory=session.Home, compare=False, repr=False)
+    name: str = "database.url"  # what its address is called in messages
+
+    @cached_property
+    def address(self) -> dburl.Address:
+        """The parts of the address. Raises ConfigError where it is none."""
+        try:
+            return dburl.parse(self.dsn)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: {error}.") from None
+
+    def _how(self) -> dict[str, Any]:
+        """What asyncpg is given: it takes some parts of an address otherwise than libpq does."""
+        address = self.address
+        found: dict[str, Any] = {"dsn": self.dsn, "password": address.password or partial(pgfiles.password, address)}
+        if address.hosts:
+            found |= {"host": [host for host, _ in address.hosts], "port": [port for _, port in address.hosts]}
+        return found | {key: value for key in ("user", "database") if (value := getattr(address, key))}
 
     async def connect(
         self,
@@ -46,22 +64,23 @@ class Database:
     ) -> Connection:
         """A connection of one's own. Raises DatabaseUnavailable where there is none to be had, ConfigError where the
         address is none."""
+        pgfiles.check(self.address, self.name)
         try:
-            conn = await asyncpg.connect(
-                self.dsn,
+            conn: Connection = await asyncpg.connect(
+                **self._how(),
                 timeout=timeout_s,
                 command_timeout=command_timeout_s,
                 server_settings=session.at_start(application, settings),
             )
-        except ValueError:  # asyncpg's own for a malformed address, whose text may repeat a password
-            raise ConfigError("database.url: takes postgresql://user:password@host:port/database.") from None
+        except (asyncpg.ClientConfigurationError, UnicodeError):  # what is left; the text may repeat a password
+            raise ConfigError(f"{self.name}: {self.address.where}: takes {dburl.FORM}.") from None
         except asyncpg.ProtocolViolationError as error:
             if "startup parameter" not in str(error):  # pgbouncer's, for each that ignore_startup_parameters lacks
                 raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
             raise PoolerBetween(f"It said: {error}.") from error
         except Exception as error:
             if _is_foreseen(error):
-                raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
+                raise pgreach.explained(error, self.address, self.name) from error
             raise
         _end_copies_with(conn)
         await self._settle(conn, timeout_s)
@@ -95,7 +114,7 @@ class Database:
     async def pool(self, *, application: str, size: int, timeout_s: float, **settings: str) -> Pool:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""
         return await asyncpg.create_pool(
-            self.dsn,
+            **self._how(),
             min_size=0,  # a floor would be kept up by a task that fills the log while the database is away
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,

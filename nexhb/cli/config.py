@@ -12,7 +12,8 @@ import typer
 from pydantic import BaseModel, SecretStr
 
 from nexhb import cli
-from nexhb.config import Settings, find_file
+from nexhb.config import Settings
+from nexhb.configfile import find_file
 
 _commands = typer.Typer(no_args_is_help=True, help="The configuration.")
 cli.app.add_typer(_commands, name="config")

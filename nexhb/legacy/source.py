@@ -109,7 +109,7 @@ async def opened(dsn: str) -> AsyncIterator[Source]:
         "idle_in_transaction_session_timeout": "10000",
     }
     try:
-        async with Database(dsn, Home(marks=_MARKS)).connected(**how) as conn:
+        async with Database(dsn, Home(marks=_MARKS), "--source").connected(**how) as conn:
             yield await _looked_at(conn)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"The source: {error.detail}", hint=error.hint) from error

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel, SecretStr
 
-from nexhb import config
+from nexhb import config, configfile
 from nexhb.cli.config import toml_lines
 from nexhb.config import Settings
 from nexhb.errors import ConfigError
@@ -114,7 +116,7 @@ def test_the_file_is_the_named_one_else_the_environments_else_the_one_at_hand(
 
 
 def test_without_any_file_the_defaults_hold() -> None:
-    if config.find_file(None) is not None:
+    if configfile.find_file(None) is not None:
         pytest.skip("this machine has an /etc/nexhb/nexhb.toml")
     found = config.load()
     assert (found.server.host, found.server.port, found.ingest.bucket_seconds) == ("127.0.0.1", 8080, 10)
@@ -379,7 +381,7 @@ def test_config_check_prints_what_the_file_takes(load: Loaded, text: str) -> Non
 
 
 def test_a_refusal_keeps_the_case_of_what_it_names(load: Loaded) -> None:
-    assert "AWS_ACCESS_KEY_ID" in refusal('[archive]\nurl = "s3://Key:Secret@Bucket/x"\n', load)
+    assert "AWS_ACCESS_KEY_ID" in refusal('[archive]\nurl = "s3://Key:geheim@Bucket/x"\n', load)
 
 
 # ---- what systemd hands over ------------------------------------------------------------------------------------
@@ -427,3 +429,261 @@ def test_an_empty_credential_is_none_and_one_that_cannot_be_read_is_told_by_its_
 def test_daemons_that_share_a_port_share_a_database(load: Loaded) -> None:
     assert "server.reuse_port needs database.url" in refusal("[server]\nreuse_port = true\n", load)
     assert load('[server]\nreuse_port = true\n[database]\nurl = "postgresql://file/x"\n').server.reuse_port
+
+
+# ---- one rule for every key of a type ---------------------------------------------------------------------------
+
+
+def every_key() -> Iterator[tuple[str, set[Any]]]:
+    """Path and types of every key."""
+    for name, field in Settings.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            for key, one in inner.model_fields.items():
+                yield f"{name}.{key}", {one.annotation, get_origin(one.annotation), *get_args(one.annotation)}
+        else:
+            yield name, {inner, get_origin(inner), *get_args(inner)}
+
+
+KEYS = dict(every_key())
+TEXTS = [path for path, types in KEYS.items() if types & {str, Path, SecretStr}]
+SCHEDULES = {"jobs.nightly", "jobs.reconcile"}
+
+
+def given(path: str, value: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """The settings with this key in a file or in the environment."""
+    section, _, key = path.rpartition(".")
+    if by == "file":
+        return load((f"[{section}]\n" if section else "") + f"{key} = {json.dumps(value)}\n")
+    monkeypatch.setenv("NEXHB_" + path.replace(".", "__").upper(), value)
+    return load("")
+
+
+def value_of(path: str, settings: Settings) -> object:
+    section, _, key = path.rpartition(".")
+    return getattr(getattr(settings, section) if section else settings, key)
+
+
+@pytest.mark.parametrize("by", ["file", "environment"])
+@pytest.mark.parametrize("path", KEYS)
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_value_is_refused_by_name_but_for_a_secret_or_a_schedule(
+    path: str, value: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`NEXHB_SERVER__HOST=` listened on every interface, and an empty tls_cert_file was the present folder."""
+    if SecretStr in KEYS[path]:
+        assert value_of(path, given(path, value, by, load, monkeypatch)) is None
+    elif path in SCHEDULES:
+        assert value_of(path, given(path, value, by, load, monkeypatch)) == ""
+    else:
+        with pytest.raises(ConfigError, match=rf"{path}: .*takes"):
+            given(path, value, by, load, monkeypatch)
+
+
+@pytest.mark.parametrize("by", ["file", "environment"])
+@pytest.mark.parametrize("path", TEXTS)
+def test_a_text_with_a_variable_a_control_character_or_a_blank_around_it_is_refused_by_name(
+    path: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("$NAME", "${NAME}", "/srv/\x07x", "/srv/x\n", " /srv/x", "/srv/x "):
+        with pytest.raises(ConfigError, match=rf"^[^:]*{path}: ") as refused:
+            given(path, value, by, load, monkeypatch)
+        assert value.strip() not in str(refused.value).replace("such as $NAME", "")
+
+
+@pytest.mark.parametrize("by", ["file", "environment"])
+@pytest.mark.parametrize("path", [path for path, types in KEYS.items() if Path in types])
+def test_a_place_is_an_absolute_path(path: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("relative", "./x", "~/nexhb", "$HOME/nexhb", "${STATE}/x", "file:///srv/x"):
+        with pytest.raises(ConfigError, match=rf"{path}: "):
+            given(path, value, by, load, monkeypatch)
+    if path == "data_dir":
+        assert value_of(path, given(path, "/mnt/my kiosks", by, load, monkeypatch)) == Path("/mnt/my kiosks")
+
+
+def test_an_empty_secret_hides_no_other_source(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable over the file's database.url would start an embedded PostgreSQL beside it."""
+    for name in ("NEXHB_DATABASE__URL", "DATABASE_URL"):
+        monkeypatch.setenv(name, "")
+        assert url_of(load('[database]\nurl = "postgresql://file/x"\n')) == "postgresql://file/x"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://alias/x")
+    assert url_of(load("")) == "postgresql://alias/x"
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('[server]\nhost = "http://127.0.0.1"', "server.host"),
+        ('[server]\nhost = "127.0.0.1:8080"', "server.host"),
+        ('[server]\nhost = "[::1]:8080"', "server.host"),
+        ('[server]\nhost = "*"', "server.host"),
+        ('[server]\nhost = "a b"', "server.host"),
+        ('[archive]\nurl = "file://relative/folder"', "archive.url"),
+        ('[archive]\nurl = "file:///"', "archive.url"),
+        ('[archive]\nurl = "/srv/archive"', "archive.url"),
+        ('[archive]\nurl = "file://~/archive"', "archive.url"),
+        ('[archive]\nurl = "s3:///prefix"', "archive.url"),
+        ('[archive]\nurl = "s3://"', "archive.url"),
+        ('[archive]\nurl = "s3://my bucket/prefix"', "archive.url"),
+        ('[archive]\nendpoint_url = "store.example"', "archive.endpoint_url"),
+        ('[archive]\nendpoint_url = "store.example:9000"', "archive.endpoint_url"),
+        ('[archive]\nendpoint_url = "ftp://store.example"', "archive.endpoint_url"),
+        ('[archive]\nendpoint_url = "https://"', "archive.endpoint_url"),
+        ('[archive]\nendpoint_url = "https://store.example:port"', "archive.endpoint_url"),
+        ('[archive]\nendpoint_url = "https://store .example"', "archive.endpoint_url"),
+        ('[archive]\nregion = "eu central"', "archive.region"),
+        ('[heartbeat]\nunity_package = "a b"', "heartbeat.unity_package"),
+    ],
+)
+def test_an_address_that_a_run_would_fail_at_is_refused_at_the_start(load: Loaded, text: str, path: str) -> None:
+    assert f"{path}: " in refusal(text, load)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("server", "host", "::1"), ("server", "host", "[::1]"), ("server", "host", "kiosks.example"),
+     ("archive", "url", "file:///mnt/my archive"), ("archive", "url", "s3://bucket"), ("archive", "url", "s3://a_B.c/x/y"),
+     ("archive", "endpoint_url", "http://127.0.0.1:9000"), ("archive", "endpoint_url", "https://[::1]:9000/"),
+     ("archive", "endpoint_url", "https://account.r2.cloudflarestorage.com")],
+)  # fmt: skip
+def test_usual_addresses_are_taken(load: Loaded, section: str, key: str, value: str) -> None:
+    assert value_of(f"{section}.{key}", load(f'[{section}]\n{key} = "{value}"\n')) == value
+
+
+def test_a_list_in_the_environment_is_json_and_the_message_says_so(
+    load: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("10.0.0.0/8", "10.0.0.0/8,127.0.0.1", "", '{"a": 1}', '"10.0.0.0/8"'):
+        monkeypatch.setenv("NEXHB_SERVER__TRUSTED_PROXIES", value)
+        said = refusal("", load)
+        assert "server.trusted_proxies: NEXHB_SERVER__TRUSTED_PROXIES takes a JSON list" in said
+        assert '["10.0.0.0/8", "127.0.0.1"]' in said
+    monkeypatch.setenv("NEXHB_SERVER__TRUSTED_PROXIES", '["10.0.0.0/8", "::1"]')
+    assert [str(one) for one in load("").server.trusted_proxies] == ["10.0.0.0/8", "::1/128"]
+
+
+# ---- a file that is there, and cannot be read -------------------------------------------------------------------
+
+
+def test_a_file_that_is_there_and_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dangling link, a folder or a file without permission was passed over: the daemon served another database."""
+    place = tmp_path / "etc" / "nexhb.toml"
+    monkeypatch.setattr(configfile, "PLACES", (Path("nexhb.toml"), place))
+    assert configfile.find_file(None) is None
+    place.parent.mkdir()
+    for here in (tmp_path / "nexhb.toml", place):
+        here.symlink_to(tmp_path / "gone.toml")
+        with pytest.raises(ConfigError, match=r"nexhb\.toml is a link to a file that is not there"):
+            config.load()
+        here.unlink()
+        here.mkdir()
+        with pytest.raises(
+            ConfigError, match=r"nexhb\.toml cannot be read: Is a directory.*--config or \$NEXHB_CONFIG"
+        ):
+            config.load()
+        here.rmdir()
+        here.symlink_to(here)
+        with pytest.raises(ConfigError, match=r"nexhb\.toml cannot be read: Too many levels"):
+            config.load()
+        here.unlink()
+    place.parent.rmdir()
+    place.parent.touch()
+    with pytest.raises(ConfigError, match=r"Whether there is a file .*nexhb\.toml cannot be told: Not a directory"):
+        config.load()
+
+
+@pytest.mark.parametrize("closed", ["nexhb.toml", "."])
+def test_a_file_without_permission_is_an_error_for_whoever_is_not_root(tmp_path: Path, closed: str) -> None:
+    house = Path(config.__file__).parents[1]
+    become = "os.setgroups([]); os.setgid(65534); os.setuid(65534)" if os.geteuid() == 0 else ""
+    tmp_path.chmod(0o755)
+    place = tmp_path / "etc" / "nexhb.toml"
+    place.parent.mkdir()
+    place.write_text("[server]\nport = 1\n")
+    (place.parent / closed).chmod(0)
+    code = (
+        "import os; from pathlib import Path; from nexhb import config, configfile\n"
+        "from nexhb.errors import ConfigError\n"
+        f"configfile.PLACES = (Path({str(place)!r}),); os.chdir('/'); {become}\n"
+        "for given in (None, configfile.PLACES[0]):\n"
+        "    try:\n        config.load(given)\n"
+        "    except ConfigError as error:\n        print(error)\n"
+    )
+    for folder in [*tmp_path.parents][: len(tmp_path.parents) - len(Path("/tmp").parents) - 1]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=house)
+    assert found.stdout.count(f"{place} cannot be ") == 2, found.stdout
+    assert found.stdout.count("Permission denied") == 2
+
+
+@pytest.mark.parametrize("content", [b"a folder", None])
+def test_a_named_file_that_is_a_folder_or_a_dangling_link_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    named = tmp_path / "named.toml"
+    if content:
+        named.mkdir()
+    else:
+        named.symlink_to("gone")
+    monkeypatch.setenv("NEXHB_CONFIG", str(named))
+    for argument in (None, named):
+        with pytest.raises(ConfigError, match=r"named\.toml (cannot be read|is a link)"):
+            config.load(argument)
+    monkeypatch.setenv("NEXHB_CONFIG", " ")
+    with pytest.raises(ConfigError, match="NEXHB_CONFIG is set, but empty"):
+        config.load()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("[server]\n".encode("utf-8-sig"), "begins with a byte order mark"),
+        ("[server]\n".encode("utf-16"), "is UTF-16"),
+        ("[server]\n".encode("utf-32"), "is UTF-32"),
+        ("[server]\n".encode("utf-16-be"), "is not text"),
+        ("[server]\n# Caf\u00e9\n".encode("latin-1"), "is not UTF-8: byte 0xe9 in line 2"),
+        (b"#" * (2**20 + 1), "is larger than 1 MiB"),
+    ],
+)
+def test_another_encoding_is_named(tmp_path: Path, content: bytes, says: str) -> None:
+    """A byte order mark was said to be an invalid statement in line 1, column 1."""
+    file = tmp_path / "given.toml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"given\.toml {says}"):
+        config.load(file)
+
+
+# ---- where data_dir comes from ----------------------------------------------------------------------------------
+
+
+def test_without_a_home_directory_data_dir_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback of pathlib's RuntimeError."""
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ConfigError, match=r"data_dir: user id 54321 has no home directory\. Set data_dir, or NEXHB_DATA_DIR"
+    ):
+        config.load()
+    for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"):
+        monkeypatch.setenv(name, "relative")
+        with pytest.raises(ConfigError, match=rf"data_dir: \${name} takes an absolute path"):
+            config.load()
+    monkeypatch.setenv("NEXHB_DATA_DIR", "/srv/nexhb")
+    assert config.load().data_dir == Path("/srv/nexhb")
+
+
+def test_the_settings_know_where_data_dir_comes_from(
+    load: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert load("").data_dir_from == "the default for user id 1000"
+    monkeypatch.setenv("XDG_STATE_HOME", "/srv/state")
+    assert load("").data_dir_from == "the default for user id 1000 with $XDG_STATE_HOME"
+    monkeypatch.setenv("STATE_DIRECTORY", "/srv/state")
+    assert load("").data_dir_from == "the default for user id 1000 with $STATE_DIRECTORY"
+    assert load('data_dir = "/srv/x"').data_dir_from == f"data_dir in {tmp_path / 'given.toml'}"
+    monkeypatch.setenv("NEXHB_DATA_DIR", "/srv/y")
+    assert load('data_dir = "/srv/x"').data_dir_from == "NEXHB_DATA_DIR"

@@ -1,0 +1,198 @@
+"""database.url: what it says, and what is said of one that cannot be used."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from nexhb import config, dburl, pgfiles
+from nexhb.db import Database
+from nexhb.errors import ConfigError
+
+SECRET = "gEhEim-0123"
+PARTS = "gEhEim", "0123"
+NAMES = "$PGPASSWORD", "${PGPASSWORD}"
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No file or variable of this machine that libpq would look at."""
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "user", "password", "database"),
+    [
+        ("postgresql://db/x", [("db", 5432)], "", "", "x"),
+        ("postgres://n:geheim@db:6000/x", [("db", 6000)], "n", "geheim", "x"),
+        ("postgresql://n:p%40%2F%3F%23%5B%25%3A%2Bs+t:u@db/x", [("db", 5432)], "n", "p@/?#[%:+s+t:u", "x"),
+        ("postgresql://n@db/x?password=a+b%26c", [("db", 5432)], "n", "a+b&c", "x"),
+        ("postgresql://a:1,b,[::1]:3/x", [("a", 1), ("b", 5432), ("::1", 3)], "", "", "x"),
+        ("postgresql://n@/x?host=%2Ftmp%2Fa%20b&port=7", [("/tmp/a b", 7)], "n", "", "x"),
+        ("postgresql://%2Frun%2Fpg:7/x", [("/run/pg", 7)], "", "", "x"),
+        ("postgresql://ignored/x?host=a,b&port=1,2", [("a", 1), ("b", 2)], "", "", "x"),
+        ("postgresql://db/x?port=7", [("db", 7)], "", "", "x"),
+        ("postgresql://db?user=n&dbname=x&options=-cgeqo%3Doff", [("db", 5432)], "n", "", "x"),
+        ("postgresql:///x", [], "", "", "x"),
+    ],
+)
+def test_the_parts_are_those_that_libpq_sees(
+    url: str, hosts: list[tuple[str, int]], user: str, password: str, database: str
+) -> None:
+    found = dburl.parse(url)
+    assert (list(found.hosts), found.user, found.password, found.database) == (hosts, user, password, database)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        (f"postgresql://n:{SECRET}@x@db.example:5433/x", "db.example:5433: contains a raw @"),
+        (f"postgresql://n:{SECRET}/x@db.example:5433/x", "db.example:5433: contains a raw /"),
+        (f"postgresql://n:{SECRET}?x@db.example:5433/x", "db.example:5433: contains a raw ?"),
+        (f"postgresql://n:{SECRET}#x@db.example:5433/x", "db.example:5433: contains a raw #"),
+        (f"postgresql://n:{SECRET}[x@db.example:5433/x", "db.example:5433: contains a raw ["),
+        (f"postgresql://n:{SECRET}]x@db.example/x", "db.example:5432: contains a raw ["),
+        (f"postgresql://n:1#{SECRET}@db.example:5433/x", "contains a raw #"),
+        (f"postgresql://n:1/{SECRET}@db.example:5433/x", "contains a raw /"),
+        (f"postgresql://n:1#{SECRET}/x", "contains a raw #"),
+        (f"postgresql://n:a?b={SECRET}@db/x", "contains a raw @"),
+        (f"postgresql://db/x?password={SECRET}@0123", "contains a raw @"),
+        (f"postgresql://n:{SECRET}%x@db.example:5433/x", "db.example:5433: contains a raw %"),
+        (f"postgresql://n:{SECRET}%ff@db.example:5433/x", "db.example:5433: contains a percent-encoded byte"),
+        (f"postgresql://n:{SECRET} @db.example:5433/x", "db.example:5433: contains a blank"),
+        (f"postgresql://n:{SECRET}\n@db.example/x", "contains a blank or a line end"),
+        (f"postgresql://n:{NAMES[0]}@db.example:5433/x", "db.example:5433: contains a variable"),
+        (f"postgresql://n:{NAMES[1]}@db.example:5433/x", "db.example:5433: contains a variable"),
+        (f"postgresql://n:{SECRET}@$HOST:5433/x", "contains a variable"),
+        (f"postgresql://n:{SECRET}/x", "takes a port from 1 to 65535"),
+        (f"postgresql://n:{SECRET}@db.example:99999/x", "db.example: takes a port from 1 to 65535"),
+        (f"postgresql://n:{SECRET}@[::1/x", "takes a host name or an address"),
+        (f"postgresql://n:{SECRET}@a,,b/x", "takes a host name or an address"),
+        (f"postgresql+asyncpg://n:{SECRET}@db/x", "not postgresql+asyncpg://"),
+        (f"host=db password={SECRET}", "takes postgresql://user:password@host:port/database"),
+        (f"postgresql://n:{SECRET}@db:6/x?sslmode=verify", "db:6: knows no sslmode verify; it takes disable, allow, "),
+        (f"postgresql://n:{SECRET}@db:6/x?sslmode=", "db:6: knows no sslmode"),
+        (f"postgresql://n:{SECRET}@db:6/x?connect_timeout=3", "db:6: takes no connect_timeout: nexhb gives each"),
+        (f"postgresql://n:{SECRET}@db:6/x?service=x", "db:6: takes no service: write"),
+        (f"postgresql://n:{SECRET}@db:6/x?keepalives=1", "db:6: takes no keepalives; it takes database, "),
+        (f"postgresql://n:{SECRET}@db:6/x?target_session_attrs=standby", "db:6: knows no target_session_attrs standby"),
+        (f"postgresql://n:{SECRET}@db:6/x?{SECRET}", "db:6: takes KEY=VALUE"),
+    ],
+)
+def test_each_cause_has_its_own_sentence_with_host_and_port_and_never_the_password(url: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+        dburl.parse(url)
+    assert not [part for part in PARTS if part in str(raised.value)]
+    with pytest.raises(ValidationError) as refused:
+        config.Database(url=SecretStr(url))
+    shown = str(refused.value) + repr(refused.value.errors())
+    assert not [part for part in PARTS if part in shown]
+
+
+def test_an_address_or_a_database_that_is_logged_shows_no_password() -> None:
+    database = Database(f"postgresql://n:{SECRET}@db/x?sslpassword={SECRET}")
+    shown = repr(database) + repr(database.address) + database.address.where
+    assert not [part for part in PARTS if part in shown]
+
+
+# ---- password files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pgpass(tmp_path: Path) -> Callable[[str], Path]:
+    """A password file, private."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / ".pgpass"
+        path.write_bytes(text.encode())
+        path.chmod(0o600)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("line", "password"),
+    [
+        (r"db:5432:x:n:a\:b\\c", r"a:b\c"),
+        (r"db:5432:x:n:a:b", "a:b"),
+        (r"*:*:*:*:\\\\", r"\\"),
+        (r"*:*:*:*:blank at the end ", "blank at the end "),
+        ("*:*:*:*:öffne\r", "öffne"),
+        ("db:5433:x:n:wrong\n*:*:*:*:right", "right"),
+        ("# db:5432:x:n:comment\n\nnonsense\ndb:5432:x:n:right\n*:*:*:*:later", "right"),
+        (r"d\b:5432:x:n:right", "right"),
+    ],
+)
+def test_a_password_file_escapes_as_libpqs_do(pgpass: Callable[[str], Path], line: str, password: str) -> None:
+    """asyncpg 0.32 leaves `\\:` as it stands, doubles a backslash, and strips blanks: each is a wrong password."""
+    pgpass(line)
+    assert pgfiles.password(dburl.parse("postgresql://n@db/x")) == password
+
+
+def test_escapes_count_in_the_other_fields_too(pgpass: Callable[[str], Path]) -> None:
+    pgpass("db:5432:a\\:b:c\\\\d:right\nlocalhost:5432:x:n:local\n")
+    assert pgfiles.password(dburl.parse("postgresql://c%5Cd@db/a%3Ab")) == "right"
+    assert pgfiles.password(dburl.parse("postgresql://n@/x?host=/run/postgresql")) == "local"
+    assert pgfiles.password(dburl.parse("postgresql://n@other/x")) is None
+
+
+def test_a_password_file_that_others_may_read_is_not_used_and_one_that_was_named_is_an_error(
+    pgpass: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pgpass("*:*:*:*:secret")
+    path.chmod(0o640)
+    usual, named = dburl.parse("postgresql://n@db/x"), dburl.parse(f"postgresql://n@db/x?passfile={path}")
+    assert pgfiles.password(usual) is None
+    pgfiles.check(usual, "database.url")
+    with pytest.raises(ConfigError, match=r"db:5432: passfile .*\.pgpass is ignored, since others may read it.*chmod"):
+        pgfiles.check(named, "database.url")
+    path.chmod(0o600)
+    pgfiles.check(named, "database.url")
+    monkeypatch.setenv("PGPASSFILE", "/not/there")
+    with pytest.raises(ConfigError, match="PGPASSFILE /not/there is not there"):
+        pgfiles.check(usual, "database.url")
+    monkeypatch.setenv("PGPASSFILE", str(pgpass("other:*:*:*:secret")))
+    with pytest.raises(ConfigError, match="has no line for this host, port, database and user"):
+        pgfiles.check(usual, "database.url")
+
+
+# ---- certificates -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "says"),
+    [
+        ("sslmode=verify-full", "db:5432: sslmode=verify-full needs the certificate of the CA"),
+        ("sslmode=verify-ca", "db:5432: sslmode=verify-ca needs the certificate of the CA"),
+        ("sslmode=verify-full&sslrootcert=/not/there.crt", "sslrootcert /not/there.crt is not there"),
+        ("sslmode=verify-full&sslrootcert=~/ca.crt", "sslrootcert ~/ca.crt is not there. Paths are absolute"),
+        ("sslmode=require&sslrootcert=/not/there.crt", "sslrootcert /not/there.crt is not there"),
+        ("sslmode=verify-full&sslrootcert=system", "sslrootcert system is not supported"),
+        ("sslmode=verify-full&sslrootcert=/", "sslrootcert / cannot be read: Is a directory"),
+        ("sslmode=verify-full&sslrootcert=/etc/passwd", "sslrootcert /etc/passwd cannot be used"),
+        ("sslcert=/not/there.crt", "sslcert /not/there.crt is not there"),
+        ("sslkey=/not/there.key", "sslkey /not/there.key is not there"),
+        ("sslcert=/etc/passwd", "sslcert /etc/passwd, sslkey None cannot be used"),
+    ],
+)
+async def test_each_certificate_that_is_not_usable_is_named(query: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        await Database(f"postgresql://n@db/x?{query}").connect(application="test")
+    off = dburl.parse(f"postgresql://n@db/x?{query}&sslmode=disable")
+    pgfiles.check(off, "database.url")
+
+
+async def test_a_certificate_in_the_home_folder_that_is_no_certificate_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ".postgresql"
+    folder.mkdir()
+    (folder / "root.crt").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"sslrootcert .*/\.postgresql/root\.crt cannot be used"):
+        await Database("postgresql://n@db/x?sslmode=require").connect(application="test")
