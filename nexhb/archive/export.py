@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -142,12 +143,20 @@ async def put(store: Store, name: str, body: Path, sha256: bytes) -> None:
     try:
         await store.put(name, body, sha256)
     except ObjectExists:
-        found = hashlib.sha256()
-        async for chunk in store.get(name):
-            found.update(chunk)
-        if found.digest() != sha256:
+        if not await _holds(store, name, await asyncio.to_thread(os.path.getsize, body), sha256):
             _log.warning("archive.replaced_rotten_object", object=name)
             await store.put(name, body, sha256, overwrite=True)
+
+
+async def _holds(store: Store, name: str, size: int, sha256: bytes) -> bool:
+    found, left = hashlib.sha256(), size
+    async with aclosing(store.get(name)) as chunks:
+        async for chunk in chunks:
+            left -= len(chunk)
+            if left < 0:
+                return False
+            await asyncio.to_thread(found.update, chunk)
+    return left == 0 and found.digest() == sha256
 
 
 @asynccontextmanager

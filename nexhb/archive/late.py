@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nexhb.archive.catalog import Archived
 from nexhb.archive.export import BUCKET_SECONDS, Source, export
 from nexhb.archive.store import Store
 from nexhb.db import Connection
+from nexhb.errors import ArchiveDamaged
 
 _Q = sql.queries("archive")
 _log = log.get("archive")
@@ -35,9 +37,11 @@ async def supplement(
     late_heartbeats before it was read back from the store. Raises ArchiveDamaged or StoreError.
     """
     day = archives[0]
-    keys = [(row[0], row[1]) for row in await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)]
-    known = await _known(store, archives, set(keys))
-    new = [key for key in keys if key not in known]
+    late = await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)
+    keys = [(row["device_no"], row["bucket"]) for row in late]
+    beats = [_beat(row["device_id"], row["device_no"], row["bucket"]) for row in late]
+    known = await _known(store, archives, set(beats), spool)
+    new = [key for key, beat in zip(keys, beats, strict=True) if beat not in known]
     await conn.execute(_Q["late_day"])
     await conn.execute(_Q["clear_late_day"])
     await conn.execute(_Q["fill_late_day"], *_columns(new))
@@ -47,7 +51,7 @@ async def supplement(
         return 0
     source = Source("late_day", "late", day.partition, day.start, day.end)
     stored = await export(conn, source, store, spool, bucket_seconds=bucket_seconds, at=at)
-    await verify.verify(store, stored.name, stored.sha256)
+    await verify.verify(store, stored.name, stored.sha256, spool)
     at("verified")
     async with conn.transaction():
         manifest, url = stored.manifest, store.url(stored.name)
@@ -63,14 +67,26 @@ async def _forget(conn: Connection, day: Archived, keys: list[tuple[int, int]], 
     await partitions.correct_ledger(conn, day.start.date(), doubled)
 
 
-async def _known(store: Store, archives: list[Archived], keys: set[tuple[int, int]]) -> set[tuple[int, int]]:
-    """Those of `keys` that the day's archives have."""
-    found: set[tuple[int, int]] = set()
-    theirs = {str(device_no) for device_no, _ in keys}
+Beat = tuple[str, int]  # a heartbeat as every database knows it: whose, and its bucket
+
+
+def _beat(device_id: str | None, device_no: int, bucket: int) -> Beat:
+    """Of a device that is gone only the number is known."""
+    return device_id or f"\0{device_no}", bucket
+
+
+async def _known(store: Store, archives: list[Archived], beats: set[Beat], spool: Path) -> set[Beat]:
+    """Those of `beats` that the day's archives have."""
+    found: set[Beat] = set()
+    theirs = {"", *(whose for whose, _ in beats)}
     for archived in archives:
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
-        async for rows in verify.rows(store, manifest, ("device_no", theirs)):
-            found |= keys & {(int(row[-2]), int(row[-1])) for row in rows}
+        async with aclosing(verify.rows(store, manifest, ("device_id", theirs), spool)) as pieces:
+            async for rows in pieces:
+                try:
+                    found |= beats & {_beat(row[0], int(row[-2]), int(row[-1])) for row in rows}
+                except ValueError as error:
+                    raise ArchiveDamaged(f"{archived.url} has a row that cannot be read: {error}.") from error
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import asyncpg
 
@@ -40,19 +41,23 @@ _PACKED = _Table("nexhb_packed", "pg_temp")
 _SCRATCH = _Table("nexhb_restore", "pg_temp")  # a temporary table: a restore that is killed leaves nothing
 
 
-async def restore_into(conn: Connection, store: Store, archives: Sequence[Archived], table: str) -> int:
+async def restore_into(
+    conn: Connection, store: Store, archives: Sequence[Archived], table: str, spool: Path | None = None
+) -> int:
     """Make `table`, with the archive's columns, out of `archives`; how many rows. All of it or nothing.
 
     Raises ArchiveDamaged, StoreError, or BadInput where the table is there already.
     """
     try:
         async with conn.transaction():
-            return await _fill(conn, store, archives, _Table(table))
+            return await _fill(conn, store, archives, _Table(table), spool)
     except asyncpg.DuplicateTableError as error:
         raise BadInput(f"There is a table {table} already.", hint="Name another.") from error
 
 
-async def restore_day(conn: Connection, store: Store, archives: Sequence[Archived], now: datetime) -> int:
+async def restore_day(
+    conn: Connection, store: Store, archives: Sequence[Archived], now: datetime, spool: Path | None = None
+) -> int:
     """Attach the day again, with the rows of its archive and of its supplements; how many. All of it or nothing.
 
     It is marked as restored, and not archived again until it is released. A day whose table is still there, detached,
@@ -67,7 +72,7 @@ async def restore_day(conn: Connection, store: Store, archives: Sequence[Archive
         await conn.execute("SET LOCAL lock_timeout = '30s'")
         if not await partitions.present(conn, day.partition):
             await conn.execute(partitions.create_statement(day.partition))
-            rows = await _bring_back(conn, store, archives, day.partition)
+            rows = await _bring_back(conn, store, archives, day.partition, spool)
         elif day.state == "dropped":
             raise BadInput(f"There is a table {day.partition}, and it is not the day's.", hint="Rename it.")
         else:
@@ -79,9 +84,11 @@ async def restore_day(conn: Connection, store: Store, archives: Sequence[Archive
     return rows
 
 
-async def _bring_back(conn: Connection, store: Store, archives: Sequence[Archived], table: str) -> int:
+async def _bring_back(
+    conn: Connection, store: Store, archives: Sequence[Archived], table: str, spool: Path | None
+) -> int:
     scratch = _SCRATCH.qualified
-    rows = await _fill(conn, store, archives, _SCRATCH)
+    rows = await _fill(conn, store, archives, _SCRATCH, spool)
     await conn.execute(_Q["restore_devices"].replace("$table", scratch))
     await conn.execute(_Q["restore_labels"].replace("$table", scratch))
     done = await conn.execute(_Q["restore_rows"].replace("$table", quoted(table)).replace("$plain", scratch))
@@ -91,25 +98,25 @@ async def _bring_back(conn: Connection, store: Store, archives: Sequence[Archive
     return rows
 
 
-async def _fill(conn: Connection, store: Store, archives: Sequence[Archived], into: _Table) -> int:
+async def _fill(conn: Connection, store: Store, archives: Sequence[Archived], into: _Table, spool: Path | None) -> int:
     """A plain table out of archives, each compared with its manifest on the way."""
     await conn.execute(_Q["make_plain"].replace("$table", into.qualified))
     rows = 0
     for archived in archives:
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
         if manifest.bucket_seconds is None:
-            rows += await _copy(conn, store, manifest, into)
+            rows += await _copy(conn, store, manifest, into, spool)
             continue
         await conn.execute(_Q["make_packed"])
-        rows += await _copy(conn, store, manifest, _PACKED)
+        rows += await _copy(conn, store, manifest, _PACKED, spool)
         unpack = _Q["unpack"].replace("$plain", into.qualified).replace("$packed", _PACKED.qualified)
         await conn.execute(unpack.replace("$bucket_seconds", str(manifest.bucket_seconds)))
         await conn.execute(f"DROP TABLE {_PACKED.qualified}")
     return rows
 
 
-async def _copy(conn: Connection, store: Store, manifest: Manifest, into: _Table) -> int:
-    async with aclosing(verify.stream(store, manifest)) as pieces:
+async def _copy(conn: Connection, store: Store, manifest: Manifest, into: _Table, spool: Path | None) -> int:
+    async with aclosing(verify.stream(store, manifest, spool)) as pieces:
         status = await conn.copy_to_table(
             into.table,
             schema_name=into.schema,
@@ -125,7 +132,7 @@ async def _copy(conn: Connection, store: Store, manifest: Manifest, into: _Table
     return rows
 
 
-async def drill(conn: Connection, store: Store, archived: Archived) -> int:
+async def drill(conn: Connection, store: Store, archived: Archived, spool: Path | None = None) -> int:
     """Restore an archive into a scratch table, compare it with its manifest, drop it; how many rows.
 
     What is compared is the table written out again, byte by byte: an archive that is whole and yet cannot be loaded,
@@ -134,7 +141,7 @@ async def drill(conn: Connection, store: Store, archived: Archived) -> int:
     scratch = _SCRATCH.qualified
     await conn.execute(_Q["session"])
     async with conn.transaction():
-        rows = await _fill(conn, store, [archived], _SCRATCH)
+        rows = await _fill(conn, store, [archived], _SCRATCH, spool)
         manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
         again = hashlib.sha256()
 

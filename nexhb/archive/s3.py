@@ -6,9 +6,9 @@ import asyncio
 import base64
 import hashlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Set
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,15 +16,24 @@ from urllib.parse import urlsplit
 from aiohttp import ClientError as TransportError
 from botocore.exceptions import BotoCoreError, ClientError
 
+from nexhb import log
 from nexhb.archive import s3_errors
 from nexhb.archive.names import below, checked
 from nexhb.archive.store import CHUNK, Store
 from nexhb.config import Archive
 from nexhb.errors import ObjectExists, StoreError
 
+_log = log.get("archive")
+
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 3
+
+# Headers of a put that not every store knows; one that does not answers 400 or 501 (Backblaze B2 and others). Without
+# the checksum the read-back is what proves the bytes; without the condition, the question before the put is what keeps
+# an object from being replaced, and somebody who puts the same name within those milliseconds is not noticed.
+CHECKSUM = "x-amz-checksum-sha256"
+CONDITION = "If-None-Match"
 
 
 @asynccontextmanager
@@ -92,13 +101,14 @@ class Bucket:
     bucket: str
     prefix: str
     timeout_s: float
+    unknown: set[str] = field(default_factory=set)  # headers that this store turned out not to know
 
     async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
         """See Store."""
         async with self._in_time("put", name, self._deadline()):
             with _opened(body) as file:
                 if overwrite:
-                    await self._send(name, file, sha256)
+                    await self._send(name, file, sha256, {CHECKSUM})
                 else:
                     await self._send_new(name, file, sha256)
 
@@ -131,30 +141,60 @@ class Bucket:
         return self.prefix + checked(name)
 
     async def _send_new(self, name: str, file: _File, sha256: bytes) -> None:
-        # Asked first: a store may not know IfNoneMatch, and say so (501) or not.
+        # Asked first: a store may not know If-None-Match, and say so (400, 501) or not.
         there = await self._is_there(name)
         if there:
             raise ObjectExists(f"There is an object {self.url(name)}.")
+        needs = frozenset() if there is False else frozenset({CONDITION})
         try:
-            await self._send(name, file, sha256, IfNoneMatch="*")
+            await self._send(name, file, sha256, {CHECKSUM, CONDITION}, needs)
         except ClientError as error:
-            if s3_errors.not_implemented(error) and there is False:
-                await self._send(name, file, sha256)
-            elif not s3_errors.exists(error):
-                raise
             # It may be this put's own: of an attempt that was carried out, and whose answer was lost.
-            elif not (s3_errors.retried(error) and await self._holds(name, sha256)):
+            if not s3_errors.exists(error):
+                raise
+            if not (s3_errors.retried(error) and await self._holds(name, sha256, file.size)):
                 raise ObjectExists(f"There is an object {self.url(name)}.") from error
 
-    async def _send(self, name: str, file: _File, sha256: bytes, **condition: str) -> None:
+    async def _send(
+        self, name: str, file: _File, sha256: bytes, headers: Set[str], needs: Set[str] = frozenset()
+    ) -> None:
+        """Put with `headers`, less those that the store turns out not to know; never without those in `needs`.
+
+        Raises what the store answered to the first attempt where leaving headers out does not help.
+        """
+        first: ClientError | None = None
+        wanted = frozenset(headers) - (self.unknown - needs)
+        for left_out in _left_out(wanted - needs):
+            try:
+                await self._put_object(name, file, sha256, wanted - left_out)
+            except ClientError as error:
+                if not s3_errors.header_unknown(error):
+                    raise
+                first = first or error
+            else:
+                self._remember(left_out)
+                return
+        assert first is not None  # noqa: S101 - the first attempt leaves nothing out
+        raise first
+
+    def _remember(self, left_out: Set[str]) -> None:
+        for header in sorted(left_out):
+            _log.info("archive.header_unknown_to_store", header=header, bucket=self.bucket)
+        self.unknown.update(left_out)
+
+    async def _put_object(self, name: str, file: _File, sha256: bytes, headers: Set[str]) -> None:
+        optional: dict[str, str] = {}
+        if CHECKSUM in headers:
+            optional["ChecksumSHA256"] = base64.b64encode(sha256).decode()
+        if CONDITION in headers:
+            optional["IfNoneMatch"] = "*"
         await self.client.put_object(
             Bucket=self.bucket,
             Key=self._key(name),
             Body=file,
             ContentLength=file.size,
             ContentType="application/octet-stream",
-            ChecksumSHA256=base64.b64encode(sha256).decode(),
-            **condition,
+            **optional,
         )
 
     async def _is_there(self, name: str) -> bool | None:
@@ -165,10 +205,13 @@ class Bucket:
             return False if s3_errors.status(error) == 404 else None
         return True
 
-    async def _holds(self, name: str, sha256: bytes) -> bool:
-        digest = hashlib.sha256()
+    async def _holds(self, name: str, sha256: bytes, most_bytes: int) -> bool:
+        digest, size = hashlib.sha256(), 0
         async with aclosing(self.get(name)) as chunks:
             async for chunk in chunks:
+                size += len(chunk)
+                if size > most_bytes:
+                    return False
                 await asyncio.to_thread(digest.update, chunk)
         return digest.digest() == sha256
 
@@ -188,6 +231,12 @@ class Bucket:
             if limit.expired():
                 raise StoreError(f"{what} took longer than {self.timeout_s:g} s.") from error
             raise s3_errors.store_error(what, endpoint, error) from error
+
+
+def _left_out(headers: Set[str]) -> list[frozenset[str]]:
+    """What to leave out, attempt by attempt: nothing, then one header, then the other, then both."""
+    one_each = [frozenset({header}) for header in (CONDITION, CHECKSUM) if header in headers]
+    return [frozenset(), *one_each, *([frozenset(headers)] if len(one_each) > 1 else [])]
 
 
 async def _chunk(body: Any) -> bytes:

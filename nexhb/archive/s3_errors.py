@@ -28,6 +28,13 @@ _HINTS = {
     "BadDigest": "The file was changed on its way, or is not what it was when it was hashed.",
 }
 
+# Answered as 400, and no other headers would change it: the bytes, the name, the credentials or the clock are wrong.
+_NO_HEADERS_FAULT = {
+    "AuthorizationHeaderMalformed", "BadDigest", "EntityTooLarge", "EntityTooSmall", "ExpiredToken",
+    "ExpiredTokenException", "IncompleteBody", "InvalidAccessKeyId", "InvalidBucketName", "InvalidToken",
+    "KeyTooLongError", "RequestTimeTooSkewed", "RequestTimeout", "TokenRefreshRequired", "XAmzContentSHA256Mismatch",
+}  # fmt: skip
+
 
 def status(error: ClientError) -> int:
     """The HTTP status of a store's answer; 0 where it has none."""
@@ -44,9 +51,13 @@ def exists(error: ClientError) -> bool:
     return status(error) == 412 or _code(error) == "ConditionalRequestConflict"
 
 
-def not_implemented(error: ClientError) -> bool:
-    """Whether the store does not know something about the request."""
-    return status(error) == 501
+def header_unknown(error: ClientError) -> bool:
+    """Whether the store may have refused a put for a header that it does not know, and not for anything else.
+
+    Stores say so by 400 or 501 with codes of their own choosing (InvalidArgument, NotImplemented, none at all), so
+    every code counts but those that mean something else.
+    """
+    return status(error) == 501 or (status(error) == 400 and _code(error) not in _NO_HEADERS_FAULT)
 
 
 def store_error(what: str, endpoint: str, error: Exception) -> StoreError:

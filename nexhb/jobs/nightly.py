@@ -222,7 +222,7 @@ class Night:
         at("sealed")
         source = Source(day.name, "day", day.name, day.start, day.end)
         stored = await export(self._conn, source, self._store, means.spool, bucket_seconds=means.bucket_seconds, at=at)
-        await verify.verify(self._store, stored.name, stored.sha256)
+        await verify.verify(self._store, stored.name, stored.sha256, means.spool)
         at("verified")
         manifest, url = stored.manifest, self._store.url(stored.name)
         await locks.check(self._conn, Lock.NIGHTLY)
@@ -244,7 +244,8 @@ class Night:
                 await self._archive(step)  # somebody let it take rows again
             try:
                 for archived in await catalog.find(self._conn, day.start.date()):
-                    await verify.verify(self._store, self._store.name_of(archived.url), archived.sha256)
+                    name, spool = self._store.name_of(archived.url), self._means.spool
+                    await verify.verify(self._store, name, archived.sha256, spool)
             except Exception as error:
                 await self._archive_failed(day.name, error)
                 raise
@@ -296,7 +297,7 @@ class Night:
         if not archives:
             return
         archived = self._means.random.choice(archives)
-        rows = await restore.drill(self._conn, self._store, archived)
+        rows = await restore.drill(self._conn, self._store, archived, self._means.spool)
         await catalog.drilled(self._conn, archived, self._now)
         metrics.last_drill.set(self._now.timestamp())
         _log.info("archive.drill", partition=archived.partition, rows=rows, url=archived.url)

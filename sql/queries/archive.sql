@@ -214,8 +214,13 @@ UPDATE hb_partitions SET verified_at = $2 WHERE archive_url = $1;
 UPDATE archive_supplements SET verified_at = $2 WHERE archive_url = $1;
 
 -- name: late_keys
--- $1 range_start, $2 range_end, $3 how many at most. The oldest first.
-SELECT device_no, bucket FROM late_heartbeats WHERE ts >= $1 AND ts < $2 ORDER BY ts, device_no LIMIT $3;
+-- $1 range_start, $2 range_end, $3 how many at most. The oldest first. An archive of another database has the device
+-- under another number: it is known by its device_id.
+SELECT l.device_no, l.bucket, d.device_id
+FROM late_heartbeats l LEFT JOIN devices d USING (device_no)
+WHERE l.ts >= $1 AND l.ts < $2
+ORDER BY l.ts, l.device_no
+LIMIT $3;
 
 -- name: late_day
 -- The rows of one supplement, chosen once: what comes meanwhile waits for the next.

@@ -21,17 +21,12 @@ from nexhb.config import Archive
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
 from tests.integration.conftest import MakeBucket
 from tests.integration.test_archive_stores import NAME, Body, body_of, read
+from tests.odd_s3 import error, odd_s3
 from tests.swift import S3Server
 
 SECRET = "the-secret-of-these-tests"
 ADDRESS = f"s3://bucket/nexhb/{NAME}"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-def error(status: int, code: str, message: str = "Said by the store.") -> web.Response:
-    """An error as S3 says it."""
-    text = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
-    return web.Response(status=status, text=text, content_type="application/xml")
 
 
 @dataclass
@@ -224,7 +219,60 @@ async def test_a_store_that_knows_no_condition_and_does_not_say_what_is_there_is
     server.handlers["HEAD"] = each(lambda _: web.Response(status=403))
     server.handlers["PUT"] = each(lambda _: error(501, "NotImplemented"))
     assert "NotImplemented (501)" in await refused(await opened(url), body)
+    assert server.methods() == ["HEAD", "PUT", "PUT"]  # the checksum may be what it does not know
+    assert all("If-None-Match" in request.headers for request in server.asked[1:])
+
+
+CHECKSUM, CONDITION = "x-amz-checksum-sha256", "If-None-Match"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("refuses", "left_out"),
+    [
+        ({CHECKSUM: (400, "InvalidArgument")}, {CHECKSUM}),
+        ({CHECKSUM: (501, "NotImplemented")}, {CHECKSUM}),
+        ({CHECKSUM: (400, "SomethingOfItsOwn")}, {CHECKSUM}),
+        ({CONDITION: (400, "InvalidRequest")}, {CONDITION}),
+        ({CONDITION: (501, "NotImplemented")}, {CONDITION}),
+        ({CHECKSUM: (400, "InvalidRequest"), CONDITION: (501, "NotImplemented")}, {CHECKSUM, CONDITION}),
+    ],
+)
+async def test_headers_that_a_store_does_not_know_are_left_out_and_it_is_asked_once(
+    opened: Opening, body: Body, refuses: Any, left_out: set[str], overwrite: bool
+) -> None:
+    """Backblaze B2 and others answer 400 or 501 to x-amz-checksum-sha256: no day could ever be archived there."""
+    async with odd_s3(**refuses) as server:
+        store: Any = await opened(server.url)
+        await store.put(NAME, body.path, body.sha256, overwrite=overwrite)
+        assert await read(store, NAME) == body.content
+        assert store.unknown == (left_out - {CONDITION} if overwrite else left_out)
+        server.puts.clear()
+        await store.put("day/another", body.path, body.sha256, overwrite=overwrite)
+        assert [status for _, status in server.puts] == [200]
+        if not overwrite:
+            with pytest.raises(ObjectExists):
+                await store.put(NAME, body.path, body.sha256)
+
+
+async def test_a_store_that_refuses_for_another_reason_is_believed(fake: Any, opened: Opening, body: Body) -> None:
+    """Bytes that arrived as others are not put once more without their checksum."""
+    server, url = fake
+    server.handlers["PUT"] = each(lambda _: error(400, "BadDigest"), server.put)
+    store: Any = await opened(url)
+    assert "BadDigest (400)" in await refused(store, body)
     assert server.methods() == ["HEAD", "PUT"]
+    assert (server.stored, store.unknown) == (None, set())
+
+
+async def test_a_store_that_refuses_whatever_the_headers_has_its_first_answer_repeated(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    server, url = fake
+    server.handlers["PUT"] = each(lambda _: error(400, "First"), lambda _: error(400, "Then"))
+    store: Any = await opened(url)
+    assert "First (400)" in await refused(store, body)
+    assert (len(server.methods()), store.unknown) == (5, set())
 
 
 @pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict"])

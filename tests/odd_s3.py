@@ -1,0 +1,62 @@
+"""An S3 store of a few lines that does not know some headers, as some of other makers do not."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+
+def error(status: int, code: str, message: str = "Said by the store.") -> web.Response:
+    """An error as S3 says it."""
+    text = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return web.Response(status=status, text=text, content_type="application/xml")
+
+
+@dataclass
+class OddS3:
+    """Objects by path, in memory. A put with a header of `refuses` is answered so, and its body is not read."""
+
+    refuses: dict[str, tuple[int, str]] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    puts: list[tuple[str, int]] = field(default_factory=list)  # path, status
+    url: str = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One request."""
+        path = request.path
+        if request.method == "PUT":
+            response = await self._put(request)
+            self.puts.append((path, response.status))
+            return response
+        if path not in self.objects:
+            return web.Response(status=404) if request.method == "HEAD" else error(404, "NoSuchKey")
+        return web.Response(body=self.objects[path])
+
+    async def _put(self, request: web.Request) -> web.Response:
+        for header, (status, code) in self.refuses.items():
+            if header in request.headers:
+                return error(status, code, f"Unsupported header '{header}' received for this API call.")
+        if "If-None-Match" in request.headers and request.path in self.objects:
+            return error(412, "PreconditionFailed")
+        self.objects[request.path] = await request.content.read()
+        return web.Response()
+
+
+@asynccontextmanager
+async def odd_s3(**refuses: tuple[int, str]) -> AsyncIterator[OddS3]:
+    """Such a store, while the block runs."""
+    store = OddS3(refuses)
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{tail:.*}", store.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        store.url = site.name
+        yield store
+    finally:
+        await runner.cleanup()
