@@ -6,19 +6,21 @@ import asyncio
 import base64
 import hashlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
 from nexhb import devices
 from nexhb.config import Auth
 from nexhb.db import Connection, Database
-from nexhb.errors import BadInput, DeviceExists, UnknownDevice
+from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, UnknownDevice
 from tests.conftest import ADMIN_KEY, Agent, Answer, Nexhb, StartDaemon
 
 AT_ONCE_S = 2.0
@@ -591,17 +593,21 @@ async def test_an_import_does_not_admit_a_revoked_device(
     assert (await sending(nexhb, "kiosk-0", TOKENS[0], now)()).status == 410
 
 
-async def revoked_while_its_first_heartbeat_waits(
-    nexhb: Nexhb, conn: Connection, database: Database, made_at: datetime
+async def revoked_while_its_heartbeat_waits(
+    nexhb: Nexhb, conn: Connection, database: Database, made_at: datetime, *, later: bool = False
 ) -> None:
-    """A heartbeat that is admitted from a device, and committed only when the device is revoked."""
+    """A heartbeat that is admitted from a device, its first or a later one, and committed only when the device is
+    revoked."""
     agent = await nexhb.agent("kiosk-1")
+    if later:
+        assert (await agent.send(made_at - timedelta(minutes=1))).status == 200
     other = await database.connect(application="test")
     async with conn.transaction():
-        await conn.execute("LOCK TABLE heartbeat_labels IN ACCESS EXCLUSIVE MODE")  # before the writer's transaction
-        sent = asyncio.create_task(agent.send(made_at, unity_process_running=False))
+        # Before the writer's transaction, which has a label to learn.
+        await conn.execute("LOCK TABLE heartbeat_labels IN ACCESS EXCLUSIVE MODE")
+        sent = asyncio.create_task(agent.send(made_at, unity_process_running=False, app_version="2.0"))
         waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'nexhb writer'"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not await nexhb.rows(waits):
                 pass
         await devices.revoke(other, "kiosk-1", made_at)
@@ -609,20 +615,23 @@ async def revoked_while_its_first_heartbeat_waits(
     other.terminate()
 
 
-async def test_a_device_revoked_while_its_first_heartbeat_waits_is_neither_offline_nor_down(
-    nexhb: Nexhb, conn: Connection, database: Database, now: datetime
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_device_revoked_while_its_heartbeat_waits_is_in_no_list(
+    nexhb: Nexhb, conn: Connection, database: Database, now: datetime, later: bool
 ) -> None:
-    await revoked_while_its_first_heartbeat_waits(nexhb, conn, database, now - timedelta(hours=1))
+    await revoked_while_its_heartbeat_waits(nexhb, conn, database, now - timedelta(hours=1), later=later)
     fleet = await nexhb.get("/v1/fleet")
-    assert [fleet[name] for name in ("devices", "offline", "unity_down", "never_seen")] == [0] * 4
+    assert [fleet[name] for name in ("devices", "online", "offline", "unity_down", "never_seen")] == [0] * 5
     for which in ("offline", "unity-down"):
         assert (await nexhb.get(f"/v1/devices/{which}"))["devices"] == []
+    status = await nexhb.get("/v1/devices/kiosk-1")
+    assert (status["status"], status["agent_version"]) == ("revoked", "2.0")
 
 
 async def test_a_device_revoked_while_its_first_heartbeat_waits_is_not_online_and_is_shown_as_revoked(
     nexhb: Nexhb, conn: Connection, database: Database, now: datetime
 ) -> None:
-    await revoked_while_its_first_heartbeat_waits(nexhb, conn, database, now)
+    await revoked_while_its_heartbeat_waits(nexhb, conn, database, now)
     shown = [(await nexhb.get("/v1/fleet"))["online"], (await nexhb.get("/v1/devices/kiosk-1"))["status"]]
     assert shown == [0, "revoked"]
 
@@ -751,3 +760,88 @@ async def test_heartbeats_are_served_while_the_store_is_read(
         await asyncio.sleep(0)
     await loading
     assert len(known) > 3
+
+
+# ---- when notices do not come ----------------------------------------------------------------------------------------
+
+LISTENER = "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb devices' ORDER BY backend_start DESC"
+LISTENS = ("nexhb_device_refreshes_total", {"why": "listen", "status": "ok"})
+
+
+@asynccontextmanager
+async def followed(database: Database, refresh_s: float) -> AsyncIterator[devices.DeviceStore]:
+    """A store that is read and followed, and reads everything again every refresh_s."""
+    store = devices.DeviceStore(database, refresh_s=refresh_s)
+    await store.load()
+    following = asyncio.create_task(store.run())
+    try:
+        yield store
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await store.close()
+
+
+async def test_a_listener_that_is_lost_is_replaced_and_what_was_missed_is_read(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """It was noticed by the next refresh only, minutes later, and a revoked device was taken until then."""
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    before = REGISTRY.get_sample_value(*LISTENS) or 0
+    async with followed(database, refresh_s=3600) as store:
+        async with asyncio.timeout(60):
+            while (REGISTRY.get_sample_value(*LISTENS) or 0) == before:
+                await asyncio.sleep(0.01)
+        pid = await conn.fetchval(LISTENER)
+        async with conn.transaction():
+            await devices.revoke(conn, "kiosk-1", now)
+            await conn.execute("SELECT pg_terminate_backend($1)", pid)
+            async with database.connected(application="test") as other, asyncio.timeout(60):
+                while await other.fetchval(LISTENER) == pid:
+                    await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while not store._by_hash[token].revoked:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_notice_that_is_lost_is_made_good_by_the_next_refresh(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    async with followed(database, refresh_s=0.05) as store:
+        await conn.execute("SET session_replication_role = replica")  # no trigger, and so no notice
+        await devices.revoke(conn, "kiosk-1", now)
+        async with asyncio.timeout(60):
+            while not store._by_hash[token].revoked:
+                await asyncio.sleep(0.01)
+
+
+async def test_no_more_unknown_tokens_are_remembered_than_the_bound(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "MISSES_HELD", 10)
+    monkeypatch.setattr(devices, "MISS_HOLDS_S", 3600.0)
+    store = devices.DeviceStore(database, refresh_s=3600)
+    for number in range(25):
+        assert await store.find(devices.hash_token(f"stray {number}")) is None
+    assert len(store._misses) == 10
+    await store.close()
+
+
+async def test_a_look_up_that_failed_leaves_no_connection_that_fails_again(
+    database: Database, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs in a lock is given up: the next one must not queue behind it."""
+    store = devices.DeviceStore(database, refresh_s=3600)
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    assert await store.find(devices.hash_token("stray")) is None
+    looked_up_by = store._lookup_conn
+    assert looked_up_by is not None
+    await conn.execute("SELECT pg_terminate_backend($1)", looked_up_by.get_server_pid())
+    for _ in range(3):
+        with suppress(DatabaseUnavailable):
+            await store.find(token)
+    found = store.known(token)
+    assert found is not None
+    assert found.device_id == "kiosk-1"
+    await store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -12,12 +12,15 @@ from typing import Any
 
 import orjson
 import pytest
+from pydantic import SecretStr
 
 from nexhb import config, daemon, devices
+from nexhb.errors import EnrolmentRefused, Overloaded
 from nexhb.http.connections import Guarded
 from nexhb.http.express import Express
 from nexhb.http.head import Request
-from tests.conftest import Agent, Nexhb, StartDaemon, example
+from nexhb.intake import Intake
+from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon, example
 
 AROUND = b"X-Around: no\r\n"  # a field that is not known there: aiohttp's way
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -315,3 +318,119 @@ async def test_a_request_within_a_body_is_a_body(nexhb: Nexhb, now: datetime, se
         assert status == 200
         assert orjson.loads(body)["ok"]
     assert served == []
+
+
+# ---- allowances and keys, on both ways -------------------------------------------------------------------------------
+
+# Four at once, and the next in hours: whatever the machine does meanwhile, nobody regains one.
+FOUR = config.Ingest(answer_within_seconds=1).model_copy(update={"device_burst": 4, "device_per_minute": 0.001})
+
+
+async def statuses_of(nexhb: Nexhb, requests: list[bytes]) -> list[int]:
+    """What each hears, on lines of their own, at once."""
+
+    async def ask(request: bytes) -> int:
+        async with line_to(nexhb) as line:
+            return (await line.ask(request))[0]
+
+    return await asyncio.gather(*map(ask, requests))
+
+
+async def test_a_devices_allowance_pays_once_for_what_is_refused_and_nothing_for_what_is_not_kept(
+    start_daemon: StartDaemon, now: datetime, served: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both ways: what the way around hands on to aiohttp is not paid for twice, and a 503 is given back."""
+    nexhb = await start_daemon(ingest=FOUR)
+    agents = {extra: [await nexhb.agent() for _ in range(2)] for extra in (b"", AROUND)}
+    for both in agents.values():
+        for agent in both:
+            assert (await agent.send(now - timedelta(hours=1))).status == 200  # the first of four
+    for extra, (refused, _) in agents.items():
+        async with line_to(nexhb) as line:
+            found = [(await line.ask(post(refused, now, extra, battery={"pct": 101})))[0] for _ in range(4)]
+        assert found == [422, 422, 422, 429], extra
+
+    def three_each(turn: int) -> list[bytes]:
+        return [
+            post(unkept, now - timedelta(minutes=3 * turn + number), extra)
+            for extra, (_, unkept) in agents.items()
+            for number in range(3)
+        ]
+
+    served.clear()
+    async with nexhb.database.connected(application="test") as conn, conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+        assert await statuses_of(nexhb, three_each(0)) == [503] * 6
+        assert served == [True] * 3
+    async with asyncio.timeout(60):
+        while (await nexhb.http.get(f"{nexhb.url}/readyz")).status != 200:
+            await asyncio.sleep(0.05)
+    with monkeypatch.context() as patch:  # it fills between the look at it and this
+        patch.setattr(Intake, "has_room", False)
+        patch.setattr(Intake, "admit", raising(Overloaded("10000 heartbeats wait to be committed.")))
+        assert await statuses_of(nexhb, three_each(1)) == [503] * 6
+    assert await statuses_of(nexhb, three_each(2)) == [200] * 6
+    assert await statuses_of(nexhb, three_each(3)[::3]) == [429] * 2
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function that raises it."""
+
+    def raise_it(*_: object, **__: object) -> None:
+        raise error
+
+    return raise_it
+
+
+async def test_who_has_guessed_too_often_costs_the_database_nothing_more(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears 429 in any case: the look-up before it was what went unnoticed."""
+    auth = config.Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open")
+    nexhb = await start_daemon(auth=auth.model_copy(update={"failures_per_minute": 0.2}))  # one, and no other for 5 min
+    asked: list[str] = []
+
+    async def find(_self: object, _token_hash: bytes) -> None:
+        asked.append("find")
+
+    async def enrol(*_: object) -> str:
+        asked.append("enrol")
+        raise EnrolmentRefused
+
+    monkeypatch.setattr(devices.DeviceStore, "find", find)
+    monkeypatch.setattr(devices, "enrol", enrol)
+    stranger = Agent(nexhb, "nobody", "x" * 43)
+    paths = ("/v1/heartbeat", "/v1/heartbeat", "/v1/heartbeats", "/v1/register")
+    heard = [(await stranger.post(b"{}", path)).status for path in paths]
+    assert (heard, asked) == ([401, 429, 429, 429], ["find"])
+    for key, status in (("wrong", 429), (ADMIN_KEY, 200)):
+        async with nexhb.http.get(f"{nexhb.url}/v1/fleet", headers={"x-admin": key}) as response:
+            assert response.status == status
+
+
+async def test_whoever_showed_a_key_keeps_his_line_whichever_way_took_it(
+    start_daemon: StartDaemon, now: datetime, served: list[bool]
+) -> None:
+    nexhb = await start_daemon(server=config.Server(port=0, shutdown_timeout_seconds=2, connections_max=10))
+    agent = await nexhb.agent()
+    async with AsyncExitStack() as stack:
+        line, *others = [await stack.enter_async_context(line_to(nexhb)) for _ in range(4)]
+        assert (await line.ask(post(agent, now)))[0] == 200
+        served.clear()
+        queue = post_body(agent, b"[]").replace(b"/v1/heartbeat ", b"/v1/heartbeats ")
+        admin = f"GET /v1/fleet HTTP/1.1\r\nHost: x\r\nx-admin: {ADMIN_KEY}\r\n\r\n".encode()
+        asked = (post(agent, now), queue, admin)
+        assert [(await one.ask(data))[0] for one, data in zip(others, asked, strict=True)] == [200] * 3
+        assert served == [True]
+        idle = [await stack.enter_async_context(line_to(nexhb)) for _ in range(20)]
+        async with asyncio.timeout(20):
+            assert await ended(idle[0])  # the first to go, where there are too many
+        assert [(await one.ask(HEALTH))[0] for one in (line, *others)] == [200] * 4
+
+
+async def ended(line: Line) -> bool:
+    """Whether it was closed without a word."""
+    try:
+        return await line.reader.read() == b""
+    except ConnectionError:
+        return True

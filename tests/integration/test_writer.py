@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import SecretStr
 
-from nexhb import devices, partitions
+from nexhb import devices, partitions, sql
 from nexhb import writer as writer_module
 from nexhb.config import Database as DatabaseSettings
 from nexhb.config import Ingest
@@ -218,6 +218,43 @@ async def test_a_commit_in_doubt_is_asked_after(
     assert (answer.status, answer.body["deduplicated"]) == (200, False)
     assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 1
     assert await nexhb.metric(name) == before + 1
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_doubt_ends_with_the_batch_that_was_given_up(
+    start_daemon: StartDaemon, proxy: Proxy, now: datetime
+) -> None:
+    """The next batch of the same length was taken for the one in doubt: 200 for a heartbeat that was nowhere."""
+    nexhb = await start_daemon(database=DatabaseSettings(url=SecretStr(proxy.dsn)))
+    agents = [await nexhb.agent() for _ in range(2)]
+    for agent in agents:
+        assert (await agent.send(now - timedelta(minutes=1))).status == 200
+    proxy.trick, proxy.refusing = Trick.SWALLOW_ANSWER, True
+    assert (await agents[0].send(now)).status == 503
+    assert proxy.played.is_set()
+    proxy.give_back()
+    await sent_at_last(agents[1], now)
+    rows = await nexhb.rows("SELECT device_id FROM heartbeat_history WHERE ts = $1 ORDER BY 1", now)
+    assert [row["device_id"] for row in rows] == [agent.device_id for agent in agents]
+
+
+async def test_a_witness_is_this_very_arrival_and_no_other(conn: Connection, now: datetime) -> None:
+    """A transaction number that was given out again may be another daemon's, which wrote the same heartbeat."""
+    await partitions.ensure(conn, [now.date()])
+    late = now - timedelta(days=3)
+    for table, at, bucket, more in (
+        ("device_heartbeats", now, 10, ""),
+        ("late_heartbeats", late, 20, ", reason"),
+    ):
+        values = "$1, $1, 1, $2, 1, false" + (", 'dropped'" if more else "")
+        columns = f"(ts, received_at, device_no, bucket, label_no, clock_wrong{more})"
+        await conn.execute(f"INSERT INTO {table} {columns} VALUES ({values})", at, bucket)
+    is_stored = sql.queries("writer")["is_stored"]
+    second = timedelta(seconds=1)
+    for bucket, at in ((10, now), (20, late)):
+        assert await conn.fetchval(is_stored, 1, bucket, at, at)
+        for other in ((2, bucket, at, at), (1, 30, at, at), (1, bucket, at + second, at), (1, bucket, at, at + second)):
+            assert not await conn.fetchval(is_stored, *other), other
 
 
 async def test_a_commit_that_hangs_is_given_up_and_made_again(
