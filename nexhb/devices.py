@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import csv
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import asyncpg
 
-from nexhb import log, metrics, sql
+from nexhb import devicefile, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
 from nexhb.pgerrors import FROM_THE_DATABASE
+from nexhb.texts import quoted, shown, unfit
 
 _Q = sql.queries("devices")
 _log = log.get("devices")
@@ -30,6 +29,7 @@ MISSES_HELD = 10_000  # unknown tokens remembered for a moment, so that a stray 
 MISS_HOLDS_S = 2.0
 READ_AT_ONCE = 1_000  # tokens; the loop is held for 2 to 4 ms
 LOOKUP_TIMEOUT_S = 5.0  # the wait for others' look-ups included
+LINES_NAMED = 20  # of those that are wrong in a file
 RESERVED = ("offline", "unity-down")  # GET /v1/devices/offline is a list, not a device
 
 
@@ -204,7 +204,7 @@ async def add(conn: Connection, device_id: str, alias: str | None) -> str:
         device_no = await conn.fetchval(_Q["add_device"], device_id, alias)
         if device_no is None:
             raise DeviceExists(
-                f"{device_id!r} is taken.", hint="`nexhb devices rotate` gives a known device a new token."
+                f"{quoted(device_id)} is taken.", hint="`nexhb devices rotate` gives a known device a new token."
             )
         await conn.execute(_Q["add_token"], hash_token(token), device_no)
     return token
@@ -261,19 +261,20 @@ async def page(conn: Connection, after: str, limit: int) -> list[asyncpg.Record]
 async def _device_no(conn: Connection, device_id: str) -> int:
     device_no = await conn.fetchval(_Q["device_no"], device_id)
     if device_no is None:
-        raise UnknownDevice(f"{device_id!r}.", hint="`nexhb devices list` shows them.")
+        raise UnknownDevice(f"{quoted(device_id)}.", hint="`nexhb devices list` shows them.")
     return int(device_no)
 
 
 def _check_device_id(device_id: str) -> None:
     _check_text(device_id, "device_id", 100)
     if device_id in RESERVED:
-        raise BadInput(f"device_id {device_id!r} is the name of a list.")
+        raise BadInput(f"device_id {quoted(device_id)} is the name of a list.")
 
 
 def _check_text(value: str, what: str, longest: int) -> None:
-    if not 1 <= len(value) <= longest or "\0" in value or not value.isprintable():
-        raise BadInput(f"{what} takes 1 to {longest} printable characters.")
+    odd = unfit(value)
+    if not 1 <= len(value) <= longest or odd:
+        raise BadInput(f"{what} takes 1 to {longest} printable characters{f', and {odd} is none' if odd else ''}.")
 
 
 @dataclass(frozen=True)
@@ -284,66 +285,58 @@ class Imported:
     devices_made: int
     tokens_added: int
     rows_of_revoked: int = 0  # their devices go on hearing 410
+    found: str = field(default="", compare=False)  # what is to be said of a file that is not just as documented
 
 
 async def import_csv(conn: Connection, path: Path) -> Imported:
-    """Take device_id,alias,token (or token_sha256, hex) rows; all or none. Idempotent.
+    """Take the devices and tokens of a table (see devicefile); all or none. Idempotent.
 
-    Raises BadInput naming the first bad lines.
+    Raises BadInput naming the bad lines.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            records = list(_rows(csv.DictReader(file, strict=True)))
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8: {error}.") from None
+    file = devicefile.parse(await asyncio.to_thread(path.read_bytes))
+    records: list[tuple[int, str, str | None, bytes]] = []
+    bad = [(line, why, "") for line, why in file.bad]
+    for row in file.rows:
+        try:
+            records.append((row.line, row.device_id, row.alias or None, _checked(row)))
+        except BadInput as error:
+            bad.append((row.line, error.detail.rstrip("."), ""))
+    if bad:
+        raise _bad_lines(sorted(bad))
     async with conn.transaction():
         await conn.execute(_Q["import_table"])
         await conn.copy_records_to_table("device_import", records=records)
-        if bad := await conn.fetch(_Q["import_conflicts"]):
-            raise BadInput("; ".join(f"line {r['line']} ({r['device_id']}): {r['why']}" for r in bad) + ".")
+        if conflicts := await conn.fetch(_Q["import_conflicts"]):
+            raise _bad_lines([(r["line"], r["why"], r["device_id"]) for r in conflicts])
         found = await conn.fetch(_Q["import_devices"])
         added = await conn.execute(_Q["import_tokens"])
     made, revoked = sum(row["made"] for row in found), sum(row["revoked"] for row in found)
-    return Imported(len(records), made, int(added.split()[-1]), revoked)
+    return Imported(len(records), made, int(added.split()[-1]), revoked, "" if file.is_plain else file.found())
 
 
-def _rows(reader: csv.DictReader[str]) -> Iterable[tuple[int, str, str | None, bytes]]:
-    try:
-        columns = set(reader.fieldnames or ())
-        if "device_id" not in columns or not columns & {"token", "token_sha256"}:
-            raise BadInput("the first line must name device_id, alias and token (or token_sha256).")
-        for row in reader:
-            try:
-                device_id, alias = (row["device_id"] or "").strip(), (row.get("alias") or "").strip() or None
-                _check_device_id(device_id)
-                _check_columns(row)
-                if alias is not None:
-                    _check_text(alias, "alias", 200)
-                yield reader.line_num, device_id, alias, _hash_in(row)
-            except BadInput as error:
-                raise BadInput(f"line {reader.line_num}: {error.detail}") from None
-    except csv.Error as error:
-        raise BadInput(f"line {reader.reader.line_num}: {error}.") from None
-
-
-def _check_columns(row: dict[str, str]) -> None:
-    if None in row:
-        raise BadInput("it has more columns than the first line.")
-
-
-def _hash_in(row: dict[str, str]) -> bytes:
-    if token := (row.get("token") or "").strip():
-        if len(token) < 32:
+def _checked(row: devicefile.Row) -> bytes:
+    """The hash of its token. Raises BadInput."""
+    _check_device_id(row.device_id)
+    if row.alias:
+        _check_text(row.alias, "alias", 200)
+    if row.token:
+        if len(row.token) < 32:
             raise BadInput("a token has 32 characters or more.")
-        return hash_token(token)
-    text = (row.get("token_sha256") or "").strip()
+        return hash_token(row.token)
     try:
-        digest = bytes.fromhex(text)
+        digest = bytes.fromhex(row.token_sha256)
     except ValueError:
         digest = b""
     if len(digest) != 32:
         raise BadInput("takes a token, or its SHA-256 as 64 hexadecimal digits.")
     return digest
+
+
+def _bad_lines(bad: list[tuple[int, str, str]]) -> BadInput:
+    """Line, what is wrong with it, and whose it is where that helps; the first of them are named."""
+    named = [f"line {line}{f' ({shown(of)})' if of else ''}: {why}" for line, why, of in bad[:LINES_NAMED]]
+    more = f"; and {len(bad) - LINES_NAMED:,} lines more" if len(bad) > LINES_NAMED else ""
+    return BadInput(f"{'; '.join(named)}{more}.", hint="Nothing was imported.")
 
 
 # ---- enrolment ------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from nexhb import metrics, sql
 from nexhb.db import Connection, Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
 from nexhb.pgerrors import is_retryable
+from nexhb.texts import quoted
 
 _Q = sql.queries("reads")
 _LEGACY = sql.legacy()
@@ -179,7 +180,7 @@ class Answers:
         async with _asking(self._pool, self._observe(question.name)) as conn:
             found = await self._way.ask(conn, question, now)
         if isinstance(question, OneDevice) and not found.rows:
-            raise UnknownDevice(f"{question.device_id!r}.")
+            raise UnknownDevice(f"{quoted(question.device_id)}.")
         return found
 
     def _observe(self, query: str) -> Callable[[float], None]:
@@ -210,7 +211,7 @@ class Reads(Answers):
         async with self._asking("history") as conn:
             device_no = await conn.fetchval(_Q["device_no"], device_id)
             if device_no is None:
-                raise UnknownDevice(f"{device_id!r}.")
+                raise UnknownDevice(f"{quoted(device_id)}.")
             return _rows(await conn.fetch(_Q["history"], device_no, start, end, limit))
 
     @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -80,6 +81,9 @@ def register() -> None:
 
 def main() -> None:
     """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Japanese shows escapes, not a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         register()
         app()

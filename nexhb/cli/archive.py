@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from nexhb import cli, cluster, daemon
 from nexhb.archive import catalog, get, restore, verify
 from nexhb.archive.catalog import Archived
 from nexhb.archive.manifest import COLUMNS
 from nexhb.archive.store import Store, open_store
+from nexhb.cli import tables
 from nexhb.db import Connection
 from nexhb.errors import BadInput, NexhbError
 from nexhb.jobs.runner import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_S
@@ -64,16 +64,18 @@ def list_archives(as_json: cli.Json = False) -> None:
     if as_json:
         cli.show({"archives": rows})
         return
-    table = Table("day", "state", "rows", "MiB", "verified", "drilled", "")
+    tables.show(("day", "state", "rows", "MiB", "verified", "drilled", "remark"), _cells(rows))
+
+
+def _cells(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         late = f"supplement {row['supplement_no']}" if row["supplement_no"] else ""
         restored = "restored" if row["restored_at"] else ""
-        table.add_row(
+        yield (
             f"{row['range_start']:%Y-%m-%d}", row["state"], f"{row['row_count'] or 0:,}",
             f"{(row['archive_bytes'] or 0) / 2**20:.1f}", _minute(row["verified_at"]), _minute(row["drilled_at"]),
             row["reason"] or late or restored,
         )  # fmt: skip
-    Console().print(table)
 
 
 def _minute(moment: datetime | None) -> str:

@@ -6,21 +6,23 @@ from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from nexhb import cli, cluster, daemon, migrate
 from nexhb import devices as store
+from nexhb.cli import tables
 from nexhb.db import Connection
 from nexhb.errors import BadInput
+from nexhb.texts import shown
 
 _commands = typer.Typer(no_args_is_help=True, help="Who may send heartbeats.")
 cli.app.add_typer(_commands, name="devices")
 T = TypeVar("T")
+
+PAGE = 5_000
 
 DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id, up to 100 characters.")]
 
@@ -83,7 +85,10 @@ def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
 
 @_commands.command(
     name="import",
-    help="Take devices and their tokens from a CSV file: all of it or, where a line is bad, nothing. Idempotent.",
+    help="""
+    Take devices and their tokens from a CSV file, as spreadsheets write it: all of it or, where a line is bad, nothing.
+    Idempotent.
+    """,
 )
 def import_file(
     file: Annotated[Path, typer.Argument(help="CSV with device_id,alias,token or token_sha256 (NexMDM's token_id).")],
@@ -93,8 +98,10 @@ def import_file(
         raise BadInput(f"there is no file {file}.")
     done = cli.run(_with_connection(lambda conn: store.import_csv(conn, file)))
     if as_json:
-        cli.show(asdict(done))
+        cli.show({name: value for name, value in asdict(done).items() if value != ""})
         return
+    if done.found:
+        typer.echo(f"Found {shown(done.found)}.")
     typer.echo(f"{done.rows} rows: {done.devices_made} devices made, {done.tokens_added} tokens added.")
     if done.rows_of_revoked:
         typer.echo(f"{done.rows_of_revoked} rows are of revoked devices, which hear 410 until `nexhb devices readmit`.")
@@ -102,27 +109,36 @@ def import_file(
 
 @_commands.command(name="list", help="List devices by id. Tokens are never shown: only their hashes are stored.")
 def list_devices(
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many.")] = 100,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many; all unless given.")] = None,
     after: Annotated[str, typer.Option(help="From behind this id.")] = "",
     as_json: cli.Json = False,
 ) -> None:
-    rows: list[dict[str, Any]] = [
-        dict(row) for row in cli.run(_with_connection(lambda conn: store.page(conn, after, limit)))
-    ]
+    rows, following = cli.run(_with_connection(lambda conn: _pages(conn, after, limit)))
     if as_json:
-        cli.show({"devices": rows})
+        cli.show({"devices": rows, "next": following})
         return
-    table = Table("device_id", "alias", "model", "last heartbeat", "")
-    for row in rows:
-        last = f"{row['last_ts']:%Y-%m-%d %H:%M:%SZ}" if row["last_ts"] else "never"
-        texts = (_plain(row["device_id"]), _plain(row["alias"]), _plain(row["model"]))
-        table.add_row(*texts, last, "revoked" if row["revoked_at"] else "")
-    Console().print(table)
+    columns = ("device_id", "alias", "model", "last heartbeat", "revoked")
+    tables.show(columns, (_cells(row) for row in rows))
+    if following is not None:
+        typer.echo(f"There are more: nexhb devices list --after {quote(following)}", err=True)
 
 
-def _plain(text: str | None) -> Text:
-    """What a device calls itself is no markup, and moves no cursor."""
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in text or ""))
+async def _pages(conn: Connection, after: str, limit: int | None) -> tuple[list[dict[str, Any]], str | None]:
+    """Devices from behind `after`, and the last one's id where there are more than `limit`."""
+    rows: list[dict[str, Any]] = []
+    while True:
+        wanted = PAGE if limit is None else min(PAGE, limit + 1 - len(rows))
+        page = await store.page(conn, rows[-1]["device_id"] if rows else after, wanted)
+        rows += [dict(row) for row in page]
+        if limit is not None and len(rows) > limit:
+            return rows[:limit], rows[limit - 1]["device_id"]
+        if len(page) < wanted:
+            return rows, None
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    last = f"{row['last_ts']:%Y-%m-%d %H:%M:%SZ}" if row["last_ts"] else "never"
+    return row["device_id"], row["alias"] or "", row["model"] or "", last, "revoked" if row["revoked_at"] else ""
 
 
 @_commands.command(

@@ -19,6 +19,7 @@ from nexhb.legacy import importing
 from nexhb.legacy import source as sources
 from nexhb.legacy.importing import Imported, Options
 from nexhb.locks import Lock
+from nexhb.texts import quoted
 
 RATE = 10_000
 NAMED = 20
@@ -114,7 +115,7 @@ def _lines(found: Imported) -> Iterable[str]:
     for reason, count in of.reasons.most_common():
         yield f"  not taken {count:,}: {reason}"
     for device_id, reason in of.refused[:NAMED]:
-        yield f"    {device_id!r}: {reason}"
+        yield f"    {quoted(device_id)}: {reason}"
     yield f"heartbeats since {found.since}: read now {found.total('read_now'):,} in {found.seconds:.0f} s"
     yield f"  {'day':10}  {'source':>11} {'written':>11} {'now':>11} {'duplicates':>11} {'refused':>9} {'missing':>9}"
     for day in found.days:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from nexhb import cli, cluster
 from nexhb import partitions as days
+from nexhb.cli import tables
 
 
 async def _known() -> list[dict[str, Any]]:
@@ -25,7 +24,11 @@ def partitions(as_json: cli.Json = False) -> None:
     if as_json:
         cli.show({"partitions": rows})
         return
-    table = Table("day", "state", "rows", "MiB", "")
+    tables.show(("day", "state", "rows", "MiB", "remark"), _cells(rows))
+    typer.echo(_as_of(row["counted_at"] for row in rows))
+
+
+def _cells(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         state = row["state"]
         if state != "dropped" and not row["present"]:
@@ -34,9 +37,7 @@ def partitions(as_json: cli.Json = False) -> None:
             state += ", but detached"
         counted = "" if row["row_count"] is None else f"{row['row_count']:,}"
         note = row["reason"] or ("restored" if row["restored_at"] else "")
-        table.add_row(f"{row['range_start']:%Y-%m-%d}", state, counted, f"{(row['bytes_size'] or 0) / 2**20:.1f}", note)
-    Console().print(table)
-    typer.echo(_as_of(row["counted_at"] for row in rows))
+        yield f"{row['range_start']:%Y-%m-%d}", state, counted, f"{(row['bytes_size'] or 0) / 2**20:.1f}", note
 
 
 def _as_of(counted_at: Iterable[datetime | None]) -> str:

@@ -15,6 +15,7 @@ from nexhb.http import body, query
 from nexhb.http.client import address_of
 from nexhb.http.parts import PARTS, writable_connection
 from nexhb.http.problem import SERVER, Problem, answer
+from nexhb.texts import unfit
 from nexhb.wire import FieldError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ async def put_flags(request: web.Request) -> web.Response:
     wanted = _object(raw or b"{}")
     by = wanted.pop("changed_by", None)
     changes, wrong = _checked(wanted)
-    if by is not None and not (isinstance(by, str) and 1 <= len(by) <= 100 and by.isprintable()):
+    if by is not None and not (isinstance(by, str) and 1 <= len(by) <= 100 and not unfit(by)):
         wrong.append(FieldError("changed_by", "takes 1 to 100 printable characters"))
     if wrong:
         raise Problem(422, "; ".join(f"{e.path}: {e.message}" for e in wrong) + ".", errors=wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple, Protocol
 
+from nexhb.texts import unfit
 from nexhb.wire import INT16_MAX, INT32_MAX, Label, bucket_of, pack_ip
 
 _BCRYPT = re.compile(r"\$2[abxy]\$(\d\d)\$[./A-Za-z0-9]{53}")
@@ -101,7 +102,7 @@ def facts(row: Columns, dropped: list[str]) -> tuple[Any, ...]:
 
 def why_no_device(device_id: str) -> str | None:
     """Why nexhb cannot have a device of that id; None where it can."""
-    if not 1 <= len(device_id) <= 100 or not device_id.isprintable():
+    if not 1 <= len(device_id) <= 100 or unfit(device_id):
         return "its id is not 1 to 100 printable characters"
     return "its id is the name of a list" if device_id in RESERVED else None
 

@@ -82,8 +82,7 @@ FROM (SELECT *, count(*) OVER (PARTITION BY device_id) AS same_id,
 LEFT JOIN devices d ON d.device_id = i.device_id
 LEFT JOIN device_tokens c ON c.token_sha256 = i.token_sha256 AND c.device_no IS DISTINCT FROM d.device_no
 WHERE c.device_no IS NOT NULL OR i.same_id > 1 OR i.same_token > 1
-ORDER BY i.line
-LIMIT 20;
+ORDER BY i.line;
 
 -- name: import_devices
 -- New devices are made; a known one keeps its number, its alias where the file gives none, and its revocation.

@@ -378,6 +378,46 @@ async def test_tokens_and_their_hashes_are_imported_and_work(
         assert (await sending(nexhb, f"kiosk-{number}", TOKENS[number], now)()).status == 200
 
 
+WORLD = ["渋谷店\u30003号機", "فروشگاه می\u200cدان", "Магазин 7", "חנות\u200f 7"]  # noqa: RUF001
+
+
+async def test_the_names_that_heartbeats_may_have_operators_may_give(
+    open_house: Nexhb, conn: Connection, now: datetime, csv: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """An ideographic space or a zero-width non-joiner was refused by import, add and register, with the whole file."""
+    key = await devices.issue_enrolment_key(conn, note=WORLD[0], uses=10, expires_at=now + timedelta(days=1))
+    body = "".join(f"{name}-i;{name};{'i' * 40}{n}\r\n" for n, name in enumerate(WORLD))
+    file = csv("Device ID;Alias;Token\r\n;;\r\n" + body)
+    assert await devices.import_csv(conn, file) == devices.Imported(4, 4, 4)
+    for name in WORLD:
+        await devices.add(conn, f"{name}-a", name)
+        assert (await register(open_house, key, f"{name}-r", alias=name)).status == 200
+        assert (await (await open_house.agent(f"{name}-h")).send(now, alias=name)).status == 200
+    listed = (await open_house.get("/v1/devices"))["devices"]
+    assert {(row["device_id"], row["alias"]) for row in listed} == {(f"{n}-{way}", n) for n in WORLD for way in "iarh"}
+    listing = await asyncio.create_subprocess_exec(
+        ".venv/bin/python", "-m", "nexhb", "devices", "list",
+        env={"DATABASE_URL": open_house.database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "COLUMNS": "20", "LANG": "C"},
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    lines = (await asyncio.wait_for(listing.communicate(), 50))[0].decode().splitlines()
+    assert lines[0] == "device_id\talias\tmodel\tlast heartbeat\trevoked"
+    found = sorted(line.split("\t")[:2] for line in lines[1:])
+    assert found == sorted([row["device_id"], row["alias"]] for row in listed)
+    for name in ("a\tb", "a\u2028b", "a\u202eb", "a\ud83d"):
+        with pytest.raises(BadInput, match=r"and U\+[0-9A-F]{4} is none"):
+            await devices.add(conn, name, None)
+
+
+async def test_every_bad_line_of_a_file_is_named_up_to_twenty(conn: Connection, csv: Callable[[str], Path]) -> None:
+    bad = "".join(f"kiosk-{n},a\u2028b,{'x' * 40}{n}\n" for n in range(25))
+    with pytest.raises(BadInput) as refused:
+        await devices.import_csv(conn, csv(f"device_id,alias,token\ngood,,{TOKENS[0]}\n{bad}last,,short\n"))
+    assert [f"line {n}: " in str(refused.value) for n in (2, 3, 22, 23)] == [False, True, True, False]
+    assert "and 6 lines more. Nothing was imported." in str(refused.value)
+    assert await stored(conn) == set()
+
+
 async def test_a_second_import_changes_nothing(conn: Connection, csv: Callable[[str], Path]) -> None:
     file = csv("\ufeffdevice_id,token\n" + "".join(f"kiosk-{n},{TOKENS[n]}\n" for n in range(3)))
     assert await devices.import_csv(conn, file) == devices.Imported(3, 3, 3)
