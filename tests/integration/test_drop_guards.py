@@ -173,8 +173,8 @@ async def test_a_drill_and_a_restore_compare_what_was_loaded_and_not_only_what_w
 
     fill, load = restore._fill, verify.load
 
-    async def changes_a_value(conn: Connection, store: Any, archives: Any, into: Any) -> int:
-        rows = await fill(conn, store, archives, into)
+    async def changes_a_value(conn: Connection, store: Any, archives: Any, into: Any, spool: Any) -> int:
+        rows = await fill(conn, store, archives, into, spool)
         await conn.execute(f"UPDATE {into.qualified} SET temp_c = temp_c + 1 WHERE uptime_s = 7")
         return rows
 
