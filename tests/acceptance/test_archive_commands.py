@@ -18,6 +18,7 @@ import pytest
 from nexhb import partitions
 from nexhb.db import Connection, Database
 from nexhb.locks import Lock, held
+from tests.conftest import SOON_S
 
 DEVICES, ROWS = 20, 1_000
 
@@ -167,7 +168,7 @@ async def test_a_nightly_run_that_is_killed_again_and_again_loses_nothing(
     before = [tuple(row) for row in await conn.fetch("SELECT device_id, ts FROM heartbeat_history ORDER BY 1, 2")]
     killed = [await killed_when(environment, conn, tmp_path, moment) for moment in MOMENTS]
     assert any(killed)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while await conn.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"):
             await asyncio.sleep(0.05)  # the last one's backend finds out that nobody is there
     run = as_json(environment, "nightly")

@@ -17,7 +17,7 @@ import pytest
 
 from nexhb.config import Ingest, Reads
 from nexhb.db import Database
-from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon
 
 POSTING, SILENT, READERS = 12, 10, 6
 LISTS = ("/v1/devices/offline", "/v1/devices/unity-down")
@@ -118,7 +118,7 @@ class Operator:
         """Switch flags, and wait until both daemons have them and a few comparisons were made under them."""
         wanted = await self.nexhb("flags", "set", *changes)
         wanted.pop("changes")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SOON_S):
             for nexhb in load.daemons:
                 while await nexhb.get("/ops/flags") != wanted:
                     pass

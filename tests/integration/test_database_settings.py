@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from nexhb import config, daemon, db
 from nexhb.db import Connection, Database
-from tests.conftest import StartDaemon
+from tests.conftest import SOON_S, StartDaemon
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ async def set_fsync(conn: Connection, value: str) -> None:
     """Set it, and wait until it holds."""
     await conn.execute(f"ALTER SYSTEM SET fsync = {value}")
     await conn.execute("SELECT pg_reload_conf()")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         while await conn.fetchval("SHOW fsync") != value:
             await asyncio.sleep(0.02)
 
@@ -46,10 +46,10 @@ async def test_fsync_off_makes_a_daemon_not_ready_until_it_is_on(
     assert (refused.status, "fsync is off" in refused.body["detail"]) == (503, True)
     assert int(refused.headers["Retry-After"]) >= 2
     await set_fsync(conn, "on")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         while (await (await nexhb.http.get(f"{nexhb.url}/readyz")).json())["reasons"]:
             await asyncio.sleep(0.02)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(now)).status != 200:
             await asyncio.sleep(0.05)
 

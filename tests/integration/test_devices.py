@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -21,21 +20,20 @@ from nexhb import devices
 from nexhb.config import Auth
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, UnknownDevice
-from tests.conftest import ADMIN_KEY, Agent, Answer, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, Answer, Nexhb, StartDaemon
 
-AT_ONCE_S = 2.0
 Sending = Callable[[], Coroutine[Any, Any, Answer]]
 
 
-async def becomes(wanted: int, ask: Sending, within_s: float = AT_ONCE_S) -> None:
-    """Ask until this status is the answer; a bound stands for "at once"."""
+async def becomes(wanted: int, ask: Sending) -> None:
+    """Ask until this status is the answer."""
     status = 0
     try:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(SOON_S):
             while status != wanted:
                 status = (await ask()).status
     except TimeoutError:
-        pytest.fail(f"after {within_s} s the answer is still {status}, not {wanted}")
+        pytest.fail(f"after {SOON_S} s the answer is still {status}, not {wanted}")
 
 
 def sending(nexhb: Nexhb, device_id: str, token: str, made_at: datetime) -> Sending:
@@ -184,7 +182,7 @@ async def test_a_readmission_waits_for_a_change_that_is_under_way(
             await devices.revoke(conn, "kiosk-1", now)
             readmitting = asyncio.create_task(devices.readmit(other, "kiosk-1"))
             waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND pid = $1"
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(SOON_S):
                 while not await conn.fetch(waits, other.get_server_pid()):
                     assert not readmitting.done()
         assert await readmitting == devices.Readmitted(was_revoked=True, tokens=1)
@@ -312,7 +310,7 @@ async def test_an_unknown_token_is_answered_only_when_the_store_was_read(
         await conn.execute("LOCK TABLE device_tokens IN ACCESS EXCLUSIVE MODE")
         answer = asyncio.create_task(sending(nexhb, "kiosk-1", token, now)())
         waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%device_tokens%'"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while not (await nexhb.rows(waits))[0][0]:
                 assert not answer.done()
         device_no = await conn.fetchval("INSERT INTO devices (device_id) VALUES ('kiosk-1') RETURNING device_no")
@@ -330,7 +328,7 @@ async def test_an_unknown_token_costs_one_look_up_and_not_one_a_heartbeat(
     async with conn.transaction():
         await conn.execute("LOCK TABLE device_tokens IN ACCESS EXCLUSIVE MODE")  # a second look-up would hang here
         for _ in range(20):
-            assert (await asyncio.wait_for(sending(nexhb, "stray", token, now)(), 2)).status == 401
+            assert (await asyncio.wait_for(sending(nexhb, "stray", token, now)(), SOON_S)).status == 401
 
 
 # ---- import -----------------------------------------------------------------------------------------------------
@@ -400,7 +398,7 @@ async def test_the_names_that_heartbeats_may_have_operators_may_give(
         env={"DATABASE_URL": open_house.database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "COLUMNS": "20", "LANG": "C"},
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    lines = (await asyncio.wait_for(listing.communicate(), 50))[0].decode().splitlines()
+    lines = (await asyncio.wait_for(listing.communicate(), SOON_S))[0].decode().splitlines()
     assert lines[0] == "device_id\talias\tmodel\tlast heartbeat\trevoked"
     found = sorted(line.split("\t")[:2] for line in lines[1:])
     assert found == sorted([row["device_id"], row["alias"]] for row in listed)
@@ -479,20 +477,19 @@ async def test_a_bad_line_is_named_and_nothing_is_imported(
     assert await conn.fetchval("SELECT count(*) FROM devices") == 1
 
 
-async def test_twenty_thousand_devices_are_imported_in_seconds_beside_a_running_daemon(
-    nexhb: Nexhb, conn: Connection, now: datetime, csv: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+async def test_twenty_thousand_devices_are_imported_by_a_few_statements_beside_a_running_daemon(
+    nexhb: Nexhb, conn: Connection, now: datetime, csv: Callable[[str], Path]
 ) -> None:
+    """Half a second on a quiet machine; row by row, it would be minutes."""
     tokens = [f"{number:05d}-{'t' * 40}" for number in range(20_000)]
     lines = [f"kiosk-{number},Store {number},{token}" for number, token in enumerate(tokens)]
     file = csv("device_id,alias,token\n" + "\n".join(lines) + "\n")
-    started = time.perf_counter()
-    assert await devices.import_csv(conn, file) == devices.Imported(20_000, 20_000, 20_000)
-    took_s = time.perf_counter() - started
-    with capsys.disabled():
-        print(f"\n20,000 devices imported in {took_s:.2f} s")
-    assert took_s < 20
+    statements: list[str] = []
+    with conn.query_logger(lambda logged: statements.append(logged.query)):
+        assert await devices.import_csv(conn, file) == devices.Imported(20_000, 20_000, 20_000)
+    assert len(statements) < 12
     # More than a notification holds: the daemon reads the whole store again.
-    async with asyncio.timeout(AT_ONCE_S):
+    async with asyncio.timeout(SOON_S):
         while await nexhb.metric("nexhb_devices_known") != 20_000:
             pass
     for number in (0, 9_999, 19_999):
@@ -534,7 +531,7 @@ async def test_a_registration_without_a_key_is_refused_before_its_body_is_read(o
     host, port = open_house.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         assert (await reader.readuntil(b"\r\n")).split()[1] == b"401"
     writer.close()
 
@@ -647,7 +644,7 @@ async def revoked_while_its_heartbeat_waits(
         await conn.execute("LOCK TABLE heartbeat_labels IN ACCESS EXCLUSIVE MODE")
         sent = asyncio.create_task(agent.send(made_at, unity_process_running=False, app_version="2.0"))
         waits = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'nexhb writer'"
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(SOON_S):
             while not await nexhb.rows(waits):
                 pass
         await devices.revoke(other, "kiosk-1", made_at)
@@ -700,7 +697,7 @@ async def test_an_enrolment_key_that_is_no_text_is_401(open_house: Nexhb) -> Non
         b"POST /v1/register HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xe4\xff\r\n"
         b"Content-Type: application/json\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
     )
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), SOON_S)
     writer.close()
     assert answer.split()[1] == b"401"
 
@@ -731,7 +728,7 @@ async def test_a_slip_is_mended_by_command(
             env={"DATABASE_URL": nexhb.database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "PATH": "/usr/bin"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        output, _ = await asyncio.wait_for(process.communicate(), 50)
+        output, _ = await asyncio.wait_for(process.communicate(), SOON_S)
         return process.returncode or 0, output.decode()
 
     file = str(csv(f"device_id,token\nkiosk-0,{TOKENS[0]}\nkiosk-1,{TOKENS[1]}\n"))
@@ -810,11 +807,14 @@ LISTENS = ("nexhb_device_refreshes_total", {"why": "listen", "status": "ok"})
 
 @asynccontextmanager
 async def followed(database: Database, refresh_s: float) -> AsyncIterator[devices.DeviceStore]:
-    """A store that is read and followed, and reads everything again every refresh_s."""
+    """A store that follows by now, and reads everything again every refresh_s."""
     store = devices.DeviceStore(database, refresh_s=refresh_s)
-    await store.load()
+    before = REGISTRY.get_sample_value(*LISTENS) or 0
     following = asyncio.create_task(store.run())
     try:
+        async with asyncio.timeout(SOON_S):
+            while (REGISTRY.get_sample_value(*LISTENS) or 0) == before:
+                await asyncio.sleep(0.01)
         yield store
     finally:
         following.cancel()
@@ -827,11 +827,7 @@ async def test_a_listener_that_is_lost_is_replaced_and_what_was_missed_is_read(
 ) -> None:
     """It was noticed by the next refresh only, minutes later, and a revoked device was taken until then."""
     token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
-    before = REGISTRY.get_sample_value(*LISTENS) or 0
     async with followed(database, refresh_s=3600) as store:
-        async with asyncio.timeout(60):
-            while (REGISTRY.get_sample_value(*LISTENS) or 0) == before:
-                await asyncio.sleep(0.01)
         pid = await conn.fetchval(LISTENER)
         async with conn.transaction():
             await devices.revoke(conn, "kiosk-1", now)
@@ -839,7 +835,7 @@ async def test_a_listener_that_is_lost_is_replaced_and_what_was_missed_is_read(
             async with database.connected(application="test") as other, asyncio.timeout(60):
                 while await other.fetchval(LISTENER) == pid:
                     await asyncio.sleep(0.01)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(SOON_S):
             while not store._by_hash[token].revoked:
                 await asyncio.sleep(0.01)
 
@@ -851,7 +847,7 @@ async def test_a_notice_that_is_lost_is_made_good_by_the_next_refresh(
     async with followed(database, refresh_s=0.05) as store:
         await conn.execute("SET session_replication_role = replica")  # no trigger, and so no notice
         await devices.revoke(conn, "kiosk-1", now)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(SOON_S):
             while not store._by_hash[token].revoked:
                 await asyncio.sleep(0.01)
 

@@ -18,6 +18,7 @@ from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged, JobFailed
 from nexhb.jobs.nightly import Night
 from nexhb.locks import Lock, held
+from tests.conftest import SOON_S
 from tests.integration.test_nightly import NOW, OLD, House, house
 
 __all__ = ["house"]  # a fixture
@@ -38,7 +39,7 @@ async def holder_of(house: House) -> AsyncIterator[Connection]:
 async def waits_for_a_lock(conn: Connection) -> None:
     """Return once somebody waits for a lock on the day's table."""
     waiting = "SELECT FROM pg_locks WHERE relation = $1::text::regclass AND NOT granted"
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(SOON_S):
         while not await conn.fetch(waiting, NAME):
             await asyncio.sleep(0.01)
 

@@ -22,6 +22,7 @@ import pytest
 
 from nexhb import embedded, pgaccount
 from nexhb.errors import EmbeddedPostgresError
+from tests.conftest import SOON_S
 
 REPO = Path(__file__).parents[2]
 SITE = Path(asyncpg.__file__).parents[1]
@@ -61,7 +62,7 @@ def end(pgdata: Path, number: signal.Signals) -> None:
         wait_until(lambda: not embedded._alive(found.pid, pgdata))
 
 
-def wait_until(true: Callable[[], object], timeout_s: float = 30.0) -> None:
+def wait_until(true: Callable[[], object], timeout_s: float = SOON_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it did not come to pass"

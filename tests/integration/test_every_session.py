@@ -23,7 +23,7 @@ from nexhb.cli import devices as _devices  # noqa: F401 - to import a command re
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnfit
 from nexhb.partitions import midnight
-from tests.conftest import ADMIN_KEY, Agent, StartDaemon, dsn_of
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, StartDaemon, dsn_of
 from tests.integration.test_nightly import House
 
 SOURCES = Path(package.__file__).parent
@@ -145,7 +145,7 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
     async with database.connected(application="test") as one:
         key = await devices.issue_enrolment_key(one, note=None, uses=1, expires_at=now + timedelta(hours=1))
         await devices.revoke(one, agent.device_id, now)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(now + timedelta(seconds=40))).status != 410:
             await asyncio.sleep(0.02)
     registered = await nexhb.http.post(
@@ -230,7 +230,7 @@ async def test_a_database_that_cannot_store_every_text_is_refused_at_the_start(
     dsn = dsn_of(cluster, name)
     try:
         with pytest.raises(DatabaseUnfit, match=f"Its encoding is {encoding}.*ENCODING 'UTF8'"):
-            await asyncio.wait_for(start_daemon(url=dsn), 20)  # at once, not after a minute of patience
+            await asyncio.wait_for(start_daemon(url=dsn), SOON_S / 2)  # not after a minute of patience
         bare = await asyncpg.connect(dsn)
         assert await bare.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'schema_migrations'") == 0
         await bare.close()

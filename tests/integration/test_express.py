@@ -20,7 +20,7 @@ from nexhb.http.connections import Guarded
 from nexhb.http.express import Express
 from nexhb.http.head import Request
 from nexhb.intake import Intake
-from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon, example
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon, example
 
 AROUND = b"X-Around: no\r\n"  # a field that is not known there: aiohttp's way
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -48,7 +48,7 @@ class Line:
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """The next one: status, headers, body."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             text = (await self.reader.readuntil(b"\r\n\r\n")).decode()
             first, *lines = text.strip().split("\r\n")
             headers = dict(line.split(": ", 1) for line in lines)
@@ -132,13 +132,13 @@ async def test_neither_a_revoked_device_nor_a_full_queue_is_passed_by(
         async with conn.transaction():
             await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
             line.writer.write(post(agent, now))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(SOON_S):
                 while not served:
                     await asyncio.sleep(0.01)
             assert (await second.ask(post(other, now)))[0] == 503
         await line.answer()
         await devices.revoke(conn, other.device_id, now)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await second.ask(post(other, now)))[0] != 410:
                 await asyncio.sleep(0.02)
     assert served[:2] == [True, False]
@@ -247,7 +247,7 @@ async def test_who_leaves_before_the_answer_is_committed_all_the_same(nexhb: Nex
     async with line_to(nexhb) as line:
         line.writer.write(post(agent, now))
         await line.writer.drain()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while len(await nexhb.rows("SELECT FROM device_heartbeats")) < 2:
             await asyncio.sleep(0.02)
     assert (await agent.send(now)).body["deduplicated"]
@@ -269,7 +269,7 @@ async def test_what_cannot_be_committed_is_answered_503(
         assert headers["Content-Type"] == "application/problem+json"
         assert 2 <= int(headers["Retry-After"]) <= 12
         assert orjson.loads(body)["status"] == 503
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(SOON_S):
             while (status := (await line.ask(post(agent, now)))[0]) == 503:
                 await asyncio.sleep(0.2)
         assert status == 200
@@ -290,7 +290,7 @@ async def test_a_daemon_that_stops_answers_what_it_took_and_closes(
             async with conn.transaction():
                 await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
                 line.writer.write(post(agent, now))
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(SOON_S):
                     while not served:
                         await asyncio.sleep(0.01)
                 stopping = tasks.create_task(stack.aclose())
@@ -423,7 +423,7 @@ async def test_whoever_showed_a_key_keeps_his_line_whichever_way_took_it(
         assert [(await one.ask(data))[0] for one, data in zip(others, asked, strict=True)] == [200] * 3
         assert served == [True]
         idle = [await stack.enter_async_context(line_to(nexhb)) for _ in range(20)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             assert await ended(idle[0])  # the first to go, where there are too many
         assert [(await one.ask(HEALTH))[0] for one in (line, *others)] == [200] * 4
 

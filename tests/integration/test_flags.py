@@ -18,10 +18,9 @@ from nexhb import flags, log
 from nexhb.config import Reads, Settings
 from nexhb.db import Connection, Database
 from nexhb.flags import Flags, FlagStore
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon
 from tests.proxy import Proxy
 
-SLOW_S = 10.0  # what a slow machine may take; that it takes less than a second, test_rollout.py shows under load
 OFF = {"read_from_last_status": False}
 
 
@@ -33,15 +32,15 @@ async def put(nexhb: Nexhb, wanted: object, status: int = 200) -> Any:
         return body
 
 
-async def becomes(nexhb: Nexhb, within_s: float = SLOW_S, **wanted: object) -> None:
+async def becomes(nexhb: Nexhb, **wanted: object) -> None:
     """Ask until the flags are so."""
     found: dict[str, Any] = {}
     try:
-        async with asyncio.timeout(within_s):
+        async with asyncio.timeout(SOON_S):
             while not wanted.items() <= found.items():
                 found = await nexhb.get("/ops/flags")
     except TimeoutError:
-        pytest.fail(f"after {within_s} s they are still {found}")
+        pytest.fail(f"after {SOON_S} s they are still {found}")
 
 
 async def history(nexhb: Nexhb) -> list[tuple[Any, ...]]:
@@ -125,7 +124,7 @@ async def test_the_databases_absence_keeps_the_flags_and_not_the_news(
         await put(nexhb, {"rollout_percent": 20}, 503)
         assert not nexhb.running.failed.done()
         proxy.give_back()
-        await becomes(nexhb, within_s=30, rollout_percent=10, **OFF)
+        await becomes(nexhb, rollout_percent=10, **OFF)
         assert not nexhb.running.failed.done()
 
 
@@ -137,7 +136,7 @@ async def test_a_follower_that_dies_stops_the_daemon(
 
     monkeypatch.setattr(FlagStore, "_follow", dies)
     nexhb = await start_daemon()
-    assert str(await asyncio.wait_for(nexhb.running.failed, 10)) == "a defect"
+    assert str(await asyncio.wait_for(nexhb.running.failed, SOON_S)) == "a defect"
 
 
 async def test_two_who_change_at_once_leave_one_history(database: Database, now: datetime) -> None:
@@ -162,7 +161,7 @@ async def test_each_change_is_one_event_and_a_gauge(nexhb: Nexhb) -> None:
     await put(nexhb, {"rollout_percent": 10, "perf_diff": True, "changed_by": "Ada"})
     await put(nexhb, {"rollout_percent": 10})  # which it is
     await put(nexhb, {"perf_diff": False})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while lines.getvalue().count("flags.changed") < 3:
             await nexhb.get("/ops/flags")
     found = [orjson.loads(line) for line in lines.getvalue().splitlines()]
@@ -211,7 +210,7 @@ def command(database: Database, tmp_path: Path) -> Command:
             env={"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "LOGNAME": "ada", "PATH": "/usr/bin"},
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
-        output, _ = await asyncio.wait_for(process.communicate(), 50)
+        output, _ = await asyncio.wait_for(process.communicate(), SOON_S)
         return process.returncode or 0, output.decode()
 
     return run

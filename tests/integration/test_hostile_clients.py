@@ -21,7 +21,7 @@ from nexhb import config
 from nexhb.errors import ConfigError
 from nexhb.http import connections, tls
 from nexhb.http.connections import Guarded
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 from tests.tls import certificate, served_name
 
 HEAD = b"POST /v1/heartbeat HTTP/1.1\r\nHost: x\r\n"
@@ -37,7 +37,7 @@ async def line_to(nexhb: Nexhb) -> AsyncIterator[tuple[asyncio.StreamReader, asy
         writer.close()
 
 
-async def ended(reader: asyncio.StreamReader, within_s: float = 10) -> bytes:
+async def ended(reader: asyncio.StreamReader, within_s: float = SOON_S) -> bytes:
     """What came until the other side closed. Raises TimeoutError."""
     async with asyncio.timeout(within_s):
         try:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from nexhb import config, devices, flags, partitions, rollout
 from nexhb.config import Reads
 from nexhb.db import Connection, Database
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon
 
 LEGACY, FAST = Reads(from_last_status=False), Reads()
 LISTS = ("/v1/devices/offline?minutes=10", "/v1/devices/unity-down")
@@ -63,7 +63,7 @@ async def test_both_ways_answer_the_same(start_daemon: StartDaemon, now: datetim
     ]
     fast = [await nexhb.get(path) for path in paths]
     await nexhb.rows("UPDATE feature_flags SET value = 'false' WHERE flag = 'read_from_last_status'")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (await nexhb.get(LISTS[0]))["source"] != "legacy":
             pass
     legacy = [await nexhb.get(path) for path in paths]
@@ -191,7 +191,7 @@ async def test_a_device_is_always_read_the_same_way_and_who_is_in_stays_in(start
     for percent in (0, 10, 50, 100):
         async with nexhb.database.connected(application="test") as conn:
             await flags.change(conn, {"rollout_percent": percent}, "test", nexhb.clock(), flags.Flags())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await nexhb.get("/ops/flags"))["rollout_percent"] != percent:
                 pass
         inside = {name for name in names for _ in range(2) if await is_fast(nexhb, name)}

@@ -19,7 +19,7 @@ from nexhb.flags import Flags
 from nexhb.jobs import board
 from nexhb.perfdiff import Comparison
 from nexhb.reads import Offline, OneDevice, Question, UnityDown
-from tests.conftest import Nexhb, StartDaemon, example
+from tests.conftest import SOON_S, Nexhb, StartDaemon, example
 from tests.integration.test_legacy_reads import either
 from tests.proxy import Proxy
 
@@ -205,7 +205,7 @@ async def test_what_is_written_between_the_two_queries_differs_not(
 
 async def compared(nexhb: Nexhb, wanted: int, path: str = LIST) -> list[Any]:
     """Ask until so many comparisons are written down."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while len(rows := await nexhb.rows("SELECT * FROM perf_diff_comparisons ORDER BY comparison_no")) < wanted:
             await nexhb.get(path)
     return rows
@@ -219,7 +219,7 @@ async def test_each_comparison_is_an_event_a_row_and_a_metric(start_daemon: Star
     log.setup("info", lines := io.StringIO())
     row = (await compared(nexhb, 1))[0]
     assert (row["query"], row["fast_rows"], row["legacy_rows"], row["rows_differ"]) == ("offline", 1, 1, 0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while await nexhb.metric(same) <= before:
             pass
     for source in ("last_status", "legacy"):
@@ -239,7 +239,7 @@ async def test_too_many_mismatches_turn_the_fast_reads_off_loudly(start_daemon: 
     rows = await compared(nexhb, 3)
     assert [(row["rows_differ"], row["examples"]) for row in rows[:3]] == [(1, ["kiosk"])] * 3
     for one in (nexhb, other):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await one.get(LIST))["source"] != "legacy":
                 pass
     [change] = await nexhb.rows("SELECT * FROM feature_flag_changes WHERE changed_by = 'perf_diff'")
@@ -254,7 +254,7 @@ async def test_too_many_mismatches_turn_the_fast_reads_off_loudly(start_daemon: 
         await flags.change(conn, {"read_from_last_status": True}, "Ada", nexhb.clock(), Flags())
     rows = await compared(nexhb, seen + 1)
     assert len(await nexhb.rows("SELECT FROM feature_flag_changes WHERE changed_by = 'perf_diff'")) == 1
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while len(await nexhb.rows("SELECT FROM feature_flag_changes WHERE changed_by = 'perf_diff'")) == 1:
             await other.get(LIST)  # of whichever daemon
     assert len(await nexhb.rows("SELECT FROM perf_diff_comparisons")) >= seen + 3
@@ -285,7 +285,7 @@ async def test_one_is_compared_at_a_time_and_the_others_are_counted(
     async with conn.transaction():
         await conn.execute("LOCK TABLE heartbeat_labels IN ACCESS EXCLUSIVE MODE")  # the comparison hangs behind it
         before, reads_made = await nexhb.metric(dropped), 0
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while await nexhb.metric(dropped) < before + 5:
                 assert (await nexhb.get(LIST))["source"] == "last_status"  # and the callers do not
                 reads_made += 1
@@ -328,13 +328,13 @@ async def test_the_databases_absence_costs_comparisons_and_no_daemon(
         monkeypatch.setattr(perfdiff, "compare", compare_without_a_database)
         await either(nexhb, LIST)  # a comparison that still waited may take the database away before it is answered
         failed = 'nexhb_perf_diff_comparisons_total{query="offline",result="failed"}'
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             while not await nexhb.metric(failed):
                 pass
         monkeypatch.undo()
         proxy.give_back()
         before = len(await nexhb.rows("SELECT FROM perf_diff_comparisons"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             while len(await nexhb.rows("SELECT FROM perf_diff_comparisons")) == before:
                 await either(nexhb, LIST)
         assert not nexhb.running.failed.done()
@@ -373,7 +373,7 @@ async def test_the_command_shows_the_report(
         env={"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "PATH": "/usr/bin"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
-    output, _ = await asyncio.wait_for(process.communicate(), 50)
+    output, _ = await asyncio.wait_for(process.communicate(), SOON_S)
     assert process.returncode == 0, output.decode()
     if as_json:
         assert orjson.loads(output)["queries"][0]["speed_up"] == [2000, 2000, 2000]

@@ -25,7 +25,7 @@ from nexhb import config
 from nexhb.db import POOLER, Database, unsafe_settings
 from nexhb.errors import PoolerBetween
 from nexhb.session import AT_START
-from tests.conftest import StartDaemon
+from tests.conftest import SOON_S, StartDaemon
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
@@ -81,7 +81,7 @@ async def test_a_daemon_does_not_start_through_it_and_says_what_to_do(
     url = SecretStr(bouncer(empty_database, mode, ignored))
     accepting = config.Database(url=url, accept_unsafe_settings=True)
     with pytest.raises(PoolerBetween, match="Connect directly"):
-        await asyncio.wait_for(start_daemon(database=accepting), 20)  # at once, not after a minute of patience
+        await asyncio.wait_for(start_daemon(database=accepting), SOON_S / 2)  # not after a minute of patience
     async with empty_database.connected(application="test") as conn:
         assert await conn.fetchval("SELECT to_regclass('schema_migrations')") is None
 

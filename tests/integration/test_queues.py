@@ -19,7 +19,7 @@ from nexhb.db import Connection
 from nexhb.http import queues
 from nexhb.intake import Intake, Verdict
 from nexhb.wire import Heartbeat
-from tests.conftest import Agent, Answer, Nexhb, StartDaemon, example
+from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, example
 
 PATH = "/v1/heartbeats"
 MANY = Ingest(device_burst=10_000)
@@ -66,7 +66,7 @@ class Line:
         await self._writer.drain()
 
     async def answer(self) -> tuple[int, dict[str, Any]]:
-        head = (await asyncio.wait_for(self._reader.readuntil(b"\r\n\r\n"), 20)).decode().lower()
+        head = (await asyncio.wait_for(self._reader.readuntil(b"\r\n\r\n"), SOON_S)).decode().lower()
         body = await self._reader.readexactly(int(head.partition("content-length: ")[2].split()[0]))
         self.cut()
         return int(head.split()[1]), orjson.loads(body)

@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 from nexhb import devices, partitions, wire
 from nexhb.db import Connection, Database
 from nexhb.jobs.reconcile import Reconciled, reconcile
+from tests.conftest import SOON_S
 
 NOW = datetime(2026, 6, 15, 12, 0, 3, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -459,7 +460,7 @@ async def test_an_inactive_device_that_was_heard_of_is_well_again(fleet: Connect
 
 async def waits_for_a_lock(watcher: Connection, conn: Connection) -> None:
     """Until `conn` waits for a lock."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (
             await watcher.fetchval("SELECT wait_event_type FROM pg_stat_activity WHERE pid = $1", conn.get_server_pid())
             != "Lock"

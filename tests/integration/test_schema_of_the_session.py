@@ -13,7 +13,7 @@ from nexhb import config, devices, migrate
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnfit
 from nexhb.session import Home, Schemas, choose_schema
-from tests.conftest import Agent, Nexhb, StartDaemon
+from tests.conftest import SOON_S, Agent, Nexhb, StartDaemon
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ async def test_a_search_path_set_while_the_daemon_runs_moves_nobody(
     await conn.execute(f"ALTER ROLE {role} SET search_path = elsewhere")
     await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'nexhb%'")
     other = Agent(nexhb, "x", "x" * 43)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while (answer := await agent.send(now)).status != 200:
             assert answer.status == 503, answer
             await asyncio.sleep(0.05)
@@ -81,7 +81,7 @@ async def test_a_copy_that_somebody_makes_beside_a_running_daemon_moves_it_nowhe
     await conn.execute("CREATE SCHEMA copy; SET search_path = copy")
     await migrate.migrate(conn, datetime.now(UTC))
     await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'nexhb%'")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while (answer := await agent.send(now)).status != 200:
             assert answer.status == 503, answer
             await asyncio.sleep(0.05)

@@ -10,7 +10,7 @@ import pytest
 
 from nexhb import devices
 from nexhb.db import Connection, Database
-from tests.conftest import Agent, Nexhb
+from tests.conftest import SOON_S, Agent, Nexhb
 
 HOUR = timedelta(hours=1)
 BEGIN = "INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) VALUES (1, 'kiosk-1', $1, $1)"
@@ -94,7 +94,7 @@ async def test_a_first_heartbeat_that_meets_a_revocation_is_revoked_whichever_co
 
 async def waits(watcher: Connection, waiting: Connection) -> None:
     """Until the other's statement waits for a lock that the watcher holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while watcher.get_server_pid() not in await watcher.fetchval(
             "SELECT pg_blocking_pids($1)", waiting.get_server_pid()
         ):

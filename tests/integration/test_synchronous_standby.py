@@ -13,7 +13,7 @@ import pytest
 
 from nexhb import writer as writer_module
 from nexhb.db import Database
-from tests.conftest import Answer, Nexhb, StartDaemon
+from tests.conftest import SOON_S, Answer, Nexhb, StartDaemon
 from tests.faults.cluster import Cluster, running
 from tests.faults.guard import Guard, guarding
 from tests.standby import Standby, standby_of
@@ -44,7 +44,7 @@ async def names(cluster: Cluster, standbys: str) -> None:
     await conn.execute("SET synchronous_commit = local")
     await conn.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")
     await conn.execute("SELECT pg_reload_conf()")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while await conn.fetchval("SHOW synchronous_standby_names") != standbys:
             await asyncio.sleep(0.01)
     conn.terminate()
@@ -52,7 +52,7 @@ async def names(cluster: Cluster, standbys: str) -> None:
 
 async def waiting(nexhb: Nexhb, statement: str) -> int:
     """The backend of the writer, once it waits for a standby with this statement."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON_S):
         while not (found := await nexhb.rows(WAITS, statement)):
             await asyncio.sleep(0.01)
     return int(found[0]["pid"])
@@ -98,7 +98,7 @@ async def test_a_commit_that_the_standby_does_not_have_is_not_acknowledged(
             await waiting(nexhb, "%pg_logical_emit_message%")
             assert (await nexhb.get("/readyz", 503))["reasons"]
             await standby.start()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(SOON_S):
                 while (again := await agent.send(made_at)).status != 200:
                     await asyncio.sleep(0.05)
             assert again.body["deduplicated"] is True

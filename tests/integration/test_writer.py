@@ -15,7 +15,7 @@ from nexhb import writer as writer_module
 from nexhb.config import Database as DatabaseSettings
 from nexhb.config import Ingest
 from nexhb.db import Connection, Database
-from tests.conftest import Agent, Answer, Nexhb, StartDaemon, shown
+from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, shown
 from tests.proxy import Proxy, Trick
 
 
@@ -35,7 +35,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def sent_at_last(agent: Agent, made_at: datetime) -> None:
     """Send one heartbeat again until it is taken, as the agent does."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(made_at)).status != 200:
             await asyncio.sleep(0.05)
 
@@ -285,7 +285,7 @@ async def test_while_the_database_is_away_devices_hear_503_and_afterwards_200(
     agent.token = devices.new_token()
     assert (await agent.send(now)).status == 503
     proxy.give_back()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while True:
             async with nexhb.http.get(f"{nexhb.url}/readyz") as response:
                 if response.status == 200:
@@ -409,6 +409,6 @@ async def test_what_waits_for_the_writer_is_measured_once_a_batch(
 async def test_an_event_loop_that_stands_still_is_measured(nexhb: Nexhb) -> None:
     lagged = await nexhb.metric("nexhb_loop_lag_seconds_sum")
     time.sleep(1.0)  # noqa: ASYNC251 - the daemon's sweeper sleeps for half of it, on the same loop
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(SOON_S):
         while await nexhb.metric("nexhb_loop_lag_seconds_sum") - lagged < 0.4:
             pass

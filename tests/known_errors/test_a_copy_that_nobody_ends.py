@@ -13,6 +13,7 @@ import pytest
 
 from nexhb.db import Connection, Database
 from nexhb.pgerrors import Kind, classify
+from tests.conftest import SOON_S
 from tests.proxy import Proxy
 
 CHUNK = b"x" * 65_535 + b"\n"
@@ -67,7 +68,7 @@ async def test_a_copy_ends_with_its_connection(proxy: Proxy, copy: object) -> No
             await asyncio.sleep(0.2)
         assert not copying.done()
         proxy.cut()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             with pytest.raises(Exception, match=r".") as failed:
                 await copying
     assert classify(failed.value) is Kind.LOST

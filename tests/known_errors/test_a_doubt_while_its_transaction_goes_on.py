@@ -10,7 +10,7 @@ import pytest
 
 from nexhb import writer as writer_module
 from nexhb.db import Database
-from tests.conftest import StartDaemon
+from tests.conftest import SOON_S, StartDaemon
 from tests.proxy import Proxy, Trick
 
 # The answer while the backend has not noticed yet that its client is gone.
@@ -30,7 +30,7 @@ async def test_a_transaction_that_is_still_in_progress_is_asked_after_again(
         monkeypatch.setattr(writer_module, "_Q", {**right, "xact_status": IN_PROGRESS})
         proxy.trick = trick
         sent = asyncio.create_task(agent.send(now))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while await nexhb.metric(name) < before + 2:
                 await asyncio.sleep(0.01)
         monkeypatch.setattr(writer_module, "_Q", right)

@@ -11,7 +11,7 @@ import orjson
 
 from nexhb.config import Ingest
 from nexhb.db import Database
-from tests.conftest import StartDaemon, example
+from tests.conftest import SOON_S, StartDaemon, example
 
 
 async def test_a_queue_that_could_not_be_kept_may_come_again_and_again(
@@ -25,7 +25,7 @@ async def test_a_queue_that_could_not_be_kept_may_come_again_and_again(
         await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
         statuses = [(await agent.post(queue, "/v1/heartbeats")).status for _ in range(3)]
     assert statuses == [503] * 3
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(SOON_S):
         while (answer := await agent.post(queue, "/v1/heartbeats")).status == 503:
             await asyncio.sleep(0.2)
     assert answer.status == 200

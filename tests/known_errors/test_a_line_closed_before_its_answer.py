@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from nexhb import daemon
-from tests.conftest import StartDaemon
+from tests.conftest import SOON_S, StartDaemon
 from tests.integration.test_express import line_to, post
 
 
@@ -29,5 +29,5 @@ async def test_the_keepalive_does_not_end_while_an_answer_is_due(
             await asyncio.sleep(1.5)
         assert (await line.answer())[0] == 200
         assert (await line.ask(post(agent, now + timedelta(seconds=40))))[0] == 200
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON_S):
             assert await line.reader.read() == b"", "and closed when nothing is due any more"

@@ -12,7 +12,7 @@ from datetime import datetime
 import pytest
 
 from nexhb.db import Database
-from tests.conftest import Nexhb, StartDaemon
+from tests.conftest import SOON_S, Nexhb, StartDaemon
 from tests.faults.cluster import Cluster, running, until_up
 from tests.faults.guard import guarding
 from tests.proxy import Proxy, Trick
@@ -32,7 +32,7 @@ async def crash_before_commit(proxy: Proxy, cluster: Cluster) -> None:
     await proxy.played.wait()
     cluster.kill()
     proxy.take_away()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         await cluster.started_again(1)
     await until_up(cluster, 10)
 

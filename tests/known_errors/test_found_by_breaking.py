@@ -17,7 +17,7 @@ import pytest
 from nexhb import devices, log, partitions
 from nexhb.db import Connection
 from nexhb.errors import BadInput
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, timestamp
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon, timestamp
 from tests.integration.test_bad_input import raw
 
 
@@ -48,7 +48,7 @@ async def test_a_daemon_whose_tables_are_locked_is_not_ready_until_they_are_free
             assert ready.status == 503
             await asyncio.sleep(0.05)
         assert f"{table} is locked by pid {conn.get_server_pid()} (test)" in reasons[0]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(datetime.now(UTC))).status != 200:
             await asyncio.sleep(0.1)
 
@@ -63,7 +63,7 @@ async def read_only(cluster: str) -> AsyncIterator[Callable[[str], Awaitable[Non
         await conn.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
         await conn.execute("SELECT pg_reload_conf()")
         await conn.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while True:  # whoever connects now goes by it
                 fresh = await asyncpg.connect(cluster)
                 found = await fresh.fetchval("SHOW default_transaction_read_only")
@@ -82,13 +82,13 @@ async def test_a_read_only_server_is_not_ready(
     agent = await nexhb.agent()
     await read_only("on")
     await conn.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'nexhb%'")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (ready := await nexhb.http.get(f"{nexhb.url}/readyz")).status != 503:
             pass
     assert "read-only" in (await ready.json())["reasons"][0]
     assert (await agent.send(now)).status == 503
     await read_only("off")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON_S):
         while (await agent.send(now)).status != 200:
             await asyncio.sleep(0.05)
 
@@ -160,13 +160,12 @@ async def test_the_name_of_a_list_is_no_device(conn: Connection, tmp_path: Path)
 async def test_unknown_tokens_do_not_queue_up_behind_a_store_that_hangs(
     start_daemon: StartDaemon, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "LOOKUP_TIMEOUT_S", 0.3)
+    """Each waits as long as one of them: in a row they would take 80 s."""
+    monkeypatch.setattr(devices, "LOOKUP_TIMEOUT_S", 1.0)
     nexhb = await start_daemon()
-    agents = [await nexhb.agent() for _ in range(6)]
-    for agent in agents:
-        agent.token = devices.new_token()
+    agents = [Agent(nexhb, "stray", devices.new_token()) for _ in range(80)]
     async with conn.transaction():
         await conn.execute("LOCK TABLE device_tokens IN ACCESS EXCLUSIVE MODE")
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(SOON_S):
             answers = await asyncio.gather(*(agent.send(now - timedelta(minutes=1)) for agent in agents))
     assert {answer.status for answer in answers} == {503}

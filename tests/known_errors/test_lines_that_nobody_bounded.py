@@ -16,7 +16,7 @@ import pytest
 
 from nexhb.config import Server
 from nexhb.db import Connection
-from tests.conftest import StartDaemon, example
+from tests.conftest import SOON_S, StartDaemon, example
 from tests.integration.test_hostile_clients import HEAD, SHORT, ended, line_to
 from tests.tls import certificate
 
@@ -98,7 +98,7 @@ async def test_who_does_not_read_his_answers_is_cut_off(start_daemon: StartDaemo
                 await loop.sock_sendall(greedy, HEALTHZ * 100)
 
         with pytest.raises(ConnectionError):
-            await asyncio.wait_for(ask_for_ever(), 40)
+            await asyncio.wait_for(ask_for_ever(), SOON_S)
     assert await nexhb.metric('nexhb_connections_cut_total{reason="not_read"}') == 1
 
 

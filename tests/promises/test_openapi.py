@@ -28,7 +28,7 @@ from nexhb.config import Auth, Ingest, Server, Settings
 from nexhb.db import Database
 from nexhb.http.app import ROUTES, make_app
 from nexhb.http.parts import Parts
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon
 from tests.integration.test_bad_input import raw
 from tests.proxy import Proxy
 
@@ -319,7 +319,7 @@ async def test_410_for_a_revoked_device(open_house: Nexhb) -> None:
     conn = await open_house.database.connect(application="test revoke")
     await devices.revoke(conn, "kiosk-1", open_house.clock())
     await conn.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON_S):
         for call in listing(410):
             while (await ask(open_house, call, keys(call, tokens)[0])).status != 410:
                 pass
@@ -348,7 +348,7 @@ async def test_503_while_nothing_can_be_committed(start_daemon: StartDaemon, dat
         ready, queue = Call("GET", "/readyz"), Call("POST", "/v1/heartbeats")
         assert (await ask(nexhb, queue, keys(queue, tokens)[0])).status == 200  # the daemon knows the token
         proxy.take_away()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(SOON_S):
             while (await ask(nexhb, ready, {})).status != 503:
                 pass
         for call in listing(503):

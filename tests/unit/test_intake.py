@@ -13,6 +13,7 @@ from prometheus_client import REGISTRY
 from nexhb.errors import Overloaded
 from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
 from nexhb.wire import FieldError
+from tests.conftest import SOON_S
 from tests.unit.beats import beat
 
 REFUSED = Verdict(Outcome.REFUSED, errors=(FieldError("alias", "cannot be stored"),))
@@ -235,15 +236,15 @@ async def test_waiting_ends_with_a_ticket_with_a_wake_and_with_its_time() -> Non
     intake = intake_of()
     for rouse in (lambda: admit(intake), intake.wake):
         intake.take(10)
-        waiting = asyncio.create_task(intake.wait(30))
+        waiting = asyncio.create_task(intake.wait(3600))
         await asyncio.sleep(0)
         assert not waiting.done()
         rouse()
-        await asyncio.wait_for(waiting, 5)
+        await asyncio.wait_for(waiting, SOON_S)
     admit(intake)
-    await asyncio.wait_for(intake.wait(30), 5)  # something waits: no wait at all
+    await asyncio.wait_for(intake.wait(3600), SOON_S)  # something waits: no wait at all
     intake.take(10)
-    await asyncio.wait_for(intake.wait(0.001), 5)
+    await asyncio.wait_for(intake.wait(0.001), SOON_S)
 
 
 # ---- what is not committed --------------------------------------------------------------------------------------
@@ -278,14 +279,14 @@ async def test_on_the_way_out_everything_unanswered_is_failed(counted: Callable[
 
 async def test_it_is_idle_when_everything_admitted_is_answered() -> None:
     intake = intake_of()
-    await asyncio.wait_for(intake.idle(), 5)
+    await asyncio.wait_for(intake.idle(), SOON_S)
     tickets = admit(intake, 2)
     idle = asyncio.create_task(intake.idle())
     intake.settle(intake.take(1), [WRITTEN])
     await asyncio.sleep(0)
     assert not idle.done()
     intake.settle(tickets, [WRITTEN, WRITTEN])
-    await asyncio.wait_for(idle, 5)
+    await asyncio.wait_for(idle, SOON_S)
 
 
 # ---- the ledger -------------------------------------------------------------------------------------------------
