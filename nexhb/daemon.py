@@ -113,7 +113,7 @@ async def running(
     connections = Connections(most=most, head_timeout_s=settings.server.head_timeout_seconds)
     async with AsyncExitStack() as stack:
         manager.send(STATUS="Starting PostgreSQL." if settings.database.url is None else "Starting.")
-        cluster = await stack.enter_async_context(open_cluster(settings))
+        cluster = await stack.enter_async_context(open_cluster(settings, create=True))
         database = cluster.database
         admin_key = keys.read_or_make(settings)
         manager.send(STATUS="Starting: the database, its schema and its days.")

@@ -60,6 +60,8 @@ async def examine(conn: Connection, settings: Settings, now: datetime) -> list[L
             lines.append(await ask(visit))
         except Exception as error:
             lines.append(Line(name, False, f"cannot be told: {error or type(error).__name__}", "see the daemon's log"))
+        if name == "schema" and not lines[-1].good:
+            break  # the other questions are about tables that another schema may not have
     return lines
 
 
@@ -72,9 +74,10 @@ async def _database(visit: Visit) -> Line:
 
 
 async def _schema(visit: Visit) -> Line:
-    applied, known = await visit.conn.fetchval(_Q["migrations"]), migrate.find()[-1].version
-    remedy = "install the nexhb that applied it, or a newer one" if applied > known else "nexhb migrate"
-    return Line("schema", applied == known, f"at migration {applied} of {known}", remedy)
+    applied, known = await migrate.standing(visit.conn)
+    remedy = "install the nexhb that applied it, or a newer one" if applied > known else "run nexhb migrate"
+    said = f"at migration {applied} of {known}" if applied else "this database has no tables of nexhb"
+    return Line("schema", applied == known, said, remedy)
 
 
 async def _days_ahead(visit: Visit) -> Line:

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from nexhb.errors import EmbeddedPostgresError
+from nexhb.errors import EmbeddedPostgresError, NoDatabase
 from nexhb.pgaccount import MAJOR, USER, Account, find_binaries, prepare, socket_dir
 
 SILENT_S = 10.0  # a postmaster that calls itself ready and answers nobody for so long is started anew
 STOPS = ((signal.SIGINT, 30.0), (signal.SIGQUIT, 30.0))  # fast, then immediate; and the seconds each may take
 LOCK_S = 60.0  # stop() waits so long for somebody else's start
 POLL_S = 0.01
+START_LOCK = "embedded.start.lock"
 PROGRESS_S = 5.0  # a wait says every so often what it waits for
 
 # wal_compression stays off: this build has neither lz4 nor zstd, and pglz, measured on 2 cores with a checkpoint
@@ -111,16 +112,23 @@ class EmbeddedPostgres:
         self.stop()
 
 
-def start(data_dir: Path, *, start_timeout_s: float = 300.0, log: Log = _silent) -> EmbeddedPostgres:
-    """Join the cluster under `data_dir`; made and started if need be. Blocks, and sits crash recovery out."""
+def start(
+    data_dir: Path, *, create: bool = True, start_timeout_s: float = 300.0, log: Log = _silent
+) -> EmbeddedPostgres:
+    """Join the cluster under `data_dir`; started if need be, and made unless `create` is False. Blocks, and sits crash
+    recovery out. Raises NoDatabase where there is none and none is to be made, and leaves no trace then."""
     patience = _Patience(start_timeout_s, log)
     with _os_errors_told(data_dir), contextlib.ExitStack() as undo:
+        if not create and not (_is_there(data_dir / "pg") or _is_there(data_dir / START_LOCK)):
+            raise NoDatabase(_what_is_in(data_dir))
         account, data_dir = prepare(data_dir)
         lock = undo.enter_context(_open_lock(data_dir / "embedded.lock", account))
         with _one_at_a_time(data_dir, account, patience):
             bin_dir, version = find_binaries(data_dir, account)
             at = _Place(data_dir / "pg", bin_dir, account, patience)
             if created := not at.pgdata.exists():
+                if not create:
+                    raise NoDatabase(_what_is_in(data_dir))
                 _create(at)
                 log("embedded.created", pgdata=str(at.pgdata), version=version)
             _refuse_foreign(at)
@@ -133,6 +141,21 @@ def start(data_dir: Path, *, start_timeout_s: float = 300.0, log: Log = _silent)
     log("embedded.ready", pid=running.pid, version=version, adopted=adopted)
     dsn = f"postgresql://{USER}@/{USER}?host={quote(running.sockets)}&port=5432"
     return EmbeddedPostgres(dsn, at.pgdata, version, created, adopted, account, lock, log)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _what_is_in(data_dir: Path) -> str:
+    """What was found in place of a data_dir with a cluster."""
+    if not data_dir.is_dir():
+        return f"{data_dir} is a file." if data_dir.exists() else f"The folder {data_dir} does not exist."
+    return f"The folder {data_dir} has no PostgreSQL in it (pg)."
 
 
 def make_data_dir(data_dir: Path) -> Path:
@@ -194,7 +217,7 @@ def _alone(lock: IO[bytes]) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time(data_dir: Path, account: Account, patience: _Patience) -> Iterator[None]:
-    with _open_lock(data_dir / "embedded.start.lock", account) as lock:
+    with _open_lock(data_dir / START_LOCK, account) as lock:
         while not _alone(lock):
             patience.wait("Another nexhb is starting or stopping it")
         yield

@@ -39,6 +39,10 @@ class EmbeddedPostgresError(NexhbError):
     sentence = "The embedded PostgreSQL is not usable."
 
 
+class NoDatabase(NexhbError):
+    sentence = "There is no database of nexhb here."
+
+
 class MigrationError(NexhbError):
     sentence = "The database schema does not match this version of nexhb."
 

@@ -72,6 +72,32 @@ async def migrate(conn: Connection, now: datetime, migrations: list[Migration] |
     return done
 
 
+async def standing(conn: Connection) -> tuple[int, int]:
+    """At which migration the schema is, 0 where there is none, and the last one that this nexhb knows."""
+    last = await conn.fetchval(_Q["last"]) if await conn.fetchval(_Q["standing"]) else None
+    return last or 0, find()[-1].version
+
+
+async def require(conn: Connection) -> None:
+    """Raise MigrationError unless the schema is that of this nexhb. A command makes and changes none: it may have
+    another database before it than the daemon, or a daemon of another version beside it."""
+    applied, known = await standing(conn)
+    if not applied:
+        raise MigrationError(
+            f"The database {await conn.fetchval(_Q['database'])} has no tables of nexhb.",
+            hint="Check that database.url, or data_dir, is the daemon's; `nexhb migrate` makes the tables.",
+        )
+    if applied < known:
+        raise MigrationError(
+            f"It is at migration {applied} of {known}.", hint="Run `nexhb migrate`, or restart the daemon."
+        )
+    if applied > known:
+        raise MigrationError(
+            f"It is at migration {applied}, and this nexhb knows {known}.",
+            hint="Run the nexhb that applied it, or a newer one.",
+        )
+
+
 async def _apply_patiently(conn: Connection, migration: Migration, now: datetime) -> float:
     """Seconds it took. A lock that somebody's old transaction withholds is asked for again and again and never waited
     for at length: every heartbeat, also those at other daemons, queues behind who waits for a table."""

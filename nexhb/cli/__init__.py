@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,9 +14,11 @@ import orjson
 import typer
 import uvloop
 
-from nexhb import __version__, log
+from nexhb import __version__, cluster, log
 from nexhb import config as configuration
+from nexhb import migrate as migrations
 from nexhb.config import Settings
+from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, ConfigError, LockHeld, NexhbError
 
 EXIT_FAILED = 1
@@ -64,6 +67,23 @@ def settings(*, for_daemon: bool = False) -> Settings:
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run one command's coroutine on uvloop."""
     return uvloop.run(work)
+
+
+@asynccontextmanager
+async def opened_database(settings: Settings) -> AsyncIterator[Database]:
+    """The database of the daemon, with the schema of this nexhb; a command makes neither."""
+    async with cluster.open_database(settings) as database:
+        async with database.connected(application="nexhb command") as conn:
+            await migrations.require(conn)
+        yield database
+
+
+@asynccontextmanager
+async def opened_connection(settings: Settings, **how: Any) -> AsyncIterator[Connection]:
+    """One connection to it; `how` as Database.connect takes it."""
+    async with cluster.open_connection(settings, **how) as conn:
+        await migrations.require(conn)
+        yield conn
 
 
 def show(value: object) -> None:

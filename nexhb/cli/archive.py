@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nexhb import cli, cluster, daemon
+from nexhb import cli, daemon
 from nexhb.archive import catalog, get, restore, verify
 from nexhb.archive.catalog import Archived
 from nexhb.archive.manifest import COLUMNS
@@ -40,7 +40,7 @@ class _House:
 async def _house() -> AsyncIterator[_House]:
     settings = cli.settings()
     async with (
-        cluster.open_database(settings) as database,
+        cli.opened_database(settings) as database,
         open_store(settings.archive_url, settings.archive) as store,
         database.connected(
             application="nexhb archive", command_timeout_s=STATEMENT_TIMEOUT_S, lock_timeout=f"{LOCK_TIMEOUT_MS}"

@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from nexhb import audit as ledger
-from nexhb import cli, cluster
+from nexhb import cli
 
 
 async def _audit(day: datetime) -> ledger.Audit:
-    async with cluster.open_connection(cli.settings(), application="nexhb audit", command_timeout_s=600) as conn:
+    async with cli.opened_connection(cli.settings(), application="nexhb audit", command_timeout_s=600) as conn:
         return await ledger.audit(conn, day.date())
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nexhb import cli, cluster, daemon
+from nexhb import cli, daemon
 from nexhb.cli import progress
 from nexhb.jobs.backfill import DAYS_MOST
 from nexhb.jobs.board import Jobs
@@ -20,7 +20,7 @@ EXIT_CODES = {"completed": 0, "skipped": cli.EXIT_LOCK_HELD}
 async def run(days: int, show: progress.Show) -> Run:
     """The job, with how far it is."""
     settings = cli.settings()
-    async with cluster.open_database(settings) as database:
+    async with cli.opened_database(settings) as database:
         jobs = Jobs(database, settings, daemon.utc_now)
         return await jobs.backfill(days, lambda done, total, wrote: show(done, total, f"{wrote:,} rows written"))
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nexhb import cli, cluster, daemon, migrate
+from nexhb import cli, daemon
 from nexhb import devices as store
 from nexhb.cli import tables
 from nexhb.db import Connection
@@ -28,9 +28,7 @@ DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id, up
 
 
 async def _with_connection(work: Callable[[Connection], Awaitable[T]]) -> T:
-    async with cluster.open_connection(cli.settings(), application="nexhb devices", lock_timeout="10000") as conn:
-        # A command may come before the first daemon.
-        await migrate.migrate(conn, daemon.utc_now())
+    async with cli.opened_connection(cli.settings(), application="nexhb devices", lock_timeout="10000") as conn:
         return await work(conn)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nexhb import cli, cluster, daemon, migrate
+from nexhb import cli, daemon
 from nexhb import flags as store
 from nexhb.db import Connection
 from nexhb.errors import BadInput
@@ -25,9 +25,7 @@ _WORDS = {"on": True, "true": True, "off": False, "false": False}
 
 async def _with_connection(work: Callable[[Connection, Flags], Awaitable[T]]) -> T:
     settings = cli.settings()
-    async with cluster.open_connection(settings, application="nexhb flags", lock_timeout="10000") as conn:
-        # A command may come before the first daemon.
-        await migrate.migrate(conn, daemon.utc_now())
+    async with cli.opened_connection(settings, application="nexhb flags", lock_timeout="10000") as conn:
         return await work(conn, store.first_values(settings.reads))
 
 

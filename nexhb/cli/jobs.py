@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nexhb import cli, cluster, daemon
+from nexhb import cli, daemon
 from nexhb.jobs.board import MAX_ROWS, Jobs
 from nexhb.jobs.runner import Run
 
@@ -17,7 +17,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done,
 def _run(work: Callable[[Jobs], Awaitable[Run]]) -> Run:
     async def with_database() -> Run:
         settings = cli.settings()
-        async with cluster.open_database(settings) as database:
+        async with cli.opened_database(settings) as database:
             return await work(Jobs(database, settings, daemon.utc_now))
 
     return cli.run(with_database())

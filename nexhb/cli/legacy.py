@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nexhb import cli, cluster, daemon, migrate
+from nexhb import cli, daemon
 from nexhb.cli import backfill, progress
 from nexhb.config import Settings
 from nexhb.db import Connection
@@ -40,9 +40,7 @@ def _job(source: sources.Source, options: Options, show: progress.Show, kept: li
 async def _import(dsn: str, days: int | None, rate: int) -> tuple[Run, Imported | None, Run | None]:
     settings = cli.settings()
     kept: list[Imported] = []
-    async with sources.opened(dsn) as source, cluster.open_database(settings) as database:
-        async with database.connected(application="nexhb import-legacy", lock_timeout="10000") as conn:
-            await migrate.migrate(conn, daemon.utc_now())  # it may come before the first daemon
+    async with sources.opened(dsn) as source, cli.opened_database(settings) as database:
         with progress.shown("heartbeats") as show:
             job = _job(source, _options(settings, days, rate), show, kept)
             run = await runner.run(database, job, daemon.utc_now())

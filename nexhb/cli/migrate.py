@@ -9,7 +9,9 @@ from nexhb import migrate as migrations
 
 
 async def _migrate() -> list[str]:
-    async with cluster.open_connection(cli.settings(), application="nexhb migrate", lock_timeout="30000") as conn:
+    async with cluster.open_connection(
+        cli.settings(), create=True, application="nexhb migrate", lock_timeout="30000"
+    ) as conn:
         return await migrations.migrate(conn, daemon.utc_now())
 
 

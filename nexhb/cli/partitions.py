@@ -8,13 +8,13 @@ from typing import Any
 
 import typer
 
-from nexhb import cli, cluster
+from nexhb import cli
 from nexhb import partitions as days
 from nexhb.cli import tables
 
 
 async def _known() -> list[dict[str, Any]]:
-    async with cluster.open_connection(cli.settings(), application="nexhb partitions") as conn:
+    async with cli.opened_connection(cli.settings(), application="nexhb partitions") as conn:
         return [dict(row) for row in await days.known(conn)]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nexhb import cli, cluster, daemon, perfdiff
+from nexhb import cli, daemon, perfdiff
 
 _commands = typer.Typer(no_args_is_help=True, help="Reads that were asked both ways (flag perf_diff).")
 cli.app.add_typer(_commands, name="perf-diff")
@@ -19,7 +19,7 @@ def _group() -> None:
 
 
 async def _read(hours: int) -> dict[str, Any]:
-    async with cluster.open_connection(cli.settings(), application="nexhb perf-diff", command_timeout_s=60) as conn:
+    async with cli.opened_connection(cli.settings(), application="nexhb perf-diff", command_timeout_s=60) as conn:
         return await perfdiff.report(conn, daemon.utc_now() - timedelta(hours=hours))
 
 

@@ -1,8 +1,5 @@
 -- What an operator would look at, one question a query. $1 is the moment of the visit where one is needed.
 
--- name: migrations
-SELECT max(version) AS version FROM schema_migrations;
-
 -- name: failed_days
 -- Days that could not be archived, with the reason.
 SELECT partition_name, reason, failed_at FROM hb_partitions WHERE state = 'archive_failed' ORDER BY range_start;
