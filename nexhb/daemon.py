@@ -81,10 +81,10 @@ class State:
         """Why no heartbeat should be taken, though one could be; empty where none is to be held off."""
         return self.reasons.get("unsafe", "") or self.reasons.get("disk", "")
 
-    def not_ready(self, intake: Intake) -> list[str]:
-        """Every reason, for /readyz."""
-        found = [reason for reason in self.reasons.values() if reason]
-        return found + [reason for reason in (intake.closed_because, intake.failing_because) if reason]
+    def not_ready(self, intake: Intake, *, in_full: bool = False) -> list[str]:
+        """Every reason, for /readyz; in full with the database's own words, which are for operators."""
+        closed = (in_full and intake.closed_in_full) or intake.closed_because
+        return [reason for reason in (*self.reasons.values(), closed, intake.failing_because) if reason]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ async def running(
         parts = Parts(
             settings=settings, database=database, devices=devices, adoption=adoption, intake=intake, reads=Reads(pool),
             legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
-            admin=AdminKey(admin_key), now=now, not_ready=lambda: state.not_ready(intake),
+            admin=AdminKey(admin_key), now=now, not_ready=lambda in_full: state.not_ready(intake, in_full=in_full),
         )  # fmt: skip
         ports = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)
@@ -188,7 +188,7 @@ def _stopping(state: State) -> None:
 
 def _status(state: State, intake: Intake, writer: Writer) -> str:
     """For `systemctl status`."""
-    reasons = " ".join(state.not_ready(intake))
+    reasons = " ".join(state.not_ready(intake, in_full=True))
     committed = (
         f"{datetime.fromtimestamp(writer.committed_at, UTC):%Y-%m-%d %H:%M:%S} UTC" if writer.committed_at else "none"
     )

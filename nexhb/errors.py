@@ -58,6 +58,10 @@ class LockLost(NexhbError):
 class DatabaseUnavailable(NexhbError):
     sentence = "The database cannot be reached or cannot commit right now."
 
+    def __init__(self, detail: str = "", *, hint: str = "", reason: str = "") -> None:
+        super().__init__(detail, hint=hint)
+        self.reason = reason  # what of it may be said to whoever asks; see pgerrors.reason
+
 
 class DatabaseUnfit(DatabaseUnavailable):
     sentence = "The database is not one that nexhb can use."

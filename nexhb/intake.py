@@ -66,6 +66,7 @@ class Intake:
         self.received = 0  # heartbeats that arrived, admitted or not
         self._received_counted = 0
         self.closed_because = ""  # the writer's: set while nothing can be committed; then nothing is admitted either
+        self.closed_in_full = ""  # the same with the database's own words, for operators
         self.held_because = ""  # the daemon's: set while nothing should be
         self.failing_because = (
             ""  # the writer's: set while every try fails and nobody knows why; heartbeats go on trying
@@ -193,10 +194,10 @@ class Intake:
             start, end = end, end + len(ticket.heartbeats)
             if ticket not in self._unanswered:
                 continue
+            own = list(verdicts[start:end])
             del self._unanswered[ticket]
             self._items -= end - start
             self._bytes -= ticket.size
-            own = list(verdicts[start:end])
             counted += own
             try:
                 ticket.settled(own)

@@ -28,6 +28,7 @@ _SEAL = "_sealed"  # ends the name of the CHECK that keeps rows out of a detache
 # Errors without an SQLSTATE.
 _LOST_CLASSES = (
     asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError, TimeoutError, DatabaseUnavailable,
+    MemoryError,  # in the middle of an answer: nobody knows where the connection stands
 )  # fmt: skip
 # Whatever a call to the database may raise, where every kind of it is answered in one way.
 FROM_THE_DATABASE = (*_LOST_CLASSES, asyncpg.PostgresError)
@@ -69,3 +70,38 @@ def _by_state(state: str) -> Kind:
 def is_retryable(error: BaseException) -> bool:
     """True where the same work may succeed when tried again."""
     return classify(error) in (Kind.LOST, Kind.TRANSIENT)
+
+
+# What may be said to whoever asks, by SQLSTATE or its beginning.
+_REASONS = {
+    "25006": "it is read-only",
+    "28": "it does not accept the user or the password of database.url",
+    "3D000": "the database that database.url names does not exist",
+    "40": "transactions conflict",
+    "42501": "the user of database.url lacks a privilege",
+    "53100": "its disk is full",
+    "53300": "it has no connection left",
+    "53": "it has not enough memory or disk",
+    "55P03": "somebody holds a lock",
+    "57014": "a statement took too long or was cancelled",
+    "57P0": "it is starting or stopping",
+}
+
+
+def reason(error: BaseException) -> str:
+    """Why the database is not available, in words fit for whoever asks without a key: none of PostgreSQL's own, which
+    name hosts, roles and settings. Those are for the log."""
+    while type(error) is DatabaseUnavailable and not error.reason and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, DatabaseUnavailable):
+        told = error.sentence.rstrip(".") if type(error) is not DatabaseUnavailable else "see the log of nexhb"
+        return error.reason or told
+    state = str(getattr(error, "sqlstate", None) or "")
+    for start in (state, state[:4], state[:2]):
+        if start in _REASONS:
+            return _REASONS[start]
+    if isinstance(error, MemoryError):
+        return "nexhb has not enough memory"
+    if isinstance(error, TimeoutError):
+        return "it does not answer in time"
+    return "it cannot be reached" if classify(error) is Kind.LOST else "see the log of nexhb"

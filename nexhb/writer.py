@@ -17,7 +17,7 @@ from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable
 from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
-from nexhb.pgerrors import Kind, classify
+from nexhb.pgerrors import Kind, classify, reason
 from nexhb.staging import Labels
 from nexhb.wire import FieldError, Heartbeat
 
@@ -31,6 +31,7 @@ PROBE_S = 5.0  # with nothing to write, how often the connection is tried
 RECENT_KEYS = 50_000  # a generation: 25 minutes of 2,000 devices, 4 MB
 ATTEMPT_S = 30.0  # one attempt from its connection to its COMMIT; whoever waited was answered long before
 RECOVER_WAIT_S = 2.0  # between two looks for a database that is away, at most
+NO_MEMORY_S = 1.0  # until the loop goes on that had none
 # The longest that a writer which lives leaves no mark: an attempt (30 s), cut by its own timer, and the wait for the
 # next (1 s). Shorter are a turn with nothing to do (5 s), a new connection (5 s, and two lookups of 5 s), and a step
 # of the recovery (a connection, three queries of 5 s, a wait of 2 s: 32 s). The rest is for a slow machine.
@@ -91,15 +92,23 @@ class Writer:
         self._mark()
         await self._probe()  # connected before the first heartbeat needs it
         while True:
-            self._mark()
-            await self._intake.wait(PROBE_S)
-            self._mark()
-            if tickets := self._intake.take(self._batch_max):
-                await self._write(tickets)
-            else:
-                await self._probe()
-            if self._intake.closed_because:
-                await self._recover()
+            try:
+                await self._turn()
+            except MemoryError:  # outside of a batch; what is unanswered now expires, and is sent again
+                _log.error("writer.no_memory")
+                await self._disconnect()
+                await asyncio.sleep(NO_MEMORY_S)
+
+    async def _turn(self) -> None:
+        self._mark()
+        await self._intake.wait(PROBE_S)
+        self._mark()
+        if tickets := self._intake.take(self._batch_max):
+            await self._write(tickets)
+        else:
+            await self._probe()
+        if self._intake.closed_because:
+            await self._recover()
 
     async def stop(self, drain_s: float) -> None:
         """Wait until everything admitted is answered, at most `drain_s`; then close the connection."""
@@ -112,9 +121,10 @@ class Writer:
     async def _write(self, tickets: list[Ticket]) -> None:
         # Of the oldest: once a batch, and no heartbeat of it waited longer.
         metrics.queue_wait.observe(asyncio.get_running_loop().time() - tickets[0].admitted_at)
-        heartbeats = [heartbeat for ticket in tickets for heartbeat in ticket.heartbeats]
+        heartbeats: list[Heartbeat] = []
         verdicts: list[Verdict] = []
         try:
+            heartbeats += [heartbeat for ticket in tickets for heartbeat in ticket.heartbeats]
             verdicts = await self._commit(heartbeats)
             self._all_foreseen()
         except Exception as error:
@@ -459,9 +469,9 @@ class Writer:
     def _close_intake(self, error: Exception) -> None:
         if not self._intake.closed_because:
             _log.error("writer.not_ready", error=f"{type(error).__name__}: {error}")
-        self._intake.closed_because = f"The database cannot commit: {type(error).__name__}."
-        if isinstance(error, DatabaseUnavailable):
-            self._intake.closed_because = f"The database cannot commit: {error.detail}"
+        detail = error.detail if isinstance(error, DatabaseUnavailable) else f"{type(error).__name__}: {error}"
+        self._intake.closed_because = f"The database cannot commit: {reason(error)}."
+        self._intake.closed_in_full = f"The database cannot commit: {detail}"
         metrics.ready.set(0)
 
     async def _probe(self) -> None:
@@ -479,19 +489,25 @@ class Writer:
         conn = await self._connection()
         await self._outside(conn)
         if not await conn.fetchval(_CAN_WRITE):
-            raise DatabaseUnavailable("It is read-only.")
+            raise DatabaseUnavailable("It is read-only.", reason="it is read-only")
 
     async def _check_unlocked(self) -> None:
         """Raise where somebody's lock would hold up the next batch too: it would wait for seconds, and so would every
         device, while /readyz said ready in between."""
         conn = await self._connection()
         if held := await conn.fetchrow(_Q["locked_by"]):
-            raise DatabaseUnavailable(f"{held['relation']} is locked by pid {held['pid']} ({held['name']}).")
+            raise DatabaseUnavailable(
+                f"{held['relation']} is locked by pid {held['pid']} ({held['name']}).",
+                reason=f"a lock holds up {held['relation']}",
+            )
 
     async def _check_confirmed(self) -> None:
         """Raise where a commit would be on the primary alone: each batch would wait for seconds and fail."""
         if not await self._is_confirmed(await self._connection()):
-            raise DatabaseUnavailable(f"A synchronous standby does not confirm: {self._warning}.")
+            raise DatabaseUnavailable(
+                f"A synchronous standby does not confirm: {self._warning}.",
+                reason="its synchronous standby does not confirm",
+            )
 
     async def _recover(self) -> None:
         """Until the database answers again; the intake stays closed meanwhile."""
@@ -509,7 +525,7 @@ class Writer:
                 await self._disconnect()
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RECOVER_WAIT_S)
-        self._intake.closed_because = ""
+        self._intake.closed_because = self._intake.closed_in_full = ""
         metrics.ready.set(1)
         _log.info("writer.ready_again")
 

@@ -87,7 +87,7 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
                 check_query(request, query)
             response = await handler(request)
         except Exception as error:
-            problem = _as_problem(error, request)
+            problem = _as_problem(error, request, admin=admin)
             _leave_the_rest(request, problem)
             response = problem.response()
         except asyncio.CancelledError:
@@ -108,14 +108,15 @@ def _leave_the_rest(request: web.Request, problem: Problem) -> None:
         line.slow_down()
 
 
-def _as_problem(error: Exception, request: web.Request) -> Problem:
-    """The one rim at which exceptions become answers."""
+def _as_problem(error: Exception, request: web.Request, *, admin: bool) -> Problem:
+    """The one rim at which exceptions become answers; the database's own words are for who showed the admin key."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, UnknownDevice | BadInput):
         return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
     if is_retryable(error):
-        return request.app[PARTS].come_back(str(error))
+        parts = request.app[PARTS]
+        return parts.come_back(str(error) or type(error).__name__) if admin else parts.unavailable(error)
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
 

@@ -49,6 +49,19 @@ def check_admin(request: web.Request, parts: Parts) -> None:
     _proven(request)
 
 
+def is_admin(request: web.Request, parts: Parts) -> bool:
+    """Whether the request carries the admin key, where none is needed. A wrong one counts as anywhere, and says nothing
+    once there were too many."""
+    given = request.headers.get("x-admin") or bearer(request)
+    address = address_of(request, parts.settings.server.trusted_proxies)
+    if not given or parts.failures.is_spent(address, time.monotonic()):
+        return False
+    if parts.admin.fits(given):
+        return True
+    parts.failures.take(address, time.monotonic())
+    return False
+
+
 async def device_of(request: web.Request, parts: Parts) -> Device:
     """Whose token it is. Raises a Problem: 401 only where the store was read and does not know it, 410 for a revoked
     device, 503 where the store could not be read, 429 for an address that guesses."""
@@ -64,7 +77,7 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
             if device is None and await adoption.is_open(request, parts, token, token_hash):
                 raise _not_known_yet(request, parts)
         except DatabaseUnavailable as error:
-            raise parts.come_back(str(error)) from error
+            raise parts.unavailable(error) from error
     if device is None:
         raise wrong_key(request, parts, "device", "This device token is not known.")
     if device.revoked:

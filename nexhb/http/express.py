@@ -50,7 +50,7 @@ class Express:
             return False
         try:
             heartbeat = heartbeats.heartbeat_of(parts, request.body, device, parts.now())
-        except wire.Refused:
+        except (wire.Refused, MemoryError):
             parts.device_rate.give_back(device.device_no)
             return False
         parts.intake.received += 1
@@ -60,13 +60,20 @@ class Express:
         return True
 
     def _answer(self, connection: Guarded, device: Device, started: float, verdicts: list[Verdict]) -> None:
-        verdict = verdicts[0]
+        try:
+            status = self._say(connection, device, verdicts[0])
+        except MemoryError:
+            connection.cut("no_memory")  # it would wait for its answer for ever
+            raise
+        self._observe(status, time.perf_counter() - started)
+
+    def _say(self, connection: Guarded, device: Device, verdict: Verdict) -> int:
         if problem := heartbeats.problem_of(self._parts, device, verdict):
             status, said = problem.status, _as_bytes(problem.response())
         else:
             status, said = 200, self._parts.answer_to(verdict).as_bytes()
         connection.answer(said)
-        self._observe(status, time.perf_counter() - started)
+        return status
 
 
 def _as_bytes(response: web.Response) -> bytes:

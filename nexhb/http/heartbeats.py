@@ -33,7 +33,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     except wire.Refused as refused:
         metrics.heartbeats_refused.labels(reason="invalid").inc()
         raise Problem(refused.status, "The heartbeat is not valid.", errors=refused.errors) from None
-    except Overloaded as error:
+    except (Overloaded, MemoryError) as error:
         metrics.heartbeats_failed.labels(reason="overloaded").inc()
         parts.device_rate.give_back(device.device_no)
         raise await _refusal_in_turn(request, parts, error) from None
@@ -86,12 +86,12 @@ def hold_to_rate(parts: Parts, device: Device, heartbeats: int, *, taken: int = 
         )
 
 
-async def _refusal_in_turn(request: web.Request, parts: Parts, error: Overloaded) -> Problem:
+async def _refusal_in_turn(request: web.Request, parts: Parts, error: Overloaded | MemoryError) -> Problem:
     """A 503 at its time: refusals by the thousand would leave the writer no turn of the event loop."""
     wait_s = parts.refusals.wait_s(time.monotonic())
     if wait_s and isinstance(request.protocol, Guarded):
         await request.protocol.pause(wait_s)
-    return parts.come_back(str(error))
+    return parts.unavailable(error) if isinstance(error, MemoryError) else parts.come_back(str(error))
 
 
 def heartbeat_of(parts: Parts, raw: bytes, device: Device, received_at: datetime) -> wire.Heartbeat:

@@ -11,7 +11,7 @@ from prometheus_async.aio.web import server_stats
 
 from nexhb import __version__, devices, flags, metrics
 from nexhb.errors import DatabaseUnavailable
-from nexhb.http import body, query
+from nexhb.http import auth, body, query
 from nexhb.http.client import address_of
 from nexhb.http.parts import PARTS, writable_connection
 from nexhb.http.problem import SERVER, Problem, answer
@@ -28,8 +28,9 @@ async def get_healthz(_request: web.Request) -> web.Response:
 
 
 async def get_readyz(request: web.Request) -> web.Response:
-    """Able to commit, or 503 with every reason why not."""
-    reasons = request.app[PARTS].not_ready()
+    """Able to commit, or 503 with every reason why not; with the admin key, in the database's own words."""
+    parts = request.app[PARTS]
+    reasons = parts.not_ready(auth.is_admin(request, parts))
     return answer({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from nexhb import wire
+from nexhb import log, wire
 from nexhb.errors import DatabaseUnavailable
 from nexhb.http import pace
 from nexhb.http.problem import Problem, dumps
 from nexhb.http.quick import QuickAnswer
 from nexhb.intake import DEDUPLICATED
+from nexhb.pgerrors import reason
 from nexhb.ratelimit import Allowance
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from nexhb.legacy.adopt import Adoption
     from nexhb.perfdiff import PerfDiff
     from nexhb.reads import Answers, Reads
+
+_log = log.get("http")
 
 CHANGES_AT_ONCE = 4  # connections for registrations and the like; the embedded PostgreSQL has 60 for everybody
 TURN_WITHIN_S = 10.0
@@ -52,10 +56,11 @@ class Parts:
     flags: FlagStore
     admin: AdminKey
     now: Callable[[], datetime]  # UTC
-    not_ready: Callable[[], list[str]]  # reasons; empty while heartbeats can be committed
+    not_ready: Callable[[bool], list[str]]  # reasons, in full for operators; empty while heartbeats can be committed
     rules: wire.Rules = field(init=False)
     failures: Allowance = field(init=False)  # wrong keys, by address
     device_rate: Allowance = field(init=False)  # heartbeats, by device_no
+    logged: Allowance = field(init=False)  # lines about a database that is away
     refusals: pace.Turns = field(init=False)  # of an intake that admits nothing
     changes: asyncio.Semaphore = field(init=False)  # turns at a connection for changes
     queues: set[object] = field(init=False, default_factory=set)  # POST /v1/heartbeats under way
@@ -70,13 +75,22 @@ class Parts:
         object.__setattr__(self, "failures", failures)
         device_rate = Allowance(burst=ingest.device_burst, per_second=ingest.device_per_minute / 60)
         object.__setattr__(self, "device_rate", device_rate)
+        object.__setattr__(self, "logged", Allowance(burst=5, per_second=0.2))
         turns = pace.Turns(per_s=pace.REFUSALS_PER_S, at_once=pace.REFUSALS_AT_ONCE, within_s=pace.REFUSAL_WITHIN_S)
         object.__setattr__(self, "refusals", turns)
         object.__setattr__(self, "changes", asyncio.Semaphore(CHANGES_AT_ONCE))
 
-    def come_back(self, detail: str) -> Problem:
+    def come_back(self, detail: str, *, close: bool = False) -> Problem:
         """A 503 that spreads those who hear it."""
-        return Problem(503, detail, headers={"Retry-After": str(self.intake.retry_after_s())})
+        return Problem(503, detail, headers={"Retry-After": str(self.intake.retry_after_s())}, close=close)
+
+    def unavailable(self, error: Exception) -> Problem:
+        """A 503 for whoever asks, whether or not he has a key: the database's own words are in the log alone."""
+        if not self.logged.take("", time.monotonic()):
+            _log.warning("http.unavailable", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, MemoryError):
+            return self.come_back("There is not enough memory.")
+        return self.come_back(f"The database is not available: {reason(error)}.")
 
     def next_heartbeat_s(self) -> int:
         """When the device that is answered now should come again."""
@@ -112,5 +126,5 @@ async def writable_connection(parts: Parts) -> AsyncIterator[Connection]:
         except TimeoutError:
             raise parts.come_back("Too many changes at once.") from None
         except DatabaseUnavailable as error:
-            raise parts.come_back(str(error)) from error
+            raise parts.unavailable(error) from error
         yield conn

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from nexhb import metrics, wire
+from nexhb import log, metrics, wire
 from nexhb.blocks import BLOCK_BYTES, ITEMS_MOST, Blocks
 from nexhb.devices import Device
 from nexhb.errors import Overloaded
@@ -23,6 +23,7 @@ from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem, answer
 from nexhb.intake import DEDUPLICATED, WRITTEN, Outcome, Verdict
 
+_log = log.get("queues")
 _TYPES = ("application/json", "application/x-ndjson", "application/jsonl")
 REFUSED_LISTED = 1_000  # the agent's whole queue, twice
 _SHOWN = 10  # items of a body in which nothing is a heartbeat
@@ -45,6 +46,8 @@ async def post_heartbeats(request: web.Request) -> web.Response:
     except Problem as problem:
         problem.close = problem.close or not request.content.is_eof()
         raise
+    except MemoryError as error:
+        raise queue.not_all(error) from error
     finally:
         parts.queues.discard(queue)
 
@@ -174,7 +177,7 @@ class _Queue:
                     continue
                 intake.received += len(heartbeats)
                 metrics.heartbeats_failed.labels(reason="overloaded").inc(len(heartbeats))
-                raise self._not_all() from None
+                raise self.not_all() from None
             intake.received += len(heartbeats)
             self._under_way.append((block, asked))
             return
@@ -193,14 +196,19 @@ class _Queue:
             return
         for place, verdict in zip(block.found.places, verdicts, strict=True):
             if verdict.outcome is Outcome.FAILED:
-                raise self._not_all()
+                raise self.not_all()
             if verdict.outcome is Outcome.REFUSED:
                 self._refuse(block.first + place, verdict.errors)
 
-    def _not_all(self) -> Problem:
+    def not_all(self, error: MemoryError | None = None) -> Problem:
         """What is admitted is committed; the request as a whole is sent again, and the key of each row makes that
         harmless. Who sends again what we could not keep does not come too often."""
         self._parts.device_rate.give_back(self._device.device_no, self._held)
+        if error is not None:
+            _log.error("queue.no_memory", device_id=self._device.device_id)
+            return self._parts.come_back(
+                "Not enough memory for all heartbeats. Keep them and send them again.", close=True
+            )
         return self._parts.come_back("Not all heartbeats could be committed. Keep them and send them again.")
 
     def _first_errors(self) -> list[wire.FieldError]:

@@ -43,9 +43,7 @@ async def test_a_daemon_whose_tables_are_locked_is_not_ready_until_they_are_free
         await conn.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
         assert (await agent.send(datetime.now(UTC))).status == 503
         for _ in range(20):
-            async with nexhb.http.get(f"{nexhb.url}/readyz") as ready:
-                reasons = (await ready.json()).get("reasons", ["ready"])
-            assert ready.status == 503
+            reasons = (await nexhb.get("/readyz", 503))["reasons"]
             await asyncio.sleep(0.05)
         assert f"{table} is locked by pid {conn.get_server_pid()} (test)" in reasons[0]
     async with asyncio.timeout(SOON_S):

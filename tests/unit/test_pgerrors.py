@@ -9,7 +9,8 @@ import asyncpg
 import pytest
 
 from nexhb.db import Database
-from nexhb.pgerrors import Kind, classify, is_retryable
+from nexhb.errors import DatabaseUnavailable, PoolerBetween
+from nexhb.pgerrors import Kind, classify, is_retryable, reason
 
 
 class ClientSideDataError(asyncpg.InterfaceError, ValueError):
@@ -172,3 +173,39 @@ async def test_real_trouble_is_what_it_is(
     conn.terminate()
     assert found is not None
     assert classify(found) is kind, repr(found)
+
+
+def unavailable(cause: BaseException) -> DatabaseUnavailable:
+    """As every room wraps what the database says."""
+    error = DatabaseUnavailable(f"{type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionRefusedError(111, "Connect call failed ('10.9.8.7', 5432)"), "it cannot be reached"),
+        (OSError("Multiple exceptions: [Errno 111] Connect call failed ('10.9.8.7', 5432)"), "it cannot be reached"),
+        (TimeoutError("10.9.8.7"), "it does not answer in time"),
+        (from_server("28P01", M='password authentication failed for user "kiosks"'), "does not accept the user"),
+        (from_server("28000", M='no pg_hba.conf entry for host "10.9.8.7", user "kiosks"'), "does not accept the user"),
+        (from_server("3D000", M='database "kiosks" does not exist'), "does not exist"),
+        (from_server("57P03", M="the database system is starting up"), "it is starting or stopping"),
+        (from_server("53300", M='too many connections for role "kiosks"'), "it has no connection left"),
+        (from_server("53100", M='could not extend file "base/kiosks"'), "its disk is full"),
+        (from_server("25006", M="cannot execute INSERT in a read-only transaction"), "it is read-only"),
+        (from_server("55000", M='database "kiosks" is not currently accepting connections'), "see the log of nexhb"),
+        (from_server("XX000", M="10.9.8.7"), "see the log of nexhb"),
+        (asyncpg.InterfaceError("connection to 10.9.8.7 is closed"), "it cannot be reached"),
+        (MemoryError("kiosks"), "nexhb has not enough memory"),
+        (DatabaseUnavailable("kiosks", reason="it is read-only"), "it is read-only"),
+        (DatabaseUnavailable("kiosks"), "see the log of nexhb"),
+        (PoolerBetween("It said: kiosks."), "A pooler"),
+    ],
+)
+def test_who_asks_without_a_key_hears_a_reason_and_nothing_of_the_databases_own(error: Exception, said: str) -> None:
+    for found in (reason(error), reason(unavailable(error)), reason(unavailable(unavailable(error)))):
+        assert said in found
+        assert "kiosks" not in found
+        assert "10.9.8.7" not in found
