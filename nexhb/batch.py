@@ -11,6 +11,8 @@ from datetime import UTC, date, datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import msgspec
+
 from nexhb.wire import BUCKET_EPOCH, Heartbeat, Label, pack_moment
 
 Key = int  # device_no and bucket in one integer: half the memory of a tuple, and its order is theirs
@@ -114,6 +116,17 @@ def history_row(h: Heartbeat, label_no: int) -> tuple[Any, ...]:
         pack_moment(h.ts), pack_moment(h.received_at), h.device_no, h.bucket, label_no, h.uptime_s, h.ram_used_mb,
         h.temp_c, h.battery_pct, h.signal_dbm, h.plugged, h.unity_running, h.clock_wrong, h.ip,
     )  # fmt: skip
+
+
+_NOTHING_MEASURED = dict.fromkeys(
+    ("battery_pct", "plugged", "temp_c", "ip", "signal_dbm", "uptime_s", "ram_used_mb", "unity_running")
+)
+
+
+def bare(h: Heartbeat) -> Heartbeat:
+    """The same arrival without anything that its device measured or said."""
+    label, facts = Label("", "", "", ""), type(h.facts)(*[None] * len(h.facts))
+    return msgspec.structs.replace(h, label=label, facts=facts, **_NOTHING_MEASURED)
 
 
 def status_columns(newest: Sequence[Heartbeat]) -> tuple[Sequence[Any], ...]:

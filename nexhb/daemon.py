@@ -231,6 +231,7 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
         try:
             _refuse_pooler(await _look_at_settings(conn, settings, state))
             await migrate.migrate(conn, now)
+            await db.check_tables(conn)
             await partitions.ensure(conn, window_days(settings, now))
         except Exception as error:
             if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or utc_now() > until:

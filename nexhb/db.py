@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from nexhb import dburl, pgfiles, pgreach, session, sql, supported
-from nexhb.errors import ConfigError, DatabaseUnavailable, PoolerBetween
+from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
 
@@ -232,3 +232,13 @@ async def check_version(conn: Connection) -> None:
     assert row is not None  # noqa: S101 - see above
     if row["version_num"] < MINIMUM_VERSION:
         raise DatabaseUnavailable(f"It is PostgreSQL {row['version']}.", hint="nexhb needs 14 or newer.")
+
+
+async def check_tables(conn: Connection) -> None:
+    """Raise DatabaseUnfit where a table of nexhb's is not there: dropped, renamed, or not restored."""
+    if missing := [row["relation"] for row in await conn.fetch(_Q["missing_tables"])]:
+        raise DatabaseUnfit(
+            f"Tables of nexhb are missing: {', '.join(missing)}.",
+            reason=f"tables of nexhb are missing: {', '.join(missing)}",
+            hint="Rename them back, or restore a backup: docs/runbook.md#backup-and-restore.",
+        )

@@ -94,6 +94,10 @@ class BadInput(NexhbError):
     sentence = "The input is not usable."
 
 
+class DayMissing(NexhbError):
+    sentence = "The table of this day is not there any more."
+
+
 class PartitionBusy(NexhbError):
     sentence = "Somebody holds the table."
 

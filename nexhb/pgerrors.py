@@ -6,7 +6,7 @@ import enum
 
 import asyncpg
 
-from nexhb.errors import DatabaseUnavailable
+from nexhb.errors import DatabaseUnavailable, DayMissing
 
 
 class Kind(enum.StrEnum):
@@ -16,7 +16,8 @@ class Kind(enum.StrEnum):
     TRANSIENT = "transient"  # the same work may succeed a moment later
     DUPLICATE = "duplicate"  # a row with this key is there already (23505)
     NO_PARTITION = "no_partition"  # the day's table is not there (any more)
-    DATA = "data"  # this row will never go in, however often it is tried
+    DATA = "data"  # a value that will never go in, however often it is tried
+    UNFIT = "unfit"  # a table is missing, or the encoding is another: no row is to blame
     BUG = "bug"  # nobody expected this: 503, a log line, a metric
 
 
@@ -25,6 +26,9 @@ class Kind(enum.StrEnum):
 _TRANSIENT = ("40001", "40P01", "55P03", "57014", "53", "25006")
 _CLOSED = "the handler is closed"  # uvloop's RuntimeError: asyncpg goes on writing to a connection that is gone
 _SEAL = "_sealed"  # ends the name of the CHECK that keeps rows out of a detached day; a CHECK of ours has another name
+# 42P01: a table that is not there, other than a day's (DayMissing); 3F000: its schema. 22P05: a character that the
+# database's encoding does not have; every session checks the encoding, so this is not the database that it was.
+_UNFIT = ("42P01", "3F000", "22P05")
 # Errors without an SQLSTATE.
 _LOST_CLASSES = (
     asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError, TimeoutError, DatabaseUnavailable,
@@ -40,8 +44,10 @@ def classify(error: BaseException) -> Kind:
     """The kind of `error`. An error without an SQLSTATE on a closed connection surfaces as
     InterfaceError (asyncpg), so the class counts where there is no code."""
     state = str(getattr(error, "sqlstate", None) or "")
-    if state == "23514" and str(getattr(error, "constraint_name", None) or _SEAL).endswith(_SEAL):
-        return Kind.NO_PARTITION  # a row's time fits no partition, or not this one, or its day is sealed
+    if isinstance(error, DayMissing) or (
+        state == "23514" and str(getattr(error, "constraint_name", None) or _SEAL).endswith(_SEAL)
+    ):
+        return Kind.NO_PARTITION  # a row's time fits no partition, or not this one, or its day is sealed or gone
     if state:
         return _by_state(state)
     if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
@@ -60,8 +66,8 @@ def _by_state(state: str) -> Kind:
         return Kind.TRANSIENT
     if state == "23505":
         return Kind.DUPLICATE
-    if state == "42P01":
-        return Kind.NO_PARTITION
+    if state in _UNFIT:
+        return Kind.UNFIT
     if state.startswith(("22", "23")):
         return Kind.DATA
     return Kind.BUG
@@ -72,12 +78,19 @@ def is_retryable(error: BaseException) -> bool:
     return classify(error) in (Kind.LOST, Kind.TRANSIENT)
 
 
+def is_unavailable(error: BaseException) -> bool:
+    """True where the database cannot answer now, whatever it is asked: 503, and not the caller's fault."""
+    return classify(error) in (Kind.LOST, Kind.TRANSIENT, Kind.UNFIT)
+
+
 # What may be said to whoever asks, by SQLSTATE or its beginning.
 _REASONS = {
     "25006": "it is read-only",
     "28": "it does not accept the user or the password of database.url",
     "3D000": "the database that database.url names does not exist",
     "40": "transactions conflict",
+    "3F000": "the schema of nexhb is missing",
+    "42P01": "a table of nexhb is missing",
     "42501": "the user of database.url lacks a privilege",
     "53100": "its disk is full",
     "53300": "it has no connection left",

@@ -21,7 +21,7 @@ from asyncpg.pool import PoolConnectionProxy
 from nexhb import metrics, sql
 from nexhb.db import Connection, Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
-from nexhb.pgerrors import is_retryable
+from nexhb.pgerrors import is_unavailable
 from nexhb.texts import quoted
 
 _Q = sql.queries("reads")
@@ -233,7 +233,7 @@ async def _asking(pool: Pool, observe: Callable[[float], None]) -> AsyncIterator
         async with pool.acquire(timeout=ACQUIRE_TIMEOUT_S) as conn:
             yield conn
     except Exception as error:
-        if is_retryable(error):
+        if is_unavailable(error):
             raise DatabaseUnavailable(f"{type(error).__name__}: {error}") from error
         raise
     observe(time.perf_counter() - started)

@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 from nexhb import batch, db, log, metrics, partitions, sql, staging
 from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys
 from nexhb.db import Connection, Database
-from nexhb.errors import DatabaseUnavailable
+from nexhb.errors import DatabaseUnavailable, DayMissing
 from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
 from nexhb.pgerrors import Kind, classify, reason
 from nexhb.staging import Labels
@@ -38,6 +38,10 @@ NO_MEMORY_S = 1.0  # until the loop goes on that had none
 SILENT_MOST_S = ATTEMPT_S + 10.0
 UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
 TRACEBACKS = 3
+
+
+class _UndoneError(Exception):
+    """Every statement went through, and nothing of it is to be kept."""
 
 
 class _InDoubt(DatabaseUnavailable):
@@ -152,25 +156,51 @@ class Writer:
         self._unforeseen = 0
         self._intake.failing_because = ""
 
-    async def _commit(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
-        """One verdict a heartbeat. Retries what is transient; splits a batch until a bad row stands alone."""
+    async def _commit(self, heartbeats: Sequence[Heartbeat], *, sound: bool = False) -> list[Verdict]:
+        """One verdict a heartbeat. Retries what is transient; splits a batch until a bad row stands alone. `sound`: the
+        database takes heartbeats in which nothing can be wrong."""
         try:
             return await self._patiently(heartbeats)
         except Exception as error:
             kind = classify(error)
-            if kind is Kind.DATA:
+            if kind is Kind.DATA and (sound or await self._takes_bare({heartbeats[0], heartbeats[-1]})):
                 return await self._split(heartbeats, error)
-            if kind is Kind.BUG:
+            if kind in (Kind.BUG, Kind.DATA):
                 raise
             self._close_intake(error)
             return [Verdict(Outcome.FAILED, "the database cannot commit")] * len(heartbeats)
 
     async def _split(self, heartbeats: Sequence[Heartbeat], error: Exception) -> list[Verdict]:
         if len(heartbeats) == 1:
+            if not await self._takes_bare(heartbeats):
+                _log.error("heartbeat.not_stored", device_id=heartbeats[0].device_id, error=str(error))
+                return [Verdict(Outcome.FAILED, "the database cannot store it")]
             _log.warning("heartbeat.refused_by_database", device_id=heartbeats[0].device_id, error=str(error))
             return [Verdict(Outcome.REFUSED, errors=(FieldError("", f"cannot be stored: {error}"),))]
         middle = len(heartbeats) // 2
-        return await self._commit(heartbeats[:middle]) + await self._commit(heartbeats[middle:])
+        first = await self._commit(heartbeats[:middle], sound=True)
+        return first + await self._commit(heartbeats[middle:], sound=True)
+
+    async def _takes_bare(self, heartbeats: Iterable[Heartbeat]) -> bool:
+        """Whether the database takes one of these without anything that its device said, in a transaction that is
+        rolled back. Where it does not, no value is to blame: a ledger that overflows, somebody's trigger, a bug."""
+        for heartbeat in heartbeats:
+            bare = [batch.bare(heartbeat)]
+            try:
+                conn = await self._connection()
+                await self._outside(conn)
+                await self._labels.learn(conn, [bare[0].label])
+                await self._transaction(conn, bare, batch.make(bare, RecentKeys(1)), self._copy_and_undo)
+            except _UndoneError:
+                return True
+            except Exception as error:
+                _log.warning("heartbeat.bare_refused", error=f"{type(error).__name__}: {error}")
+                await self._after(error)
+        return False
+
+    async def _copy_and_undo(self, conn: Connection, heartbeats: Sequence[Heartbeat], plan: Plan) -> set[Key]:
+        await self._copy_through_stage(conn, heartbeats, plan)
+        raise _UndoneError
 
     async def _patiently(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         began = time.monotonic()
@@ -318,9 +348,12 @@ class Writer:
         for day, rows in plan.rows.items():
             if day in self._gone:
                 continue
-            await conn.copy_records_to_table(
-                self._tables[day], records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS
-            )
+            try:
+                await conn.copy_records_to_table(
+                    self._tables[day], records=self._records(heartbeats, rows), columns=HISTORY_COLUMNS
+                )
+            except asyncpg.UndefinedTableError as error:
+                raise DayMissing(f"{self._tables[day]}.") from error
             written.update(key for key, _ in rows)
         return written
 
@@ -397,7 +430,7 @@ class Writer:
                 if day not in self._tables and (reason := await partitions.gone(conn, day)):
                     self._gone[day] = reason
             except Exception as error:
-                if classify(error) is Kind.LOST:
+                if classify(error) in (Kind.LOST, Kind.UNFIT):
                     raise
         still = missing - self._tables.keys() - self._gone.keys()
         if not still:
@@ -423,7 +456,7 @@ class Writer:
             self._doubt = error
         if kind is Kind.NO_PARTITION:
             self._tables.clear()
-        if kind in (Kind.LOST, Kind.BUG):
+        if kind in (Kind.LOST, Kind.BUG, Kind.UNFIT):
             await self._disconnect()
 
     async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
@@ -490,6 +523,7 @@ class Writer:
         await self._outside(conn)
         if not await conn.fetchval(_CAN_WRITE):
             raise DatabaseUnavailable("It is read-only.", reason="it is read-only")
+        await db.check_tables(conn)
 
     async def _check_unlocked(self) -> None:
         """Raise where somebody's lock would hold up the next batch too: it would wait for seconds, and so would every

@@ -16,7 +16,7 @@ from nexhb.http.connections import Guarded
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
 from nexhb.http.query import check as check_query
-from nexhb.pgerrors import is_retryable
+from nexhb.pgerrors import is_unavailable
 
 _log = log.get("http")
 
@@ -114,7 +114,7 @@ def _as_problem(error: Exception, request: web.Request, *, admin: bool) -> Probl
         return error
     if isinstance(error, UnknownDevice | BadInput):
         return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
-    if is_retryable(error):
+    if is_unavailable(error):
         parts = request.app[PARTS]
         return parts.come_back(str(error) or type(error).__name__) if admin else parts.unavailable(error)
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)

@@ -22,7 +22,7 @@ import bcrypt
 from nexhb import devices, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable
-from nexhb.pgerrors import is_retryable
+from nexhb.pgerrors import is_unavailable
 from nexhb.ratelimit import Allowance
 
 _Q = sql.queries("legacy")
@@ -217,7 +217,7 @@ class Adoption:
         except Exception as error:
             if self._conn is not None:
                 self._conn.terminate()
-            if not is_retryable(error):
+            if not is_unavailable(error):
                 raise
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
 

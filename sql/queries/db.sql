@@ -12,3 +12,12 @@ SELECT current_setting('server_version_num')::int AS version_num,
 -- name: can_write
 -- False on a standby, and where the operator or the provider (a full disk) has made the database read-only.
 SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'off';
+
+-- name: missing_tables
+-- Tables that the migrations made, and that are not in the session's schema any more.
+SELECT relation FROM unnest(ARRAY[
+    'archive_supplements', 'device_heartbeats', 'device_last_status', 'device_tokens', 'devices', 'enrolment_keys',
+    'feature_flag_changes', 'feature_flags', 'hb_partitions', 'heartbeat_history', 'heartbeat_labels', 'ingest_ledger',
+    'job_runs', 'late_heartbeats', 'legacy_days', 'legacy_tokens', 'perf_diff_comparisons', 'schema_migrations'
+]) AS relation
+WHERE to_regclass(relation) IS NULL;

@@ -112,7 +112,7 @@ def kinds() -> set[str]:
     found = {name for text in texts.values() for name in re.findall(r'"?application"?[=:] ?"(nexhb [^"]+)"', text)}
     assert 'application=f"nexhb {job.name}"' in texts[SOURCES / "jobs" / "runner.py"]
     by_job = {f"nexhb {name}" for name in ("nightly", "reconcile", "backfill", "import")}
-    return found | by_job | {f"nexhb import-legacy{SOURCE}"}
+    return (found - {"nexhb import-legacy"}) | by_job | {f"nexhb import-legacy{SOURCE}"}
 
 
 def run(environment: dict[str, str], *words: str) -> str:

@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 
 from nexhb.db import Database
-from nexhb.errors import DatabaseUnavailable, PoolerBetween
-from nexhb.pgerrors import Kind, classify, is_retryable, reason
+from nexhb.errors import DatabaseUnavailable, DayMissing, PoolerBetween
+from nexhb.pgerrors import Kind, classify, is_retryable, is_unavailable, reason
 
 
 class ClientSideDataError(asyncpg.InterfaceError, ValueError):
@@ -33,11 +33,11 @@ SQLSTATES = [
     ("25006", Kind.TRANSIENT),
     # a row with this key is there
     ("23505", Kind.DUPLICATE),
-    # a day's table that is not there
-    ("42P01", Kind.NO_PARTITION),
+    # a table or a schema that is not there, a character that the encoding does not have
+    ("42P01", Kind.UNFIT), ("3F000", Kind.UNFIT), ("22P05", Kind.UNFIT),
     # data: never tried again
     ("22000", Kind.DATA), ("22001", Kind.DATA), ("22003", Kind.DATA), ("22007", Kind.DATA), ("22021", Kind.DATA),
-    ("22P02", Kind.DATA), ("22P03", Kind.DATA), ("22P05", Kind.DATA), ("23000", Kind.DATA), ("23502", Kind.DATA),
+    ("22P02", Kind.DATA), ("22P03", Kind.DATA), ("23000", Kind.DATA), ("23502", Kind.DATA),
     ("23503", Kind.DATA), ("23P01", Kind.DATA),
     # anything else is a bug
     ("42601", Kind.BUG), ("42703", Kind.BUG), ("42501", Kind.BUG), ("21000", Kind.BUG),
@@ -77,6 +77,7 @@ def test_a_check_with_a_name_is_data_and_one_without_is_a_day_without_its_table(
         (TypeError("expected str, got int"), Kind.DATA),
         (ValueError("not a value"), Kind.DATA),
         (UnicodeEncodeError("utf-8", "\ud83d", 0, 1, "surrogates not allowed"), Kind.DATA),
+        (DayMissing("device_heartbeats_20261124."), Kind.NO_PARTITION),
         (AssertionError(), Kind.BUG),
         (KeyError("battery"), Kind.BUG),
         (RuntimeError("cannot perform operation"), Kind.BUG),
@@ -87,11 +88,12 @@ def test_an_error_without_an_sqlstate_is_what_its_class_says(error: BaseExceptio
     assert classify(error) is kind
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.NO_PARTITION])
 def test_only_what_is_lost_or_transient_is_tried_again(kind: Kind) -> None:
     errors = [from_server(sqlstate) for sqlstate, its in SQLSTATES if its is kind]
     assert errors
     assert {is_retryable(error) for error in errors} == {kind in (Kind.LOST, Kind.TRANSIENT)}
+    assert {is_unavailable(error) for error in errors} == {kind in (Kind.LOST, Kind.TRANSIENT, Kind.UNFIT)}
 
 
 # ---- the same, as they come from asyncpg and from PostgreSQL ------------------------------------------------------
@@ -120,6 +122,10 @@ async def _lone_surrogate(conn: asyncpg.Connection) -> None:
 
 async def _key_that_is_there(conn: asyncpg.Connection) -> None:
     await conn.execute("CREATE TEMP TABLE t (n int PRIMARY KEY); INSERT INTO t VALUES (1), (1)")
+
+
+async def _missing_table(conn: asyncpg.Connection) -> None:
+    await conn.fetchval("SELECT count(*) FROM device_tokens")
 
 
 async def _day_without_table(conn: asyncpg.Connection) -> None:
@@ -157,6 +163,7 @@ async def _syntax_error(conn: asyncpg.Connection) -> None:
         (_nul, Kind.DATA),
         (_lone_surrogate, Kind.DATA),
         (_key_that_is_there, Kind.DUPLICATE),
+        (_missing_table, Kind.UNFIT),
         (_day_without_table, Kind.NO_PARTITION),
         (_named_check, Kind.DATA),
         (_statement_timeout, Kind.TRANSIENT),
