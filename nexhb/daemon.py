@@ -41,6 +41,7 @@ from nexhb.legacy.adopt import Adoption
 from nexhb.perfdiff import PerfDiff
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify, is_retryable
 from nexhb.reads import LEGACY_SESSION, Answers, FromHistory, Reads
+from nexhb.troubles import Troubles
 from nexhb.writer import Writer
 
 _log = log.get("daemon")
@@ -164,6 +165,7 @@ async def running(
         parts = Parts(
             settings=settings, database=database, devices=devices, adoption=adoption, intake=intake, reads=Reads(pool),
             legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
+            troubles=await stack.enter_async_context(_troubles(database, settings, now, failed)),
             admin=AdminKey(admin_key), now=now, not_ready=lambda in_full: state.not_ready(intake, in_full=in_full),
         )  # fmt: skip
         ports = await stack.enter_async_context(_serving(parts, connections, secure))
@@ -357,6 +359,16 @@ async def _side_task(
         task.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await task
+
+
+@asynccontextmanager
+async def _troubles(
+    database: Database, settings: Settings, now: Callable[[], datetime], failed: asyncio.Future[BaseException]
+) -> AsyncIterator[Troubles]:
+    """What is seen to go wrong with devices, written now and then for the block."""
+    troubles = Troubles(database, now, settings.ingest.bucket_seconds)
+    async with _side_task("troubles", troubles.run(), failed):
+        yield troubles
 
 
 @asynccontextmanager

@@ -220,6 +220,8 @@ async def rotate(conn: Connection, device_id: str) -> str:
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["drop_tokens"], device_no)
         await conn.execute(_Q["forget_legacy"], device_no)
+        await conn.execute(_Q["end_enrolment"], device_no)
+        await conn.execute(_Q["part_twins"], device_no)
         await conn.execute(_Q["add_token"], hash_token(token), device_no)
         await conn.execute(_Q["readmit_device"], device_no)
     return token
@@ -230,6 +232,7 @@ async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
     async with conn.transaction():
         device_no = await _device_no(conn, device_id)
         since = await conn.fetchval(_Q["revoke_device"], device_no, now)
+        await conn.execute(_Q["end_enrolment"], device_no)
         await conn.execute(_Q["revoke_tokens"], device_no, since)
 
 
@@ -354,8 +357,33 @@ async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, 
 
 async def enrol(conn: Connection, key: str, device_id: str, alias: str | None, now: datetime) -> str:
     """A new device's token against one use of `key`. Raises EnrolmentRefused, DeviceExists, BadInput; then the use
-    is not spent."""
+    is not spent.
+
+    A device that registered with this key before and has sent nothing since did not hear the answer: it gets another
+    token in the place of that one, and no further use is spent.
+    """
+    key_hash = hash_token(key)
     async with conn.transaction():
-        if await conn.fetchval(_Q["use_enrolment_key"], hash_token(key), now) is None:
+        uses_left = await conn.fetchval(_Q["hold_enrolment_key"], key_hash, now)
+        if uses_left is None:
             raise EnrolmentRefused("It is unknown, used up or expired.")
-        return await add(conn, device_id, alias)
+        if "\0" not in device_id:
+            again = await conn.fetchval(_Q["enrolled_in_vain"], device_id, key_hash)
+            if again is not None:
+                return await _enrol_again(conn, again, alias)
+        if not uses_left:
+            raise EnrolmentRefused("It is unknown, used up or expired.")
+        token = await add(conn, device_id, alias)
+        await conn.execute(_Q["use_enrolment_key"], key_hash)
+        await conn.execute(_Q["add_enrolment"], await _device_no(conn, device_id), key_hash, now)
+        return token
+
+
+async def _enrol_again(conn: Connection, device_no: int, alias: str | None) -> str:
+    if alias is not None:
+        _check_text(alias, "alias", 200)
+        await conn.execute(_Q["rename"], device_no, alias)
+    token = new_token()
+    await conn.execute(_Q["drop_tokens"], device_no)
+    await conn.execute(_Q["add_token"], hash_token(token), device_no)
+    return token

@@ -16,6 +16,7 @@ from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
 from nexhb.locks import Lock
+from nexhb.texts import shown as shown_text
 
 _Q = sql.queries("doctor")
 
@@ -29,6 +30,8 @@ HOT_LEAST, HOT_SAMPLE = 0.5, 10_000
 DAYS_AHEAD_LEAST = 3
 DISK_DAYS_LEAST = 7
 MISMATCHES_OVER = timedelta(hours=24)
+SHARED_WITHIN = timedelta(hours=24)
+NAMED = 10  # devices
 REASON_MOST = 240  # characters; `GET /ops/jobs` has all of it
 
 
@@ -224,6 +227,15 @@ async def _flags(visit: Visit) -> Line:
     return Line("flags", True, said)
 
 
+async def _shared(visit: Visit) -> Line:
+    rows = await visit.conn.fetch(_Q["shared_tokens"], visit.now - SHARED_WITHIN)
+    if not rows:
+        return Line("shared tokens", True, "no token was seen in two kiosks within a day")
+    named = ", ".join(shown_text(row["device_id"]) for row in rows[:NAMED]) + (", …" if len(rows) > NAMED else "")
+    said = f"{len(rows)} tokens are in two kiosks each: {named}"
+    return Line("shared tokens", False, said, "docs/runbook.md#a-token-in-two-kiosks")
+
+
 def _at(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%MZ}" if moment else "never"
 
@@ -232,7 +244,7 @@ _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
     "database": _database, "schema": _schema, "days ahead": _days_ahead, "detaches": _pending, "archive": _old_days,
     "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"), "restore drill": _drill,
     "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
-    "flags": _flags,
+    "flags": _flags, "shared tokens": _shared,
 }  # fmt: skip
 
 

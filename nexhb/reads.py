@@ -6,6 +6,7 @@ Two ways to answer: from device_last_status by index, or from the history by win
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -205,6 +206,16 @@ class Reads(Answers):
         """A page of status rows by device_id, from behind `after`."""
         async with self._asking("devices") as conn:
             return _rows(await conn.fetch(_Q["devices"], after, limit))
+
+    async def troubles(self, device_id: str) -> tuple[Row | None, Row | None]:
+        """Its last refusal, and since when two kiosks share its token; None where there is none, or no such device."""
+        async with self._asking("troubles") as conn:
+            row = await conn.fetchrow(_Q["troubles"], device_id)
+        if row is None:
+            return None, None
+        refusal = {"at": row["refused_at"], **{name: row[name] for name in ("status", "reason", "field")}}
+        shared = {"since": row["since"], "last_at": row["last_at"], "kiosks": json.loads(row["evidence"] or "[]")}
+        return refusal if row["refused_at"] else None, shared if row["since"] else None
 
     async def history(self, device_id: str, start: datetime, end: datetime, limit: int) -> list[Row]:
         """Its heartbeats with start ≤ ts < end, newest first. Raises UnknownDevice."""

@@ -68,6 +68,30 @@ CREATE TABLE enrolment_keys (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- With which key a device registered itself. An answer that is lost takes the token with it, and the device comes again:
+-- with the same key, and before its first heartbeat, it is admitted once more, with a new token and without another use.
+CREATE TABLE enrolments (
+    device_no   integer PRIMARY KEY REFERENCES devices,
+    key_sha256  bytea NOT NULL CHECK (length(key_sha256) = 32),
+    enrolled_at timestamptz NOT NULL
+);
+
+-- What a device was last refused for, and which tokens two kiosks share (a cloned image): for whoever asks what is wrong
+-- with one. Each daemon writes what it saw, at most once a minute a device, beside the heartbeats' way.
+CREATE TABLE device_refusals (
+    device_no  integer PRIMARY KEY REFERENCES devices,
+    refused_at timestamptz NOT NULL,
+    status     smallint NOT NULL,
+    reason     text NOT NULL,
+    field      text
+);
+CREATE TABLE shared_tokens (
+    device_no integer PRIMARY KEY REFERENCES devices,
+    since     timestamptz NOT NULL,
+    last_at   timestamptz NOT NULL,
+    evidence  jsonb NOT NULL                               -- the two: model, build, address, when they booted
+);
+
 -- What NexMDM knew of a device's token, once for each that was taken over: it is not given a second time, so that a device
 -- which was rotated since does not get its old token back. fingerprint: the token's SHA-256, or that of the bcrypt hash
 -- where there was nothing else. Such a hash waits for the device's first heartbeat; then the token's SHA-256 goes to

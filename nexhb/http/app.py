@@ -88,6 +88,7 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
             response = await handler(request)
         except Exception as error:
             problem = _as_problem(error, request, admin=admin)
+            _note_refusal(problem, request)
             _leave_the_rest(request, problem)
             response = problem.response()
         except asyncio.CancelledError:
@@ -119,6 +120,15 @@ def _as_problem(error: Exception, request: web.Request, *, admin: bool) -> Probl
         return parts.come_back(str(error) or type(error).__name__) if admin else parts.unavailable(error)
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
     return Problem(500, "An unexpected error; it is in the log.")
+
+
+def _note_refusal(problem: Problem, request: web.Request) -> None:
+    """Who was refused or limited: the device whose token the request carries."""
+    device = request.get(auth.DEVICE)
+    if device is not None and problem.status < 500:
+        first = problem.errors[0] if problem.errors else None
+        reason = f"{problem.detail} {first.message}" if first else problem.detail
+        request.app[PARTS].troubles.refused(device, problem.status, reason, (first and first.path) or None)
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:

@@ -20,6 +20,7 @@ from nexhb.http.problem import Problem
 if TYPE_CHECKING:
     from nexhb.http.parts import Parts
 
+DEVICE: web.RequestKey[Device] = web.RequestKey("device", Device)  # whose token the request carries
 _BEARER = "bearer "
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="nexhb"'}
 
@@ -80,6 +81,7 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
             raise parts.unavailable(error) from error
     if device is None:
         raise wrong_key(request, parts, "device", "This device token is not known.")
+    request[DEVICE] = device
     if device.revoked:
         metrics.unauthorized.labels(kind="revoked").inc()
         raise Problem(410, "This device was revoked.")

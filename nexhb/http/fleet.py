@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from datetime import datetime, timedelta
+from operator import itemgetter
 
+import msgspec
 from aiohttp import web
 
 from nexhb import rollout
@@ -59,8 +61,15 @@ async def get_unity_down(request: web.Request) -> web.Response:
 async def get_device(request: web.Request) -> web.Response:
     """One device and its last status."""
     device_id = _device_id(request)
-    _, found = await _ask(request, OneDevice(device_id), device_id, request.app[PARTS].now())
-    return answer(found.rows[0])
+    parts = request.app[PARTS]
+    _, found = await _ask(request, OneDevice(device_id), device_id, parts.now())
+    refusal, shared = await parts.reads.troubles(device_id)
+    # What this daemon saw within the last minute is not written yet.
+    seen, seen_shared = parts.troubles.last_refusal(device_id), parts.troubles.token_shared(device_id)
+    latest = max((one for one in (refusal, seen) if one), key=itemgetter("at"), default=None)
+    return answer(
+        msgspec.structs.asdict(found.rows[0]) | {"last_refusal": latest, "token_shared": shared or seen_shared}
+    )
 
 
 async def _list(request: web.Request, question: Offline | UnityDown) -> web.Response:

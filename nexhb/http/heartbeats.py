@@ -46,6 +46,8 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
 def problem_of(parts: Parts, device: Device, verdict: Verdict) -> Problem | None:
     """What to answer to a heartbeat that is not in; None for one that is."""
     if verdict.outcome is Outcome.REFUSED:
+        field = verdict.errors[0].path if verdict.errors else None
+        parts.troubles.refused(device, 422, "The heartbeat cannot be stored.", field)
         return Problem(422, "The heartbeat cannot be stored.", errors=verdict.errors)
     if verdict.outcome is Outcome.FAILED:
         # Who sends again what we could not keep does not come too often.
@@ -103,12 +105,13 @@ def heartbeat_of(parts: Parts, raw: bytes, device: Device, received_at: datetime
         received_at=received_at,
         rules=parts.rules,
     )
-    note(device, heartbeat)
+    note(parts, device, heartbeat)
     return heartbeat
 
 
-def note(device: Device, heartbeat: wire.Heartbeat) -> None:
+def note(parts: Parts, device: Device, heartbeat: wire.Heartbeat) -> None:
     """Count what is odd about it."""
+    parts.troubles.look(heartbeat)
     if heartbeat.clock_wrong:
         metrics.clock_outside_window.inc()
     if heartbeat.queue_depth is not None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nexhb.legacy.adopt import Adoption
     from nexhb.perfdiff import PerfDiff
     from nexhb.reads import Answers, Reads
+    from nexhb.troubles import Troubles
 
 _log = log.get("http")
 
@@ -52,6 +53,7 @@ class Parts:
     reads: Reads
     legacy: Answers
     perf_diff: PerfDiff
+    troubles: Troubles
     jobs: Jobs
     flags: FlagStore
     admin: AdminKey

@@ -125,6 +125,10 @@ class _Queue:
         await self._await_all()
         if self.blocks.items and not self._understood:
             raise Problem(400, "Nothing in the body is a heartbeat.", errors=[_EXPECTED, *self._first_errors()])
+        if self._refused:
+            first = self._first_errors()[0]
+            path = first.path.partition(".")[2]
+            self._parts.troubles.refused(self._device, 422, f"In a queue: {first.message}", path or None)
         value: dict[str, Any] = {
             "ok": True,
             "written": self._written,
@@ -158,7 +162,7 @@ class _Queue:
             for place, why in refused.items():
                 self._refuse(block.first + place, why.errors)
         for heartbeat in heartbeats:
-            note(self._device, heartbeat)
+            note(self._parts, self._device, heartbeat)
         if heartbeats:
             await self._ask(block)
         await asyncio.sleep(0)  # a block takes 1 to 3 ms: others are served between two

@@ -101,8 +101,33 @@ ON CONFLICT (token_sha256) DO NOTHING;
 -- $1 key_sha256, $2 note, $3 uses, $4 expires_at.
 INSERT INTO enrolment_keys (key_sha256, note, uses_left, expires_at) VALUES ($1, $2, $3, $4);
 
+-- name: hold_enrolment_key
+-- $1 key_sha256, $2 now. How many uses it has left; held, so that two devices cannot both take the last one.
+SELECT uses_left FROM enrolment_keys WHERE key_sha256 = $1 AND expires_at > $2 FOR UPDATE;
+
 -- name: use_enrolment_key
--- $1 key_sha256, $2 now. One conditional UPDATE: two devices cannot both take the last use.
-UPDATE enrolment_keys SET uses_left = uses_left - 1
-WHERE key_sha256 = $1 AND uses_left > 0 AND expires_at > $2
-RETURNING uses_left;
+-- $1 key_sha256.
+UPDATE enrolment_keys SET uses_left = uses_left - 1 WHERE key_sha256 = $1;
+
+-- name: enrolled_in_vain
+-- $1 device_id, $2 key_sha256. A device that registered with this key and never sent: the answer was lost.
+SELECT d.device_no FROM devices d JOIN enrolments e USING (device_no)
+WHERE d.device_id = $1 AND e.key_sha256 = $2 AND d.revoked_at IS NULL
+  AND NOT EXISTS (SELECT 1 FROM device_last_status s WHERE s.device_no = d.device_no)
+FOR UPDATE OF d;
+
+-- name: rename
+-- $1 device_no, $2 alias; null keeps the name.
+UPDATE devices SET alias = coalesce($2, alias) WHERE device_no = $1;
+
+-- name: add_enrolment
+-- $1 device_no, $2 key_sha256, $3 now.
+INSERT INTO enrolments (device_no, key_sha256, enrolled_at) VALUES ($1, $2, $3);
+
+-- name: end_enrolment
+-- $1 device_no. The operator gave or took a token: the key that it registered with gives none any more.
+DELETE FROM enrolments WHERE device_no = $1;
+
+-- name: part_twins
+-- $1 device_no. With a new token, what was seen of the old one is over.
+DELETE FROM shared_tokens WHERE device_no = $1;

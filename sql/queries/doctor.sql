@@ -75,3 +75,9 @@ SELECT changed_at FROM (
     LIMIT 1
 ) last
 WHERE changed_by = 'perf_diff';
+
+-- name: shared_tokens
+-- $1 seen since. Devices whose token is in two kiosks, the newest first.
+SELECT d.device_id, s.last_at FROM shared_tokens s JOIN devices d USING (device_no)
+WHERE s.last_at >= $1 AND d.revoked_at IS NULL
+ORDER BY s.last_at DESC;

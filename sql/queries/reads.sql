@@ -79,6 +79,12 @@ WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
 ORDER BY last_ts DESC, device_id COLLATE "C" DESC
 LIMIT $2;
 
+-- name: troubles
+-- $1 device_id. What it was last refused for, and whether two kiosks share its token.
+SELECT r.refused_at, r.status, r.reason, r.field, s.since, s.last_at, s.evidence::text AS evidence
+FROM devices d LEFT JOIN device_refusals r USING (device_no) LEFT JOIN shared_tokens s USING (device_no)
+WHERE d.device_id = $1;
+
 -- name: device_no
 -- $1 device_id.
 SELECT device_no FROM devices WHERE device_id = $1;

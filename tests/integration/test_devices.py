@@ -589,6 +589,36 @@ async def test_an_id_that_is_taken_or_unfit_does_not_spend_the_use(open_house: N
     assert (agent.device_id, devices.hash_token(agent.token)) in {tuple(row) for row in known}
 
 
+async def test_a_registration_whose_answer_was_lost_is_admitted_again(
+    open_house: Nexhb, now: datetime, conn: Connection
+) -> None:
+    """It was 409 for ever: the token was in the answer, and nobody else had it."""
+    key, other = await issue(open_house, uses=1), await issue(open_house, uses=5)
+    lost = await register(open_house, key, "kiosk-1", alias="by the door")
+    again = await register(open_house, key, "kiosk-1")
+    assert (lost.status, again.status) == (200, 200)
+    assert lost.body["device_token"] != again.body["device_token"]
+    left = {row[0]: row[1] for row in await open_house.rows("SELECT key_sha256, uses_left FROM enrolment_keys")}
+    assert (left[devices.hash_token(key)], left[devices.hash_token(other)]) == (0, 5)
+    for wrong, status in ((other, 409), (devices.new_token(), 401)):
+        assert (await register(open_house, wrong, "kiosk-1")).status == status
+    assert (await register(open_house, key, "kiosk-2")).status == 401
+    for bad in ("x" * 201, "a\u2028b"):
+        assert (await register(open_house, key, "kiosk-1", alias=bad)).status == 422
+    await becomes(401, sending(open_house, "kiosk-1", lost.body["device_token"], now))
+    assert (await sending(open_house, "kiosk-1", again.body["device_token"], now)()).status == 200
+    assert (await open_house.get("/v1/devices/kiosk-1"))["alias"] == "Store 42 - kiosk 3"
+    assert (await register(open_house, key, "kiosk-1")).status == 401, "it has sent: the answer was heard"
+    assert (await register(open_house, other, "kiosk-1")).status == 409
+    for name, ended in (
+        ("rotated", devices.rotate(conn, "rotated")),
+        ("revoked", devices.revoke(conn, "revoked", now)),
+    ):
+        assert (await register(open_house, other, name)).status == 200
+        await ended
+        assert (await register(open_house, other, name)).status == 409, "the operator decides about it now"
+
+
 async def test_of_devices_that_race_for_the_last_uses_exactly_so_many_win(start_daemon: StartDaemon) -> None:
     auth = Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open")
     daemons = [await start_daemon(auth=auth), await start_daemon(auth=auth)]

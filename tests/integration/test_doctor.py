@@ -46,7 +46,7 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert doctor.shown(list(found.values()))["good"] is True
     assert set(found) == {
         "database", "schema", "days ahead", "detaches", "archive", "late heartbeats", "nightly", "reconcile",
-        "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
+        "restore drill", "drift", "locks", "HOT updates", "disk", "flags", "shared tokens",
     }  # fmt: skip
 
 

@@ -1,0 +1,129 @@
+"""Who was refused, and which token is in two kiosks: said once in the log, and in the answer of every daemon."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import orjson
+import pytest
+
+from nexhb import daemon, devices, troubles
+from nexhb.config import Ingest
+from nexhb.db import Connection, Database
+from nexhb.devices import Device
+from nexhb.troubles import Troubles
+from tests.conftest import Nexhb, StartDaemon, example
+
+FIVE_HUNDRED = Ingest(device_burst=500, device_per_minute=1)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, object]]:
+    """Event, device and status of each line."""
+    lines: list[tuple[str, str, object]] = []
+
+    class Log:
+        def warning(self, event: str, **fields: object) -> None:
+            lines.append((event, str(fields.get("device_id")), fields.get("status", fields.get("count"))))
+
+    monkeypatch.setattr(troubles, "_log", Log())
+    return lines
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Troubles]:
+    """Each daemon's, in the order of their starts."""
+    made: list[Troubles] = []
+
+    class Kept(Troubles):
+        def __init__(self, database: Database, now: object, bucket_seconds: int) -> None:
+            super().__init__(database, now, bucket_seconds)  # type: ignore[arg-type]
+            made.append(self)
+
+    monkeypatch.setattr(daemon, "Troubles", Kept)
+    return made
+
+
+async def refusal(nexhb: Nexhb, device_id: str) -> dict[str, object] | None:
+    """As an operator sees it."""
+    found: dict[str, object] | None = (await nexhb.get(f"/v1/devices/{device_id}"))["last_refusal"]
+    return found
+
+
+async def test_whoever_was_refused_or_limited_is_named_once_and_every_daemon_says_why(
+    start_daemon: StartDaemon,
+    now: datetime,
+    conn: Connection,
+    told: list[tuple[str, str, object]],
+    kept: list[Troubles],
+) -> None:
+    """There was a counter, and no device."""
+    nexhb, second = await start_daemon(ingest=FIVE_HUNDRED), await start_daemon()
+    agent = await nexhb.agent("kiosk-1")
+    assert await refusal(nexhb, "kiosk-1") is None
+    asked = [
+        (agent.send(now, battery={"pct": 200}), 422, "battery.pct"),
+        (agent.send(now, battery={"pct": 300}), 422, "battery.pct"),
+        (agent.post(b"{"), 400, None),
+        (agent.post(b"{}", **{"Content-Type": "text/plain"}), 415, None),
+        (agent.post(b"x" * 70_000), 413, None),
+        (agent.post(orjson.dumps([example(now), {"battery": 5}]), "/v1/heartbeats"), 422, "battery"),
+        (agent.post(b'{"a":1}', "/v1/heartbeats"), 400, None),
+        (agent.post(orjson.dumps([{}] * 499), "/v1/heartbeats"), 429, None),
+    ]
+    for answer, status, field in asked:
+        heard = await answer
+        assert heard.status == (200 if field == "battery" else status)
+        found = await refusal(nexhb, "kiosk-1")
+        assert found is not None
+        assert (found["status"], found["field"] if field else None) == (status, field), heard.body
+        assert found["reason"]
+    lines = [line for line in told if line[0] == "device.refused"]
+    assert [status for _, _, status in lines] == [422, 400, 415, 413, 422, 400, 429]
+    assert await refusal(second, "kiosk-1") is None
+    await kept[0].flush()
+    assert await refusal(second, "kiosk-1") == await refusal(nexhb, "kiosk-1")
+    await devices.revoke(conn, "kiosk-1", now)
+    while (await agent.send(now)).status != 410:
+        pass
+    found = await refusal(nexhb, "kiosk-1")
+    assert (found or {})["status"] == 410
+    await kept[0].flush()
+    await kept[0].flush()  # nothing is new
+    assert await refusal(second, "kiosk-1") == found
+
+
+async def test_a_token_in_two_kiosks_is_said_once_and_until_it_is_rotated(
+    start_daemon: StartDaemon,
+    now: datetime,
+    conn: Connection,
+    told: list[tuple[str, str, object]],
+    kept: list[Troubles],
+) -> None:
+    nexhb, second = await start_daemon(), await start_daemon()
+    agent = await nexhb.agent("kiosk-1")
+    start = now - timedelta(hours=1)
+    for minute in range(6):
+        made = start + timedelta(minutes=minute)
+        system = {"uptime_seconds": float(minute * 60 + 90_000 * (minute % 2)), "model": "SM-T500"}
+        assert (await agent.send(made, system=system)).status == 200
+    assert [line for line in told if line[0] == "device.token_shared"] == [("device.token_shared", "kiosk-1", None)]
+    await kept[0].flush()
+    for daemons in (nexhb, second):
+        found = (await daemons.get("/v1/devices/kiosk-1"))["token_shared"]
+        assert {kiosk["ip"] for kiosk in found["kiosks"]} == {"192.168.1.50"}
+        assert found["kiosks"][0]["booted_at"] != found["kiosks"][1]["booted_at"]
+    await devices.rotate(conn, "kiosk-1")
+    assert (await second.get("/v1/devices/kiosk-1"))["token_shared"] is None
+
+
+def test_what_is_held_and_logged_is_bounded(
+    told: list[tuple[str, str, object]], monkeypatch: pytest.MonkeyPatch, database: Database, now: datetime
+) -> None:
+    monkeypatch.setattr(troubles, "HELD", 5)
+    kept = Troubles(database, lambda: now, 10)
+    for number in range(300):
+        kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "x" * 1_000)
+    assert len(kept._refusals) == 5
+    assert 100 <= len(told) < 150
+    assert len((kept.last_refusal("kiosk-299") or {})["reason"]) == troubles.REASON_MOST
