@@ -318,12 +318,15 @@ async def _connect_patiently(database: Database, until: datetime) -> db.Connecti
 async def _sweep(settings: Settings, intake: Intake, state: State, connections: Connections) -> None:
     """Twice a second: answer what has waited too long, cut what takes too long to ask."""
     loop = asyncio.get_running_loop()
+    lost = 0
     while True:
         due = loop.time() + SWEEP_S
         await asyncio.sleep(SWEEP_S)
         metrics.loop_lag.observe(max(0.0, loop.time() - due))
         intake.expire(loop.time(), settings.ingest.answer_within_seconds)
         intake.observe()
+        metrics.log_lines_lost.inc(log.lines_lost() - lost)
+        lost = log.lines_lost()
         intake.held_because = state.hold
         connections.sweep(loop.time())
         metrics.ready.set(0 if state.not_ready(intake) else 1)
@@ -450,6 +453,7 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
     """Run until SIGTERM or SIGINT, also while it still starts; the exit code. `ready` is called once heartbeats are
     taken."""
     raise_open_files_limit()
+    log.take_over()
     manager = notify.Notifier.from_environment(os.environ)
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()

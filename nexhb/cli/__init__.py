@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import asyncpg
 import orjson
@@ -101,21 +102,49 @@ def register() -> None:
 
 def main() -> None:
     """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+    _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Japanese shows escapes, not a traceback
             stream.reconfigure(errors="backslashreplace")
     try:
         register()
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk is an error with a sentence
+    except BrokenPipeError:  # `| head` has what it wanted
+        _end("", EXIT_FAILED)
     except (ConfigError, BadInput) as error:
-        typer.echo(f"nexhb: {error}", err=True)
-        sys.exit(EXIT_USAGE)
+        _end(f"{error}", EXIT_USAGE)
     except LockHeld as error:
-        typer.echo(f"nexhb: {error}", err=True)
-        sys.exit(EXIT_LOCK_HELD)
+        _end(f"{error}", EXIT_LOCK_HELD)
     except (NexhbError, OSError) as error:
-        typer.echo(f"nexhb: {error}", err=True)
-        sys.exit(EXIT_FAILED)
+        _end(f"{error}", EXIT_FAILED)
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        typer.echo(f"nexhb: the database says: {error}", err=True)
-        sys.exit(EXIT_FAILED)
+        _end(f"the database says: {error}", EXIT_FAILED)
+
+
+def _end(said: str, code: int) -> NoReturn:
+    """Exit with one sentence. What stdout or stderr did not take is dropped, and is no second error."""
+    with suppress(OSError):
+        if said:
+            typer.echo(f"nexhb: {said}", err=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
+def _open_standard_files() -> None:
+    """Where one of the three was closed, `2>&-`, the next file or connection would take its number, and get what is
+    printed."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - to the end

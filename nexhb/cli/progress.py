@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import typer
 from rich.console import Console
@@ -42,7 +42,8 @@ def _lines(what: str) -> Show:
             return
         last = now
         left = f", {_left(done, total, now - started)} left" if 0 < done < total else ""
-        typer.echo(f"{what}: {done:,} of {total:,}{f', {more}' if more else ''}{left}", err=True)
+        with suppress(OSError):  # work goes on where nobody can be told how far it is
+            typer.echo(f"{what}: {done:,} of {total:,}{f', {more}' if more else ''}{left}", err=True)
 
     return show
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nexhb import cli, config, daemon, keys
+from nexhb import cli, config, daemon, keys, log
 
 
 def welcome_lines(running: daemon.Running) -> list[str]:
@@ -36,7 +36,7 @@ def welcome_lines(running: daemon.Running) -> list[str]:
 
 
 def _say(running: daemon.Running) -> None:
-    typer.echo("\n".join(welcome_lines(running)), err=True)
+    log.say("\n".join(welcome_lines(running)))
 
 
 def _say_nothing(_running: daemon.Running) -> None:
