@@ -44,6 +44,36 @@ print("stopped" if pg.stop() else "left", flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def made_once() -> Iterator[Path]:
+    """A new cluster's files: initdb takes a second of one core, and few of these tests are about it."""
+    base = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
+    base.chmod(0o711)
+    embedded.start(base / "data").stop()
+    yield base / "data" / "pg"
+    shutil.rmtree(base)
+
+
+@pytest.fixture(autouse=True)
+def _copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process makes is a copy, but where a test asks for `made_anew`."""
+    if "made_anew" in request.fixturenames:
+        return
+    cluster: Path = request.getfixturevalue("made_once")
+
+    def copy(at: Any) -> None:
+        new = at.account.new_folder(at.pgdata)
+        subprocess.run(["cp", "-a", f"{cluster}/.", new], check=True)
+        new.rename(at.pgdata)
+
+    monkeypatch.setattr(embedded, "_create", copy)
+
+
+@pytest.fixture
+def made_anew() -> None:
+    """By initdb."""
+
+
 @pytest.fixture
 def place() -> Iterator[Path]:
     """A folder that other users can pass through (pytest's own is private); no postmaster outlives it."""
@@ -113,6 +143,7 @@ def folders_above(path: Path) -> dict[Path, tuple[int, int, int]]:
 # --- made, found, stopped
 
 
+@pytest.mark.usefixtures("made_anew")
 def test_the_first_start_makes_the_cluster_and_the_second_finds_its_data(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         assert (pg.created, pg.adopted) == (True, False)
@@ -125,6 +156,7 @@ def test_the_first_start_makes_the_cluster_and_the_second_finds_its_data(place: 
         assert sql(pg.dsn, "SELECT answer FROM kept") == 42
 
 
+@pytest.mark.usefixtures("made_anew")
 def test_what_it_promises_about_durability_and_locale_holds(place: Path) -> None:
     expected = {
         "fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "data_checksums": "on",
@@ -137,6 +169,7 @@ def test_what_it_promises_about_durability_and_locale_holds(place: Path) -> None
         assert sql(pg.dsn, "SELECT datlocale FROM pg_database WHERE datname = 'nexhb'") == "C.UTF-8"
 
 
+@pytest.mark.usefixtures("made_anew")
 def test_nobody_comes_in_but_the_owner_and_root_and_only_as_nexhb(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         rules = sql(pg.dsn, "SELECT string_agg(concat_ws(' ', type, auth_method), ',') FROM pg_hba_file_rules")
@@ -400,6 +433,7 @@ def test_a_postmaster_that_dies_at_the_start_is_quoted(place: Path) -> None:
         embedded.start(place / "data")
 
 
+@pytest.mark.usefixtures("made_anew")
 def test_an_interrupted_initdb_leaves_nothing_that_is_used(place: Path) -> None:
     with user_of_it(place / "data") as first:
         wait_until(lambda: list(place.glob("data/pg.new-*/PG_VERSION")))
