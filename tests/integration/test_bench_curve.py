@@ -19,7 +19,8 @@ def test_a_curve_measures_a_fleet_and_the_ceiling_and_finds_every_row() -> None:
     assert [trial.check.ok for trial in outcome.trials] == [True, True]
     (fleet,) = outcome.curve.paces
     # each once beforehand, and what was sent at the rate
-    assert (fleet.heard, fleet.rows) == (400, 400 + 130)
+    assert fleet.heard == 400
+    assert 400 < fleet.rows <= 400 + 130  # a busy machine sends less in its time
     for point in outcome.curve.points:
         assert point.sent_per_s > 0
         assert point.latency.p99_ms is not None
