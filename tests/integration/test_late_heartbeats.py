@@ -70,6 +70,24 @@ async def test_late_and_live_heartbeats_of_one_batch_both_go_in(nexhb: Nexhb, co
     assert (await conn.fetchval("SELECT last_ts FROM device_last_status")).date() == now.date()
 
 
+async def test_late_and_live_heartbeats_beside_one_that_another_daemon_wrote_all_go_in(
+    nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
+) -> None:
+    """A key that is there already sends the batch through the staging table, and the day that is gone is not in it."""
+    agent, made = await nexhb.agent(), now - BACK
+    assert (await agent.send(now)).status == 200
+    await gone(nexhb, conn, made)
+    other = replace(agent, nexhb=await start_daemon())
+    beats = [
+        {"device_id": agent.device_id, "timestamp_utc": f"{moment:%Y-%m-%dT%H:%M:%SZ}"}
+        for moment in (made, now, now - timedelta(minutes=1))
+    ]
+    answer = await other.post(orjson.dumps(beats), "/v1/heartbeats")
+    assert (answer.status, answer.body["written"], answer.body["deduplicated"]) == (200, 2, 1)
+    assert await conn.fetchval("SELECT count(*) FROM late_heartbeats") == 1
+    assert await conn.fetchval("SELECT count(*) FROM device_heartbeats") == 2
+
+
 async def test_a_day_that_is_gone_is_not_made_again_by_its_heartbeats_nor_by_a_restart(
     nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
 ) -> None:

@@ -151,6 +151,28 @@ async def test_a_label_outlasts_the_batch_that_brought_it(start_daemon: StartDae
     assert [row["ssid"] for row in rows] == ["old", "new"]
 
 
+async def test_a_day_that_is_made_between_two_batches_ends_neithers_transaction(
+    start_daemon: StartDaemon, now: datetime
+) -> None:
+    """What is refused with its row leaves no status behind: the batch's transaction begins after the day was made."""
+    nexhb = await start_daemon(ingest=Ingest(batch_max=1))
+    missing = now - timedelta(days=2)
+    await nexhb.rows("ALTER TABLE device_heartbeats ADD CONSTRAINT odd CHECK (battery_pct <> 66)")
+    await nexhb.rows(f"DROP TABLE {partitions.name_of(missing.date())}")
+    agents = [await nexhb.agent() for _ in range(3)]
+    async with nexhb.database.connected(application="test") as conn, conn.transaction():
+        await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+        sending: list[asyncio.Task[Answer]] = []
+        for agent, pct, made_at in zip(agents, (50, 66, 50), (now, missing, now), strict=True):
+            sending.append(asyncio.create_task(agent.send(made_at, battery={"pct": pct})))
+            while await nexhb.metric("nexhb_intake_items") < len(sending):
+                await asyncio.sleep(0.01)
+    assert [(await one).status for one in sending] == [200, 422, 200]
+    rows = await nexhb.rows("SELECT device_id FROM device_last_status ORDER BY device_no")
+    assert [row["device_id"] for row in rows] == [agents[0].device_id, agents[2].device_id]
+    assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 2
+
+
 async def test_a_missing_partition_is_made_by_need(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon()
     day = (now - timedelta(days=2)).date()
