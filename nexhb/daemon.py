@@ -27,8 +27,8 @@ from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
 from nexhb.db import Database
 from nexhb.devices import DeviceStore
-from nexhb.errors import CannotListen, ConfigError, DatabaseUnavailable, DatabaseUnfit, NexhbError, PoolerBetween
-from nexhb.http import tls
+from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, NexhbError, PoolerBetween
+from nexhb.http import listening, tls
 from nexhb.http.app import make_app
 from nexhb.http.auth import AdminKey
 from nexhb.http.connections import Connections
@@ -407,12 +407,7 @@ async def _listen(factory: Callable[[], asyncio.BaseProtocol], settings: Server,
             factory, settings.host.strip("[]"), port, backlog=4096, reuse_port=shared or None
         )
     except OSError as error:
-        # A port that is taken may be free in a moment, an address or a name may come with the network.
-        kind = ConfigError if isinstance(error, PermissionError) else CannotListen
-        raise kind(
-            f"server.host {settings.host}, server.{key} {port}: {error.strerror or error}.",
-            hint=f"Is another nexhb running? Set server.{key}.",
-        ) from error
+        raise listening.refusal(error, settings.host, key, port) from error
 
 
 def _urls(settings: Server, ports: list[int]) -> tuple[str, str | None]:

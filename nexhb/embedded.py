@@ -12,8 +12,10 @@ processes of the account that owns it, so root follows no link that this account
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +65,27 @@ cluster_name = 'nexhb'
 POSTGRESQL_CONF = "include_if_exists = 'nexhb.conf'\n# Yours, and kept: what stands below this line wins.\n"
 HBA = "local all nexhb peer map=nexhb\nlocal replication nexhb peer map=nexhb\n"
 IDENT = 'nexhb "{owner}" nexhb\nnexhb root nexhb\n'
+
+_FOLDER = "Move the file away, or choose another data_dir."
+_ROOM = "Make room, or choose another data_dir."
+_BY_NUMBER = {
+    errno.EROFS: (
+        "the file system is mounted read-only",
+        "Mount it read-write, or choose another data_dir; under systemd a folder outside /var/lib/nexhb takes "
+        "ReadWritePaths= (docs/install.md).",
+    ),
+    errno.ENOTDIR: ("there is a file where a folder should be", _FOLDER),
+    errno.EEXIST: ("there is a file where a folder should be", _FOLDER),
+    errno.ENOSPC: ("no space is left", _ROOM),
+    errno.EDQUOT: ("the quota is used up", _ROOM),
+    errno.ENAMETOOLONG: ("the path is too long", "Choose another data_dir."),
+}  # fmt: skip
+# What PostgreSQL says of dynamic shared memory, which it makes in /dev/shm.
+_SHARED_MEMORY = re.compile(r"could not (open|resize|map) shared memory segment")
+_SHM = (
+    "PostgreSQL needs /dev/shm: mount a tmpfs of 64 MB or more there, writable by its user (of a container: "
+    "--shm-size=256m)."
+)
 
 # Our own postmasters, for reaping; one left running for others must not lose its Popen (ResourceWarning)
 _children: dict[tuple[int, Path], subprocess.Popen[bytes]] = {}
@@ -169,8 +192,10 @@ def _os_errors_told(data_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = f"Run nexhb as the user to whom {data_dir} belongs, or choose another data_dir."
-        raise EmbeddedPostgresError(f"{error}.", hint=hint) from error
+        cause, hint = _BY_NUMBER.get(error.errno or 0, ("", "Run nexhb as the user to whom data_dir belongs, or choose "
+                                                        "another data_dir."))  # fmt: skip
+        said = f"data_dir {data_dir}: {cause}: {error}." if cause else f"data_dir {data_dir}: {error}."
+        raise EmbeddedPostgresError(said, hint=hint) from error
 
 
 class _Patience:
@@ -385,8 +410,13 @@ def _spawn(at: _Place) -> _PidFile:
         words = _last_words(at.log_dir)
         # the backends of a postmaster that was killed notice it at the end of their statement
         if "pre-existing shared memory block" not in words:
-            raise EmbeddedPostgresError(f"PostgreSQL ended while it started:\n{words}")
+            raise EmbeddedPostgresError(f"PostgreSQL ended while it started:\n{words}\n", hint=hint_of(words))
         at.patience.wait("Backends of a killed postmaster still run")
+
+
+def hint_of(words: str) -> str:
+    """What mends the reason that PostgreSQL gives; empty where its own words are all there is to say."""
+    return _SHM if _SHARED_MEMORY.search(words) else ""
 
 
 def _last_words(log_dir: Path) -> str:

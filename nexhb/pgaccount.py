@@ -7,6 +7,7 @@ No permission of a folder that nexhb did not make is ever changed; programs out 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -88,6 +89,8 @@ def prepare(data_dir: Path) -> tuple[Account, Path]:
     account = _find_account(data_dir / "pg")
     missing = [folder for folder in (data_dir, *data_dir.parents) if not folder.exists()]
     nearest = missing[-1].parent if missing else data_dir
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
     if not account.can("/bin/sh", "-c", 'cd "$0"', nearest):
         raise EmbeddedPostgresError(
             f"The user {account.name}, who runs PostgreSQL, cannot enter {nearest}.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import typer
 from pydantic import BaseModel, SecretStr
 
-from nexhb import cli
+from nexhb import cli, dburl, pgfiles
 from nexhb.config import Settings
 from nexhb.configfile import find_file
+from nexhb.errors import ConfigError
+from nexhb.http import tls
 
 _commands = typer.Typer(no_args_is_help=True, help="The configuration.")
 cli.app.add_typer(_commands, name="config")
@@ -31,11 +34,38 @@ def _group() -> None:
 )
 def check(as_json: cli.Json = False) -> None:
     settings = cli.settings()
+    refuse_unusable(settings)
     if as_json:
         cli.show(_values(settings))
         return
     typer.echo(f"# file: {find_file(cli.chosen_config()) or 'none, defaults and environment'}")
     typer.echo("\n".join(toml_lines(settings)))
+
+
+def refuse_unusable(settings: Settings) -> None:
+    """Raise ConfigError for what the start or the nightly run would fail at: files that the settings name, and folders
+    that cannot be made or written by this user."""
+    tls.context(settings.server)
+    if settings.database.url is not None:
+        pgfiles.check(dburl.parse(settings.database.url.get_secret_value()), "database.url")
+    _refuse_folder("data_dir", settings.data_dir)
+    if settings.archive_url.startswith("file://"):
+        _refuse_folder("archive.url", Path(settings.archive_url.removeprefix("file://")))
+
+
+def _refuse_folder(key: str, folder: Path) -> None:
+    try:
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ConfigError(f"{key}: {there} is not a folder.")
+        if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            what = "cannot be written" if there == folder else f"cannot be made: {there} cannot be written"
+            raise ConfigError(
+                f"{key}: {folder} {what} by user id {os.geteuid()}.",
+                hint="Run this as the daemon's user; or change the folder's owner, or mount it read-write.",
+            )
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder}: {error.strerror}.") from None
 
 
 def toml_lines(settings: Settings) -> Iterator[str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from shlex import quote
 from typing import Annotated
 
 import typer
 
 from nexhb import cli, config, daemon, keys, log
+from nexhb.errors import ConfigError
 
 
 def welcome_lines(running: daemon.Running) -> list[str]:
     """What a person wants to know first. A log collector gets the same from the event daemon.started."""
     where = running.settings.data_dir.absolute()
     # The other terminal has none of this one's variables, and its command would make a database of its own.
-    told = where != config.default_data_dir({})
+    told = True
+    with suppress(ConfigError):  # whoever has no home directory has no default
+        told = where != config.default_data_dir({})
     command = f"NEXHB_DATA_DIR={quote(str(where))} .venv/bin/nexhb" if told else ".venv/bin/nexhb"
     return [
         "",
