@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 from nexhb import config, daemon, devices
 from nexhb.errors import EnrolmentRefused, Overloaded
-from nexhb.http.connections import Guarded
+from nexhb.http.connections import READ_BUFFER, Guarded
 from nexhb.http.express import Express
 from nexhb.http.head import Request
 from nexhb.intake import Intake
@@ -239,6 +239,39 @@ async def test_requests_sent_before_the_answer_are_answered_in_their_order(
     assert b"next_heartbeat_seconds" in answers[0][2]
     assert b"next_heartbeat_seconds" not in answers[20][2]
     assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 21
+
+
+async def test_what_is_sent_before_the_answer_is_held_within_a_bound_and_answered_in_its_turn(
+    nexhb: Nexhb, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await nexhb.agent()
+    assert (await agent.send(now - timedelta(hours=1))).status == 200
+    lines: list[Guarded] = []
+    serve = Express.serve
+
+    def noted(self: Express, connection: Guarded, request: Request) -> bool:
+        lines.append(connection)
+        return serve(self, connection, request)
+
+    monkeypatch.setattr(Express, "serve", noted)
+    large = post_body(agent, b"[" + b" " * 60_000 + b"]")
+    async with nexhb.database.connected(application="test") as conn, line_to(nexhb) as line:
+        async with conn.transaction():
+            await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+            line.writer.write(post(agent, now))
+            async with asyncio.timeout(SOON_S):
+                while not lines:
+                    await asyncio.sleep(0.01)
+                line.writer.write(large * 20)
+                while len(lines[0]._held) <= READ_BUFFER:
+                    await asyncio.sleep(0.01)
+            for _ in range(20):
+                await conn.execute("SELECT 1")  # the rest could have come by now
+            held = len(lines[0]._held)
+        found = [(await line.answer())[0] for _ in range(21)]
+    assert held <= READ_BUFFER + 2**18, "and one read of the socket"
+    assert found[0] in {200, 503}
+    assert found[1:] == [422] * 20
 
 
 async def test_who_leaves_before_the_answer_is_committed_all_the_same(nexhb: Nexhb, now: datetime) -> None:
