@@ -21,7 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, flags, keys, log, metrics, migrate, notify, partitions
+from nexhb import __version__, db, flags, identity, keys, log, metrics, migrate, notify, partitions
 from nexhb import writer as writing
 from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
@@ -115,40 +115,28 @@ async def running(
     async with AsyncExitStack() as stack:
         manager.send(STATUS="Starting PostgreSQL." if settings.database.url is None else "Starting.")
         cluster = await stack.enter_async_context(open_cluster(settings, create=True))
-        database = cluster.database
+        lives = identity.Lives.remembered(settings.data_dir)
+        database = identity.Watched.of(cluster.database, lives)
         admin_key = keys.read_or_make(settings)
         manager.send(STATUS="Starting: the database, its schema and its days.")
-        await _prepare(database, settings, state, now())
+        await _prepare(cluster.database, settings, state, now())
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
         intake.held_because = state.hold
         await stack.enter_async_context(_side_task("cluster", cluster.watch(settings.data_dir), failed))
-        devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds)
-        await devices.load()
-        stack.push_async_callback(devices.close)
-        await stack.enter_async_context(_side_task("devices", devices.run(), failed))
-        store = flags.FlagStore(database, flags.first_values(settings.reads), now)
+        # First of those who forget: what has been admitted bears device numbers of the database before.
+        lives.on_change(partial(intake.fail_all, "the database was replaced"))
+        devices = await stack.enter_async_context(_following_devices(settings, database, lives, failed))
+        store = flags.FlagStore(database, flags.first_values(settings.reads), now, lives)
         await store.load()
         await stack.enter_async_context(_side_task("flags", store.run(), failed))
-        adoption = Adoption(database, now)
+        adoption = Adoption(database, now, lives=lives)
         stack.push_async_callback(adoption.close)
         await stack.enter_async_context(_side_task("adoption", adoption.run(), failed))
-        pool = await database.pool(
-            application="nexhb reads",
-            size=settings.database.read_pool_size,
-            timeout_s=settings.database.read_timeout_seconds,
-        )
-        stack.callback(pool.terminate)
-        legacy_pool = await database.pool(
-            application="nexhb legacy reads",
-            size=settings.reads.legacy_pool_size,
-            timeout_s=settings.reads.legacy_timeout_seconds,
-            **LEGACY_SESSION,
-        )
-        stack.callback(legacy_pool.terminate)
+        pool, legacy_pool = await stack.enter_async_context(_pools(settings, database, lives))
         from_history = FromHistory(timedelta(days=settings.partitions.retention_days))
         perf_diff = PerfDiff(database, store, settings, now)
         await stack.enter_async_context(_side_task("perf_diff", perf_diff.run(), failed))
-        writer = Writer(database, intake, batch_max=settings.ingest.batch_max)
+        writer = Writer(database, intake, batch_max=settings.ingest.batch_max, lives=lives)
         status = partial(_status, state, intake, writer)
         await stack.enter_async_context(_side_task("manager", _keep_telling(manager, writer, state, status), failed))
         await stack.enter_async_context(_side_task("writer", writer.run(), failed))
@@ -156,7 +144,7 @@ async def running(
         await stack.enter_async_context(_side_task("sweeper", _sweep(settings, intake, state, connections), failed))
         await stack.enter_async_context(_side_task("disk", _watch_disk(settings, state), failed))
         await stack.enter_async_context(
-            _side_task("settings", _keep_looking_at_settings(settings, database, state), failed)
+            _side_task("settings", _keep_looking_at_settings(settings, cluster.database, state), failed)
         )
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
         jobs = Jobs(database, settings, now)
@@ -165,8 +153,9 @@ async def running(
         parts = Parts(
             settings=settings, database=database, devices=devices, adoption=adoption, intake=intake, reads=Reads(pool),
             legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
-            troubles=await stack.enter_async_context(_troubles(database, settings, now, failed)),
+            troubles=await stack.enter_async_context(_troubles(database, settings, now, lives, failed)),
             admin=AdminKey(admin_key), now=now, not_ready=lambda in_full: state.not_ready(intake, in_full=in_full),
+            lives=lives,
         )  # fmt: skip
         ports = await stack.enter_async_context(_serving(parts, connections, secure))
         stack.callback(_stopping, state)
@@ -175,6 +164,58 @@ async def running(
             *_urls(settings.server, ports), settings, settings.database.url is None, admin_key, failed,
             partial(_renew_tls, secure, settings.server, state), status,
         )  # fmt: skip
+
+
+@asynccontextmanager
+async def _following_devices(
+    settings: Settings, database: Database, lives: identity.Lives, failed: asyncio.Future[BaseException]
+) -> AsyncIterator[DeviceStore]:
+    devices = DeviceStore(database, refresh_s=settings.auth.refresh_seconds, lives=lives)
+    await devices.load()
+    await lives.add(database)
+    try:
+        async with (
+            _side_task("generations", lives.run(database), failed),
+            _side_task("devices", devices.run(), failed),
+        ):
+            yield devices
+    finally:
+        await devices.close()
+
+
+@asynccontextmanager
+async def _pools(
+    settings: Settings, database: Database, lives: identity.Lives
+) -> AsyncIterator[tuple[db.Pool, db.Pool]]:
+    """For reads of the last status, and of the history."""
+    pool = await database.pool(
+        application="nexhb reads",
+        size=settings.database.read_pool_size,
+        timeout_s=settings.database.read_timeout_seconds,
+    )
+    legacy_pool = await database.pool(
+        application="nexhb legacy reads",
+        size=settings.reads.legacy_pool_size,
+        timeout_s=settings.reads.legacy_timeout_seconds,
+        **LEGACY_SESSION,
+    )
+    lives.on_change(partial(_leave, pool, legacy_pool))
+    try:
+        yield pool, legacy_pool
+    finally:
+        legacy_pool.terminate()
+        pool.terminate()
+
+
+def _leave(*pools: db.Pool) -> None:
+    """Another database was found: what these pools hold leads to the one before."""
+    for pool in pools:
+        task = asyncio.ensure_future(pool.expire_connections())
+        _leaving.add(task)
+        task.add_done_callback(_leaving.discard)
+
+
+_leaving: set[asyncio.Future[None]] = set()  # a task that nobody holds may be collected
 
 
 def _renew_tls(secure: ssl.SSLContext | None, settings: Server, state: State) -> bool:
@@ -366,10 +407,12 @@ async def _side_task(
 
 @asynccontextmanager
 async def _troubles(
-    database: Database, settings: Settings, now: Callable[[], datetime], failed: asyncio.Future[BaseException]
-) -> AsyncIterator[Troubles]:
+    database: Database, settings: Settings, now: Callable[[], datetime], lives: identity.Lives,
+    failed: asyncio.Future[BaseException],
+) -> AsyncIterator[Troubles]:  # fmt: skip
     """What is seen to go wrong with devices, written now and then for the block."""
     troubles = Troubles(database, now, settings.ingest.bucket_seconds)
+    lives.on_change(troubles.forget)
     async with _side_task("troubles", troubles.run(), failed):
         yield troubles
 

@@ -7,17 +7,19 @@ import base64
 import hashlib
 import secrets
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 
 from nexhb import devicefile, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
+from nexhb.identity import Lives
 from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.texts import quoted, shown, unfit
 
@@ -30,6 +32,13 @@ MISS_HOLDS_S = 2.0
 READ_AT_ONCE = 1_000  # tokens; the loop is held for 2 to 4 ms
 LOOKUP_TIMEOUT_S = 5.0  # the wait for others' look-ups included
 LINES_NAMED = 20  # of those that are wrong in a file
+# A change is in force 5 s later at most, also where its notification was lost or the listener's session hangs: a look
+# (1 s), an answer that does not come (2 s), a new connection, and the store read again. A change that is seen at two
+# looks in a row, and not notified meanwhile, was missed.
+LOOK_S = 1.0
+ANSWER_S = 2.0
+RECONNECT_S = 0.5
+_LOST = "lost"
 RESERVED = ("offline", "unity-down")  # GET /v1/devices/offline is a list, not a device
 
 
@@ -39,6 +48,7 @@ class Device(NamedTuple):
     device_no: int
     device_id: str
     revoked: bool
+    life: int = 0  # Lives.number when it was read
 
 
 def new_token() -> str:
@@ -59,14 +69,18 @@ class DeviceStore:
     five times erases its credentials.
     """
 
-    def __init__(self, database: Database, *, refresh_s: float) -> None:
+    def __init__(self, database: Database, *, refresh_s: float, lives: Lives | None = None) -> None:
         self._database = database
+        self._lives = lives or Lives()
+        self._lives.on_change(self._forget)
         self._refresh_s = refresh_s
         self._by_hash: dict[bytes, Device] = {}
         self._misses: OrderedDict[bytes, float] = OrderedDict()
         self._lookup_conn: Connection | None = None
         self._lookup_lock = asyncio.Lock()
+        self._follow_conn: Connection | None = None
         self._changed: asyncio.Queue[str] = asyncio.Queue()
+        self._counted = 0  # changes of tokens that memory has, as far as it can be told
 
     def known(self, token_hash: bytes) -> Device | None:
         """The device, if memory knows the token. Takes no time."""
@@ -93,63 +107,99 @@ class DeviceStore:
                 self._misses.popitem(last=False)
         return device
 
+    def is_current(self, device: Device) -> bool:
+        """Whether the device was read from the database that is there now."""
+        return device.life == self._lives.number
+
     async def load(self) -> None:
         """Read the whole store. Raises DatabaseUnavailable."""
         async with self._database.connected(application="nexhb devices") as conn:
             await self._read_all(conn, "start")
 
     async def run(self) -> None:
-        """Follow the store until cancelled: notifications at once, everything again every refresh_s."""
-        pause_s = 1.0
+        """Follow the store until cancelled: notifications at once, the count of changes every second, everything again
+        every refresh_s."""
         while True:
             try:
                 await self._follow()
-                pause_s = 1.0
             except FROM_THE_DATABASE as error:
                 metrics.device_refreshes.labels(why="listen", status="failed").inc()
                 _log.warning("devices.listen_lost", error=f"{type(error).__name__}: {error}")
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 1.5, 5.0)
+                await asyncio.sleep(RECONNECT_S)
 
     async def close(self) -> None:
         """Close the connection for look-ups."""
         if self._lookup_conn is not None:
             self._lookup_conn.terminate()
 
+    def _forget(self) -> None:
+        """Another database is there: a token that was learned from the one before proves nothing."""
+        self._by_hash = {}
+        self._misses.clear()
+        metrics.devices_known.set(0)
+        for conn in (self._lookup_conn, self._follow_conn):
+            if conn is not None:
+                conn.terminate()
+
     async def _follow(self) -> None:
-        conn = await self._database.connect(application="nexhb devices")
+        conn = await self._database.connect(application="nexhb devices", timeout_s=ANSWER_S)
+        changed: asyncio.Queue[str] = asyncio.Queue()  # of this connection alone: its end must not end the next one
+        self._changed, self._follow_conn = changed, conn
         try:
-            conn.add_termination_listener(lambda _: self._changed.put_nowait("lost"))
-            await conn.add_listener(CHANNEL, lambda *args: self._changed.put_nowait(str(args[3])))
+            conn.add_termination_listener(lambda _: changed.put_nowait(_LOST))
+            with _answered(conn):
+                await conn.add_listener(CHANNEL, lambda *args: changed.put_nowait(str(args[3])))
             # What changed while nobody listened was not notified.
             await self._read_all(conn, "listen")
-            while True:
-                try:
-                    async with asyncio.timeout(self._refresh_s):
-                        payload = await self._changed.get()
-                except TimeoutError:
-                    await self._read_all(conn, "refresh")
-                    continue
-                if payload == "lost":
-                    raise DatabaseUnavailable("The connection that listens was closed.")
-                await self._take_notice(conn, payload)
+            await self._stay_current(conn, changed)
         finally:
-            self._changed = asyncio.Queue()
+            self._follow_conn = None
             with suppress(Exception):
                 await conn.close(timeout=2)
+
+    async def _stay_current(self, conn: Connection, changed: asyncio.Queue[str]) -> None:
+        loop = asyncio.get_running_loop()
+        look_at, refresh_at = loop.time() + LOOK_S, loop.time() + self._refresh_s
+        behind = False
+        while True:
+            payload = await _next(changed, look_at)
+            if payload == _LOST:
+                raise DatabaseUnavailable("The connection that listens was closed.")
+            if payload is not None:
+                await self._take_notice(conn, payload)
+                continue
+            look_at = loop.time() + LOOK_S
+            was_behind, behind = behind, await self._is_behind(conn)
+            if loop.time() >= refresh_at or (was_behind and behind):
+                await self._read_all(conn, "refresh" if loop.time() >= refresh_at else "missed")
+                refresh_at, behind = loop.time() + self._refresh_s, False
+
+    async def _is_behind(self, conn: Connection) -> bool:
+        """Whether a token has changed of which no notification has come; the notification may still be on its way. A
+        restore into this very database ends no connection: so it is looked at again, too."""
+        with _answered(conn):
+            await self._lives.check(conn)
+            changes = await conn.fetchval(_Q["token_changes"])
+        return bool(changes != self._counted)
 
     async def _take_notice(self, conn: Connection, payload: str) -> None:
         if not payload:
             await self._read_all(conn, "notify")
             return
         hashes = [bytes.fromhex(text) for text in payload.split(",")]
-        found = {row["token_sha256"]: _device(row) for row in await conn.fetch(_Q["find_tokens"], hashes)}
+        life = self._lives.number
+        with _answered(conn):
+            rows = await conn.fetch(_Q["find_tokens"], hashes)
+        self._lives.unless_changed(life)
+        found = {row["token_sha256"]: _device(row, life) for row in rows}
         for token_hash in hashes:
             self._misses.pop(token_hash, None)
             if device := found.get(token_hash):
                 self._by_hash[token_hash] = device
             else:
                 self._by_hash.pop(token_hash, None)
+        self._counted += 1
+        self._lives.learned(device[:2] for device in found.values())
         metrics.devices_known.set(len(self._by_hash))
         metrics.device_refreshes.labels(why="notify", status="ok").inc()
 
@@ -157,20 +207,33 @@ class DeviceStore:
         """In one snapshot and in pieces, between which heartbeats are served: half a million tokens take seconds. In
         place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end."""
         seen: set[bytes] = set()
+        life = self._lives.number
         async with conn.transaction():
-            cursor = await conn.cursor(_Q["all_tokens"])
-            while rows := await cursor.fetch(READ_AT_ONCE):
-                for row in rows:
-                    token_hash, device = row["token_sha256"], _device(row)
-                    seen.add(token_hash)
-                    if self._by_hash.get(token_hash) != device:
-                        self._by_hash[token_hash] = device
+            # Before the tokens: a change between the two is counted again, which costs another reading at most.
+            with _answered(conn):
+                counted = await conn.fetchval(_Q["token_changes"])
+                cursor = await conn.cursor(_Q["all_tokens"])
+            while rows := await _piece(conn, cursor):
+                self._lives.unless_changed(life)
+                self._take_in(rows, life, seen)
+        self._lives.unless_changed(life)
         if len(self._by_hash) > len(seen):
             for token_hash in self._by_hash.keys() - seen:
                 del self._by_hash[token_hash]
         self._misses.clear()
+        self._counted = counted
         metrics.devices_known.set(len(self._by_hash))
         metrics.device_refreshes.labels(why=why, status="ok").inc()
+
+    def _take_in(self, rows: Iterable[asyncpg.Record], life: int, seen: set[bytes]) -> None:
+        new = []
+        for row in rows:
+            token_hash, device = row["token_sha256"], _device(row, life)
+            seen.add(token_hash)
+            if self._by_hash.get(token_hash) != device:
+                self._by_hash[token_hash] = device
+                new.append(device)
+        self._lives.learned(device[:2] for device in new)
 
     async def _read(self, hashes: list[bytes]) -> None:
         try:
@@ -178,17 +241,44 @@ class DeviceStore:
                 self._lookup_conn = await self._database.connect(
                     application="nexhb token look-up", command_timeout_s=5, timeout_s=5
                 )
+            life = self._lives.number
             rows = await self._lookup_conn.fetch(_Q["find_tokens"], hashes)
+            self._lives.unless_changed(life)
         except FROM_THE_DATABASE as error:
             if self._lookup_conn is not None:
                 self._lookup_conn.terminate()
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
-        for row in rows:
-            self._by_hash[row["token_sha256"]] = _device(row)
+        self._take_in(rows, life, set())
 
 
-def _device(row: asyncpg.Record) -> Device:
-    return Device(row["device_no"], row["device_id"], row["revoked"])
+@contextmanager
+def _answered(conn: Connection) -> Iterator[None]:
+    """A connection that has not answered by the end of ANSWER_S is lost: to cancel, or to roll back, would wait for its
+    answer too."""
+    timer = asyncio.get_running_loop().call_later(ANSWER_S, conn.terminate)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+async def _piece(conn: Connection, cursor: Any) -> list[asyncpg.Record]:
+    with _answered(conn):
+        rows: list[asyncpg.Record] = await cursor.fetch(READ_AT_ONCE)
+    return rows
+
+
+async def _next(changed: asyncio.Queue[str], until: float) -> str | None:
+    """What is notified next; None where nothing is until then (the loop's clock)."""
+    try:
+        async with asyncio.timeout_at(until):
+            return await changed.get()
+    except TimeoutError:
+        return None
+
+
+def _device(row: asyncpg.Record, life: int) -> Device:
+    return Device(row["device_no"], row["device_id"], row["revoked"], life)
 
 
 # ---- changes: each in one transaction; every daemon hears of it by NOTIFY ---------------------------------------

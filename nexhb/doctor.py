@@ -11,7 +11,7 @@ from typing import Any
 
 from asyncpg import Record
 
-from nexhb import db, flags, migrate, partitions, perfdiff, sql
+from nexhb import db, flags, identity, migrate, partitions, perfdiff, sql
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
@@ -74,6 +74,15 @@ async def _database(visit: Visit) -> Line:
     if found:
         return Line("database", False, "; ".join(one.what for one in found), "; ".join(one.remedy for one in found))
     return Line("database", True, f"PostgreSQL {version.major}.{version.micro} keeps what it commits")
+
+
+async def _copy(visit: Visit) -> Line:
+    lacks = await identity.missing(visit.conn, visit.settings.data_dir)
+    if not lacks:
+        return Line("database copy", True, "has every generation that its daemons added")
+    seen = ", ".join(f"{one.generation} (added by {one.host})" for one in lacks)
+    said = f"an older copy: it lacks generation {seen}. Tokens that it does not know are answered 503"
+    return Line("database copy", False, said, "nexhb database accept")
 
 
 async def _schema(visit: Visit) -> Line:
@@ -241,9 +250,9 @@ def _at(moment: datetime | None) -> str:
 
 
 _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
-    "database": _database, "schema": _schema, "days ahead": _days_ahead, "detaches": _pending, "archive": _old_days,
-    "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"), "restore drill": _drill,
-    "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
+    "database": _database, "schema": _schema, "database copy": _copy, "days ahead": _days_ahead, "detaches": _pending,
+    "archive": _old_days, "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"),
+    "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
     "flags": _flags, "shared tokens": _shared,
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ import orjson
 
 from nexhb import config, log, metrics, sql
 from nexhb.db import Connection, Database
+from nexhb.identity import Lives
 from nexhb.pgerrors import FROM_THE_DATABASE
 
 _Q = sql.queries("flags")
@@ -120,8 +121,14 @@ def _value(text: str | None) -> object:
 class FlagStore:
     """The daemon's memory of the flags: `current` takes no time. It stays as it is while the database is away."""
 
-    def __init__(self, database: Database, first: Flags, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, database: Database, first: Flags, now: Callable[[], datetime], lives: Lives | None = None
+    ) -> None:
         self._database = database
+        self._lives = lives or Lives()
+        self._lives.on_change(self._leave)
+        self._life = self._lives.number  # in which it was loaded
+        self._conn: Connection | None = None
         self._first = first
         self._now = now
         self._seen = 0  # the last change that was logged here
@@ -132,9 +139,17 @@ class FlagStore:
     async def load(self) -> None:
         """Store what is not stored yet, and read. Raises DatabaseUnavailable."""
         async with self._database.connected(application="nexhb flags") as conn:
-            self._seen = await conn.fetchval(_Q["last_change_no"])
-            await store_first(conn, self._first, self._now())
+            await self._begin(conn)
             await self._read(conn)
+
+    async def _begin(self, conn: Connection) -> None:
+        self._life = self._lives.number
+        self._seen = await conn.fetchval(_Q["last_change_no"])
+        await store_first(conn, self._first, self._now())
+
+    def _leave(self) -> None:
+        if self._conn is not None:
+            self._conn.terminate()
 
     async def change(self, changes: Mapping[str, Value], by: str) -> Flags:
         """Change these (checked) flags for every daemon; in force here when it returns. Raises DatabaseUnavailable."""
@@ -157,6 +172,9 @@ class FlagStore:
         try:
             conn.add_termination_listener(lambda _: self._changed.set())
             await conn.add_listener(CHANNEL, lambda *_: self._changed.set())
+            self._conn = conn
+            if self._life != self._lives.number:
+                await self._begin(conn)  # another database has flags, and changes, of its own
             while True:
                 self._changed.clear()
                 await self._read(conn)

@@ -165,6 +165,7 @@ connections_cut = Counter("nexhb_connections_cut", "HTTP connections closed by t
 rate_limited = Counter("nexhb_rate_limited", "Calls answered 429", ["kind"])
 next_heartbeat = Gauge("nexhb_next_heartbeat_seconds", "What devices are asked to wait: more when the queue runs full")
 unauthorized = Counter("nexhb_unauthorized", "Calls without a valid key", ["kind"])
+database_older = Gauge("nexhb_database_older", "1 while the database is an older copy that nobody has accepted")
 devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
 adoptions = Counter("nexhb_adoptions", "Unknown tokens tried against the bcrypt hashes that NexMDM left", ["outcome"])
 device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])

@@ -40,6 +40,10 @@ class Allowance:
         """True where not even one would be allowed now."""
         return max(self._used_up_to.get(key, 0.0), now) + self._interval - now - self._tolerance > 1e-9
 
+    def clear(self) -> None:
+        """Forget every key."""
+        self._used_up_to.clear()
+
     def _forget(self, now: float) -> None:
         """Drop who owes nothing; where all do, everybody: a limit must not grow without one itself."""
         self._used_up_to = {key: used for key, used in self._used_up_to.items() if used > now}

@@ -61,11 +61,18 @@ class Troubles:
     def __init__(self, database: Database, now: Callable[[], datetime], bucket_seconds: int) -> None:
         self._database = database
         self._now = now
+        self._bucket_seconds = bucket_seconds
         self._twins = Twins(bucket_seconds)
         self._refusals: dict[str, _Refusal] = {}
         self._shared: dict[str, _Shared] = {}
         self._logs: Allowance = Allowance(burst=LOGS_AT_ONCE, per_second=LOGS_PER_S)
         self._not_logged = 0
+
+    def forget(self) -> None:
+        """Another database is there: these numbers are devices of the one before."""
+        self._twins = Twins(self._bucket_seconds)
+        self._refusals.clear()
+        self._shared.clear()
 
     def refused(self, device: Device, status: int, reason: str, field: str | None = None) -> None:
         """A device's request was refused, or one heartbeat of its queue. Logged once a device, status and field; again
@@ -111,11 +118,14 @@ class Troubles:
 
     async def flush(self) -> None:
         """Write what is not written yet. Raises what the database raises."""
-        refusals = [one for one in self._refusals.values() if not one.is_written]
-        shared = [one for one in self._shared.values() if not one.is_written]
-        if not refusals and not shared:
+        if all(one.is_written for one in self._refusals.values()) and all(
+            one.is_written for one in self._shared.values()
+        ):
             return
         async with self._database.connected(application="nexhb troubles", command_timeout_s=10) as conn:
+            # Not before: a connection that reaches another database has made us forget.
+            refusals = [one for one in self._refusals.values() if not one.is_written]
+            shared = [one for one in self._shared.values() if not one.is_written]
             rows = [(r.device_no, r.at, r.status, r.reason, r.field) for r in refusals]
             if rows:
                 await conn.execute(_Q["write_refusals"], *map(list, zip(*rows, strict=True)))

@@ -16,6 +16,7 @@ from nexhb import batch, db, log, metrics, partitions, sql, staging
 from nexhb.batch import HISTORY_COLUMNS, Key, Plan, RecentKeys
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable, DayMissing
+from nexhb.identity import Lives
 from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
 from nexhb.pgerrors import Kind, classify, reason
 from nexhb.staging import Labels
@@ -58,11 +59,18 @@ class _InDoubt(DatabaseUnavailable):
         super().__init__(detail)
 
 
+class _Replaced(DatabaseUnavailable):
+    sentence = "The database was replaced by another one."
+
+
 class Writer:
     """Owns its connection. `run` is the coroutine; `stop` drains it."""
 
-    def __init__(self, database: Database, intake: Intake, *, batch_max: int) -> None:
+    def __init__(self, database: Database, intake: Intake, *, batch_max: int, lives: Lives | None = None) -> None:
         self._database = database
+        self._lives = lives or Lives()
+        self._lives.on_change(self._leave)
+        self._life = self._lives.number  # in which the batch in hand was taken
         self._intake = intake
         self._batch_max = batch_max
         metrics.batch_limit.set(batch_max)
@@ -127,6 +135,7 @@ class Writer:
         metrics.queue_wait.observe(asyncio.get_running_loop().time() - tickets[0].admitted_at)
         heartbeats: list[Heartbeat] = []
         verdicts: list[Verdict] = []
+        self._life = self._lives.number
         try:
             heartbeats += [heartbeat for ticket in tickets for heartbeat in ticket.heartbeats]
             verdicts = await self._commit(heartbeats)
@@ -161,6 +170,8 @@ class Writer:
         database takes heartbeats in which nothing can be wrong."""
         try:
             return await self._patiently(heartbeats)
+        except _Replaced as error:  # answered already, by whoever found the other database
+            return [Verdict(Outcome.FAILED, error.sentence)] * len(heartbeats)
         except Exception as error:
             kind = classify(error)
             if kind is Kind.DATA and (sound or await self._takes_bare({heartbeats[0], heartbeats[-1]})):
@@ -237,6 +248,8 @@ class Writer:
         self._mark()
         conn = await self._connection()
         self._mark()
+        if self._life != self._lives.number:
+            raise _Replaced  # these device numbers are the other database's
         # Each statement has its own bound; a cancellation that nobody answers has none in asyncpg, and days to be made
         # may be many.
         timer = asyncio.get_running_loop().call_later(ATTEMPT_S, conn.terminate)
@@ -408,7 +421,21 @@ class Writer:
             conn.add_log_listener(self._note_warning)
             self._conn = conn
             self._begun = False
+            self._forget()
         return self._conn
+
+    def _forget(self) -> None:
+        """What was learned on one connection is not known on the next: it may lead to another database, or to this one
+        at an earlier moment."""
+        self._recent = RecentKeys(RECENT_KEYS)
+        self._labels = Labels()
+        self._facts = {}
+        self._tables = {}
+
+    def _leave(self) -> None:
+        """Another database was found: a connection that is still there leads to the one before."""
+        if self._conn is not None:
+            self._conn.terminate()
 
     def _note_warning(self, _conn: object, message: asyncpg.PostgresLogMessage) -> None:
         """Called by asyncpg for each notice and warning, before the statement that it belongs to returns."""
@@ -570,7 +597,7 @@ class Writer:
 
 
 def _worth_another_try(error: BaseException) -> bool:
-    return classify(error) in (Kind.LOST, Kind.TRANSIENT, Kind.NO_PARTITION)
+    return not isinstance(error, _Replaced) and classify(error) in (Kind.LOST, Kind.TRANSIENT, Kind.NO_PARTITION)
 
 
 def _say_retry(state: RetryCallState) -> None:

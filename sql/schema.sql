@@ -37,6 +37,13 @@ CREATE TABLE device_tokens (
 );
 CREATE INDEX device_tokens_device ON device_tokens (device_no);
 
+-- How often tokens have changed: the sum of all rows. Each daemon reads it every second, so that a revocation is in
+-- force within seconds where its notification was lost. 64 rows, so that two changes seldom wait for each other.
+CREATE TABLE device_token_changes (
+    slot    integer PRIMARY KEY,                           -- the backend's pid modulo 64
+    changes bigint NOT NULL
+) WITH (fillfactor = 50);
+
 -- Each daemon holds all tokens in memory and hears of every change at once. The payload says which tokens changed, as
 -- hex: 100 of them are 6,500 bytes, and a notification takes 8,000. More (an import) is the empty text: read all again.
 CREATE FUNCTION notify_token_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -46,6 +53,8 @@ BEGIN
     SELECT CASE WHEN count(*) <= 100 THEN string_agg(encode(token_sha256, 'hex'), ',') ELSE '' END
     INTO tokens FROM changed;
     IF tokens IS NOT NULL THEN
+        INSERT INTO device_token_changes AS c (slot, changes) VALUES (pg_backend_pid() % 64, 1)
+        ON CONFLICT (slot) DO UPDATE SET changes = c.changes + 1;
         PERFORM pg_notify('nexhb_devices', tokens);
     END IF;
     RETURN NULL;
@@ -160,7 +169,8 @@ CREATE TABLE device_heartbeats (
     ip            inet
 ) PARTITION BY RANGE (ts);
 
--- The history as people ask for it: by device_id, with every column, the texts in their place.
+-- The history as people ask for it: by device_id, with every column, the texts in their place. LEFT: a row whose device
+-- or label is missing, which `nexhb audit` and `nexhb doctor` report, is shown with nulls.
 CREATE VIEW heartbeat_history AS
 SELECT d.device_id,
        h.ts,
@@ -181,8 +191,8 @@ SELECT d.device_id,
        h.device_no,
        h.bucket
 FROM device_heartbeats h
-JOIN devices d USING (device_no)
-JOIN heartbeat_labels l USING (label_no);
+LEFT JOIN devices d USING (device_no)
+LEFT JOIN heartbeat_labels l USING (label_no);
 
 -- ---- the last status ----------------------------------------------------------------------------------------------
 
@@ -423,6 +433,25 @@ CREATE TABLE perf_diff_comparisons (
     host          text NOT NULL
 );
 CREATE INDEX perf_diff_comparisons_at ON perf_diff_comparisons (compared_at);
+
+-- Generations of this database: each daemon adds one when it starts, every five minutes, and at once when it has learned
+-- of a changed token; it remembers the last one that it added, in data_dir too. A database that lacks it is an older
+-- copy: what was committed since is missing. The last 50,000 are kept.
+CREATE TABLE database_generations (
+    generation bigint PRIMARY KEY,
+    mark       uuid NOT NULL DEFAULT gen_random_uuid(),    -- two copies that go on separately have other marks
+    made_at    timestamptz NOT NULL DEFAULT now()
+);
+
+-- Generations that a daemon remembers and this database lacks. Until `nexhb database accept`, tokens that the database
+-- does not know are answered 503 and not 401: their devices may have been added after the copy was made.
+CREATE TABLE database_missing (
+    mark        uuid PRIMARY KEY,
+    generation  bigint NOT NULL,
+    host        text NOT NULL,                             -- of the daemon
+    found_at    timestamptz NOT NULL DEFAULT now(),
+    accepted_at timestamptz
+);
 
 -- Which migrations are in. Made by nexhb/migrate.py before the first of them; the checksum finds a file that was
 -- changed after it had been applied.

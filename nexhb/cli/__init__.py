@@ -96,6 +96,7 @@ def register() -> None:
     """Import every command's file: that registers it. Raises UnsupportedLibrary."""
     from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, legacy, migrate, partitions, serve, status  # noqa: F401, PLC0415
     from nexhb.cli import config as _config  # noqa: F401, PLC0415
+    from nexhb.cli import database as _database  # noqa: F401, PLC0415
     from nexhb.cli import flags as _flags  # noqa: F401, PLC0415
     from nexhb.cli import perf_diff as _perf_diff  # noqa: F401, PLC0415
 

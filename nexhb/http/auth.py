@@ -65,7 +65,7 @@ def is_admin(request: web.Request, parts: Parts) -> bool:
 
 async def device_of(request: web.Request, parts: Parts) -> Device:
     """Whose token it is. Raises a Problem: 401 only where the store was read and does not know it, 410 for a revoked
-    device, 503 where the store could not be read, 429 for an address that guesses."""
+    device, 503 where the store could not be read or is an older copy, 429 for an address that guesses."""
     token = bearer(request)
     if not token:
         raise wrong_key(request, parts, "device", "A device token is required: Authorization: Bearer …")
@@ -73,12 +73,16 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
     device = parts.devices.known(token_hash)
     if device is None:
         hold_off_guessing(request, parts)
+        life = parts.lives.number
         try:
             device = await parts.devices.find(token_hash)
             if device is None and await adoption.is_open(request, parts, token, token_hash):
                 raise _not_known_yet(request, parts)
+            parts.lives.unless_changed(life)
         except DatabaseUnavailable as error:
             raise parts.unavailable(error) from error
+    if device is None and parts.lives.older:
+        raise _perhaps_lost(request, parts)
     if device is None:
         raise wrong_key(request, parts, "device", "This device token is not known.")
     request[DEVICE] = device
@@ -112,6 +116,14 @@ def _not_known_yet(request: web.Request, parts: Parts) -> Problem:
     look-up and perhaps a hash, and 429 harms a device no more than 503."""
     parts.failures.take(address_of(request, parts.settings.server.trusted_proxies), time.monotonic())
     return Problem(503, "It is being found out whose token this is.", headers={"Retry-After": "5"})
+
+
+def _perhaps_lost(request: web.Request, parts: Parts) -> Problem:
+    """The answer to an unknown token while the database is an older copy: its device may have been added, or its token
+    changed, since the copy was made. Counted as above."""
+    metrics.unauthorized.labels(kind="lost").inc()
+    parts.failures.take(address_of(request, parts.settings.server.trusted_proxies), time.monotonic())
+    return parts.come_back(f"This device token is not known. {parts.lives.older}")
 
 
 def _too_many(parts: Parts) -> Problem:

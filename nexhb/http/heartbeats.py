@@ -27,6 +27,7 @@ async def post_heartbeat(request: web.Request) -> web.StreamResponse:
     """One heartbeat; answered once it is committed."""
     parts = request.app[PARTS]
     device, raw = await _receive(request, parts)
+    parts.check_current(device)
     parts.intake.received += 1
     try:
         asked = parts.intake.ask([heartbeat_of(parts, raw, device, parts.now())], len(raw))

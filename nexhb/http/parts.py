@@ -25,9 +25,10 @@ from nexhb.ratelimit import Allowance
 if TYPE_CHECKING:
     from nexhb.config import Settings
     from nexhb.db import Connection, Database
-    from nexhb.devices import DeviceStore
+    from nexhb.devices import Device, DeviceStore
     from nexhb.flags import FlagStore
     from nexhb.http.auth import AdminKey
+    from nexhb.identity import Lives
     from nexhb.intake import Intake, Verdict
     from nexhb.jobs.board import Jobs
     from nexhb.legacy.adopt import Adoption
@@ -59,6 +60,7 @@ class Parts:
     admin: AdminKey
     now: Callable[[], datetime]  # UTC
     not_ready: Callable[[bool], list[str]]  # reasons, in full for operators; empty while heartbeats can be committed
+    lives: Lives  # which database this is
     rules: wire.Rules = field(init=False)
     failures: Allowance = field(init=False)  # wrong keys, by address
     device_rate: Allowance = field(init=False)  # heartbeats, by device_no
@@ -77,6 +79,7 @@ class Parts:
         object.__setattr__(self, "failures", failures)
         device_rate = Allowance(burst=ingest.device_burst, per_second=ingest.device_per_minute / 60)
         object.__setattr__(self, "device_rate", device_rate)
+        self.lives.on_change(device_rate.clear)  # its keys are device numbers
         object.__setattr__(self, "logged", Allowance(burst=5, per_second=0.2))
         turns = pace.Turns(per_s=pace.REFUSALS_PER_S, at_once=pace.REFUSALS_AT_ONCE, within_s=pace.REFUSAL_WITHIN_S)
         object.__setattr__(self, "refusals", turns)
@@ -93,6 +96,12 @@ class Parts:
         if isinstance(error, MemoryError):
             return self.come_back("There is not enough memory.")
         return self.come_back(f"The database is not available: {reason(error)}.")
+
+    def check_current(self, device: Device) -> None:
+        """Raise a 503 Problem where the database was replaced since the device's token was looked up: its number may be
+        another device's there."""
+        if not self.devices.is_current(device):
+            raise self.come_back("The database was replaced by another one.")
 
     def next_heartbeat_s(self) -> int:
         """When the device that is answered now should come again."""

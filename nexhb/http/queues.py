@@ -173,6 +173,7 @@ class _Queue:
         while len(self._under_way) >= _UNDER_WAY:
             await self._await_oldest()
         while True:
+            self._parts.check_current(self._device)
             try:
                 asked = intake.ask(heartbeats, block.size)
             except Overloaded:

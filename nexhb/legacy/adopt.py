@@ -22,6 +22,7 @@ import bcrypt
 from nexhb import devices, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable
+from nexhb.identity import Lives
 from nexhb.pgerrors import is_unavailable
 from nexhb.ratelimit import Allowance
 
@@ -60,8 +61,12 @@ Check = Callable[[bytes, bytes], bool]
 class Adoption:
     """The daemon's part of it. `run` is the coroutine that tries."""
 
-    def __init__(self, database: Database, now: Callable[[], datetime], check: Check = bcrypt.checkpw) -> None:
+    def __init__(
+        self, database: Database, now: Callable[[], datetime], check: Check = bcrypt.checkpw, lives: Lives | None = None
+    ) -> None:
         self._database = database
+        self._lives = lives or Lives()
+        self._lives.on_change(self._forget)
         self._now = now
         self._check = check
         self._conn: Connection | None = None
@@ -73,6 +78,13 @@ class Adoption:
         self._nobodys: OrderedDict[bytes, float] = OrderedDict()  # for a moment, as the token store remembers it
         self._by_address = Allowance(burst=OF_AN_ADDRESS, per_second=OF_AN_ADDRESS / 60)
         self._wake = asyncio.Event()
+
+    def _forget(self) -> None:
+        """Another database is there: what was found out of the one before does not hold."""
+        self._refused.clear()
+        self._nobodys.clear()
+        if self._conn is not None:
+            self._conn.terminate()
 
     async def standing(self, token: str, token_sha256: bytes) -> Standing:
         """What is to be said to an unknown token. Raises DatabaseUnavailable."""
@@ -212,7 +224,9 @@ class Adoption:
                     self._conn = await self._database.connect(
                         application="nexhb adoption", command_timeout_s=TIMEOUT_S, timeout_s=TIMEOUT_S
                     )
+                life = self._lives.number
                 rows: list[asyncpg.Record] = await self._conn.fetch(statement, *arguments)
+                self._lives.unless_changed(life)
                 return rows
         except Exception as error:
             if self._conn is not None:

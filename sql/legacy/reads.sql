@@ -44,7 +44,7 @@ FROM (
     WHERE ts >= $3 AND ts <= $2
 ) h
 JOIN devices d USING (device_no)
-JOIN heartbeat_labels l USING (label_no)
+LEFT JOIN heartbeat_labels l USING (label_no)
 WHERE h.nth = 1 AND h.last_ts < $1 AND d.revoked_at IS NULL
 ORDER BY h.last_ts, d.device_id COLLATE "C"
 LIMIT $4;
@@ -62,7 +62,7 @@ FROM (
     WHERE ts >= $1 AND ts <= $2
 ) h
 JOIN devices d USING (device_no)
-JOIN heartbeat_labels l USING (label_no)
+LEFT JOIN heartbeat_labels l USING (label_no)
 WHERE h.nth = 1 AND h.unity_running = false AND d.revoked_at IS NULL
 ORDER BY h.last_ts DESC, d.device_id COLLATE "C" DESC
 LIMIT $3;

@@ -5,6 +5,10 @@
 SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked
 FROM device_tokens t JOIN devices d USING (device_no);
 
+-- name: token_changes
+-- How often tokens have changed: another number after each change.
+SELECT coalesce(sum(changes), 0)::bigint FROM device_token_changes;
+
 -- name: find_tokens
 -- $1: token_sha256[]. For tokens that the memory does not know (yet), or that changed.
 SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked

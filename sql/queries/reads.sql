@@ -96,7 +96,7 @@ SELECT h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, h.temp_c,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
        h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
        nullif(l.agent_version, '') AS agent_version
-FROM device_heartbeats h JOIN heartbeat_labels l USING (label_no)
+FROM device_heartbeats h LEFT JOIN heartbeat_labels l USING (label_no)
 WHERE h.device_no = $1
   AND h.ts >= $2 AND h.ts < $3
   AND h.bucket > floor(extract(epoch FROM $2::timestamptz))::bigint - 1577836800 - 3600

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -289,6 +291,70 @@ async def test_only_the_sha256_of_a_token_or_key_is_stored(nexhb: Nexhb, conn: C
     hashes = {hashlib.sha256(secrets[number].encode()).digest() for number in (0, 2, 4)}
     assert set(stored["device_tokens.token_sha256"]) == hashes
     assert stored["enrolment_keys.key_sha256"] == [hashlib.sha256(secrets[3].encode()).digest()]
+
+
+# ---- a change is in force within seconds, whatever becomes of the listener ------------------------------------------
+
+FOLLOWER = "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb devices' AND datname = current_database()"
+
+
+async def test_a_change_whose_notification_is_lost_is_in_force_within_seconds(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """It was in force with the next whole reading of the store, after auth.refresh_seconds."""
+    agent = await nexhb.agent()
+    assert (await agent.send(now)).status == 200
+    listener = (await nexhb.rows(FOLLOWER))[0]["pid"]
+    os.kill(listener, signal.SIGSTOP)  # it is not read what is notified, and nothing is answered
+    try:
+        await devices.revoke(conn, agent.device_id, now)
+        await becomes(410, sending(nexhb, agent.device_id, agent.token, now))
+    finally:
+        os.kill(listener, signal.SIGCONT)
+
+
+async def test_a_change_that_is_counted_and_not_notified_is_seen(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    """As with a listener that lost its place."""
+    agent = await nexhb.agent()
+    assert (await agent.send(now)).status == 200
+    async with conn.transaction():
+        await conn.execute("SET LOCAL session_replication_role = replica")  # no trigger, and so no notification
+        await devices.revoke(conn, agent.device_id, now)
+        await conn.execute("INSERT INTO device_token_changes VALUES (-1, 1)")
+    await becomes(410, sending(nexhb, agent.device_id, agent.token, now))
+
+
+async def test_a_cancelled_statement_of_the_listener_costs_one_connection(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The end of the one connection was taken for the end of the next, and so on, every 5 s for ever."""
+    agent = await nexhb.agent()
+    async with conn.transaction():
+        await conn.execute("LOCK TABLE device_token_changes IN ACCESS EXCLUSIVE MODE")  # at this it waits
+        listener = await waits(nexhb)
+        await conn.execute("SELECT pg_cancel_backend($1)", listener)
+        async with asyncio.timeout(SOON_S):
+            while listener in [row["pid"] for row in await nexhb.rows(FOLLOWER)]:
+                await asyncio.sleep(0.01)
+    async with asyncio.timeout(SOON_S):
+        while not (found := await nexhb.rows(FOLLOWER + " AND state = 'idle'")):
+            await asyncio.sleep(0.01)
+    await devices.revoke(conn, agent.device_id, now)
+    await becomes(410, sending(nexhb, agent.device_id, agent.token, now))
+    looks = FOLLOWER + " AND query_start > $1 AND pid = $2"
+    for _ in range(3):  # and looks again and again, on one connection
+        since = await conn.fetchval("SELECT clock_timestamp()")
+        async with asyncio.timeout(SOON_S):
+            while not await nexhb.rows(looks, since, found[0]["pid"]):
+                await asyncio.sleep(0.05)
+
+
+async def waits(nexhb: Nexhb) -> int:
+    """The listener's backend, once it waits for a lock."""
+    async with asyncio.timeout(SOON_S):
+        while not (found := await nexhb.rows(FOLLOWER + " AND wait_event_type = 'Lock'")):
+            await asyncio.sleep(0.01)
+    return int(found[0]["pid"])
 
 
 # ---- nobody hears 401 unread ------------------------------------------------------------------------------------

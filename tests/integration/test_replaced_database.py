@@ -1,0 +1,189 @@
+"""The database is replaced under a running daemon: by a copy under its name, by a server behind a proxy, by a standby
+that lagged, by a restore. What was learned from the one before holds no more; what is acknowledged is in this one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from nexhb import doctor, identity
+from nexhb.db import Connection, Database
+from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon
+
+
+def named(network: str) -> dict[str, Any]:
+    """What a heartbeat says of its network."""
+    return {"network": {"transport": "wifi", "ssid": network, "ip": "192.168.1.50"}}
+
+
+class Swap:
+    """Databases of the session's cluster, copied and renamed, as an operator does."""
+
+    def __init__(self, admin: asyncpg.Connection, database: Database) -> None:
+        self._admin = admin
+        self.name = str(database.address.database)
+        self.copies: list[str] = []
+
+    @asynccontextmanager
+    async def _alone(self, *names: str) -> AsyncIterator[None]:
+        for name in names:
+            await self._admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        async with asyncio.timeout(SOON_S):
+            while await self._admin.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = ANY($1)", list(names)
+            ):
+                await asyncio.sleep(0.01)
+        yield
+
+    async def copy(self) -> str:
+        """The database as it is now, under another name."""
+        copy = f"{self.name}_copy{len(self.copies)}"
+        async with self._alone(self.name):
+            await self._admin.execute(f"CREATE DATABASE {copy} TEMPLATE {self.name}")
+        for name in (self.name, copy):
+            await self._admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        self.copies.append(copy)
+        return copy
+
+    async def put_in_place(self, copy: str) -> str:
+        """The copy takes the name; under which name the database before is now."""
+        before = f"{self.name}_before{len(self.copies)}"
+        async with self._alone(self.name, copy):
+            await self._admin.execute(f"ALTER DATABASE {self.name} RENAME TO {before}")
+            await self._admin.execute(f"ALTER DATABASE {copy} RENAME TO {self.name}")
+        for name in (self.name, before):
+            await self._admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        self.copies.append(before)
+        return before
+
+
+@pytest.fixture
+async def swap(cluster: str, database: Database) -> AsyncIterator[Swap]:
+    """Copies of the test's database, dropped at the end."""
+    admin = await asyncpg.connect(cluster)
+    swap = Swap(admin, database)
+    yield swap
+    for name in swap.copies:
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    await admin.close()
+
+
+async def becomes(wanted: int, send: Callable[[], Awaitable[Answer]], never: int = 401) -> Answer:
+    """The first answer with this status; none with `never` comes before."""
+    async with asyncio.timeout(SOON_S):
+        while (answer := await send()).status != wanted:
+            assert answer.status != never, answer
+            await asyncio.sleep(0.02)
+    return answer
+
+
+async def stored(nexhb: Nexhb) -> list[tuple[str | None, str | None, datetime]]:
+    """The history: device, network, time."""
+    rows = await nexhb.rows("SELECT device_id, ssid, ts FROM heartbeat_history ORDER BY ts, device_id")
+    return [tuple(row) for row in rows]
+
+
+async def test_an_older_copy_under_the_databases_name(
+    start_daemon: StartDaemon, swap: Swap, now: datetime, tmp_path: Path
+) -> None:
+    """A heartbeat with a new network was acknowledged as a duplicate, and was nowhere; the number of its label went to
+    another network; a device that was added after the copy was acknowledged, and its number went to another device."""
+    nexhb = await start_daemon()
+    agent = await nexhb.agent("kiosk-1")
+    first = now - timedelta(minutes=5)
+    assert (await agent.send(first, **named("Before"))).status == 200
+    copy = await swap.copy()
+    lost = now - timedelta(minutes=4)
+    await becomes(200, lambda: agent.send(lost, **named("Lost")))
+    late = await nexhb.agent("kiosk-2")
+    assert (await late.send(lost, **named("Lost"))).status == 200
+    await swap.put_in_place(copy)
+    again = await becomes(200, lambda: agent.send(lost, **named("Lost")))
+    assert again.body["deduplicated"] is False
+    # The device that the copy does not know keeps its heartbeats and its token, and nothing goes under its number.
+    unknown = await late.send(now, **named("Lost"))
+    assert (unknown.status, "older copy" in unknown.body["detail"]) == (503, True)
+    stranger = await nexhb.agent("kiosk-3")
+    await becomes(200, lambda: stranger.send(now, **named("Another")))
+    assert await stored(nexhb) == [
+        ("kiosk-1", "Before", first), ("kiosk-1", "Lost", lost), ("kiosk-3", "Another", now),
+    ]  # fmt: skip
+    assert (await nexhb.get("/readyz"))["remarks"]
+    assert await nexhb.metric("nexhb_database_older") == 1
+    await accepted(nexhb, late, now, tmp_path)
+
+
+async def of_doctor(conn: Connection, nexhb: Nexhb) -> doctor.Line:
+    """Its line of the database's copy."""
+    return await doctor._QUESTIONS["database copy"](doctor.Visit(conn, nexhb.settings, nexhb.clock()))
+
+
+async def accepted(nexhb: Nexhb, late: Agent, now: datetime, data_dir: Path) -> None:
+    """Doctor names the command; by it the operator goes on with the copy."""
+    conn = await nexhb.database.connect(application="test operator")
+    try:
+        async with asyncio.timeout(SOON_S):
+            while (line := await of_doctor(conn, nexhb)).good:  # the daemon writes it down a moment later
+                await asyncio.sleep(0.02)
+        assert line.remedy == "nexhb database accept"
+        assert len(await identity.accept(conn, data_dir)) == 1
+        await becomes(401, lambda: late.send(now), never=200)
+        assert (await nexhb.get("/readyz"))["remarks"] == []
+        assert await nexhb.metric("nexhb_database_older") == 0
+        assert (await of_doctor(conn, nexhb)).good
+    finally:
+        await conn.close()
+
+
+async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
+    start_daemon: StartDaemon, swap: Swap, now: datetime
+) -> None:
+    """data_dir remembers the generation: a device that was added since is answered 503 after a restart, too."""
+    nexhb = await start_daemon()
+    copy = await swap.copy()
+    late = await nexhb.agent("kiosk-2")
+    await becomes(200, lambda: late.send(now))
+    await swap.put_in_place(copy)
+    await becomes(503, lambda: late.send(now))
+    late.nexhb = await start_daemon()
+    assert (await late.send(now)).status == 503
+
+
+async def test_a_restore_into_the_same_database_is_noticed_on_open_connections(nexhb: Nexhb, now: datetime) -> None:
+    """pg_restore --clean ends no connection: what the daemon had learned named labels and devices of before."""
+    agent = await nexhb.agent("kiosk-1")
+    first = now - timedelta(minutes=1)
+    assert (await agent.send(first, **named("Lost"))).status == 200
+    conn = await nexhb.database.connect(application="test restore")
+    async with conn.transaction():
+        await conn.execute("TRUNCATE device_heartbeats, device_last_status, ingest_ledger, database_generations")
+        await conn.execute("TRUNCATE heartbeat_labels RESTART IDENTITY")
+        await conn.execute("INSERT INTO heartbeat_labels VALUES (DEFAULT, '1', '', 'wifi', 'Restored')")
+    await conn.close()
+    async with asyncio.timeout(SOON_S):
+        while not await nexhb.metric("nexhb_database_older"):
+            await asyncio.sleep(0.02)
+    again = await becomes(200, lambda: agent.send(first, **named("Lost")))
+    assert again.body["deduplicated"] is False
+    assert await stored(nexhb) == [("kiosk-1", "Lost", first)]
+
+
+async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaemon, swap: Swap, now: datetime) -> None:
+    """A dump that was restored, or a copy, after the last change, goes on where the database before ended."""
+    nexhb = await start_daemon()
+    agent = await nexhb.agent("kiosk-1")
+    assert (await agent.send(now)).status == 200
+    copy = await swap.copy()
+    await swap.put_in_place(copy)
+    again = await becomes(200, lambda: agent.send(now))
+    assert again.body["deduplicated"] is True
+    assert (await nexhb.get("/readyz"))["remarks"] == []
+    agent.token = "0" * 43
+    assert (await becomes(401, lambda: agent.send(now), never=200)).status == 401
