@@ -56,7 +56,8 @@ class DeviceFile:
         text = f"{len(self.columns)} columns separated by {SEPARATORS[self.separator]}: {', '.join(self.columns)}"
         if self.unused:
             text += f"; not used: {', '.join(self.unused)}"
-        return text + (f"; {self.without_content} rows without content" if self.without_content else "")
+        rows = "1 row" if self.without_content == 1 else f"{self.without_content} rows"
+        return text + (f"; {rows} without content" if self.without_content else "")
 
 
 def parse(raw: bytes) -> DeviceFile:

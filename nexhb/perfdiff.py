@@ -251,9 +251,8 @@ async def mismatches(conn: Connection, since: datetime) -> int:
 
 
 async def report(conn: Connection, since: datetime) -> Row:
-    """What was compared since then: a row a query, and the last mismatches."""
-    return {
-        "since": since,
-        "queries": [dict(row) for row in await conn.fetch(_Q["report"], since)],
-        "last_mismatches": [dict(row) for row in await conn.fetch(_Q["last_mismatches"], since, 10)],
-    }
+    """What was compared since then: a row a query, and the last mismatches, with how many there are besides."""
+    queries = [dict(row) for row in await conn.fetch(_Q["report"], since)]
+    last = [dict(row) for row in await conn.fetch(_Q["last_mismatches"], since, 10)]
+    more = max(sum(row["mismatches"] for row in queries) - len(last), 0)
+    return {"since": since, "queries": queries, "last_mismatches": last, "mismatches_not_listed": more}

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from nexhb.db import Connection, Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
 from nexhb.pgerrors import is_unavailable
 from nexhb.texts import quoted
+from nexhb.wire import BUCKET_EPOCH
 
 _Q = sql.queries("reads")
 _LEGACY = sql.legacy()
@@ -31,6 +32,8 @@ _LEGACY = sql.legacy()
 SEEN_WITHIN = timedelta(hours=24)  # a device silent for longer is offline, not "Unity down"
 LOOKS_AHEAD = timedelta(days=1)  # as far as the reconciliation: a device's clock may be ahead by ingest.accept_future
 ACQUIRE_TIMEOUT_S = 5.0
+_BUCKETS_FROM = datetime.fromtimestamp(BUCKET_EPOCH, UTC)
+_LAST_BUCKET = 2**31
 # A read from the history: one core of its own and no more; with the usual 4 MB its sort takes twice as long.
 LEGACY_SESSION: dict[str, Any] = {"max_parallel_workers_per_gather": "0", "jit": "off", "work_mem": "16MB"}
 
@@ -217,13 +220,21 @@ class Reads(Answers):
         shared = {"since": row["since"], "last_at": row["last_at"], "kiosks": json.loads(row["evidence"] or "[]")}
         return refusal if row["refused_at"] else None, shared if row["since"] else None
 
-    async def history(self, device_id: str, start: datetime, end: datetime, limit: int) -> list[Row]:
-        """Its heartbeats with start ≤ ts < end, newest first. Raises UnknownDevice."""
+    async def history(
+        self, device_id: str, start: datetime, end: datetime, limit: int, after: int | None = None
+    ) -> tuple[list[Row], int | None]:
+        """Its heartbeats with start ≤ ts < end, newest first, from behind the bucket `after`; and the last one's bucket
+        where there are more. Raises UnknownDevice."""
+        if after is not None:  # a bucket is an hour long at most, and the partitions behind it need not be opened
+            end = min(end, _BUCKETS_FROM + timedelta(seconds=after + 3600))
         async with self._asking("history") as conn:
             device_no = await conn.fetchval(_Q["device_no"], device_id)
             if device_no is None:
                 raise UnknownDevice(f"{quoted(device_id)}.")
-            return _rows(await conn.fetch(_Q["history"], device_no, start, end, limit))
+            bound = _LAST_BUCKET if after is None else after
+            rows = _rows(await conn.fetch(_Q["history"], device_no, start, end, limit + 1, bound))
+        buckets = [row.pop("bucket") for row in rows]
+        return rows[:limit], buckets[limit - 1] if len(rows) > limit else None
 
     @asynccontextmanager
     async def _asking(self, query: str) -> AsyncIterator[PoolConnectionProxy]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import typer
 
-from nexhb import __version__, cli, cluster, daemon
+from nexhb import __version__, cli, cluster, daemon, keys
 from nexhb import doctor as practice
 from nexhb.cli.asking import Heard, ask
 from nexhb.config import Settings
@@ -13,7 +13,7 @@ from nexhb.errors import ConfigError, NexhbError
 
 
 async def _visit(settings: Settings) -> list[practice.Line]:
-    serves = daemon_line(await ask(settings, None), configured=settings.server.port != 0)
+    serves = daemon_line(await ask(settings, None, keys.read(settings)), configured=settings.server.port != 0)
     try:
         async with cluster.open_connection(
             settings, application="nexhb doctor", command_timeout_s=30, lock_timeout="5000"

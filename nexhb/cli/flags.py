@@ -20,6 +20,7 @@ cli.app.add_typer(_commands, name="flags")
 T = TypeVar("T")
 
 CHANGES_SHOWN = 10
+Changes = Annotated[int, typer.Option("--changes", min=1, max=10_000, help="How many of the last changes to show.")]
 _WORDS = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -30,13 +31,15 @@ async def _with_connection(work: Callable[[Connection, Flags], Awaitable[T]]) ->
 
 
 @_commands.callback(help="The flags, and who changed them last.")
-def show(context: typer.Context, as_json: cli.Json = False) -> None:
+def show(context: typer.Context, changes: Changes = CHANGES_SHOWN, as_json: cli.Json = False) -> None:
     if context.invoked_subcommand is None:
-        _show(*cli.run(_with_connection(_look)), as_json)
+        _show(*cli.run(_with_connection(lambda conn, first: _look(conn, first, changes))), as_json)
 
 
-async def _look(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, Any]]]:
-    return await store.read(conn, first), await store.last_changes(conn, CHANGES_SHOWN)
+async def _look(conn: Connection, first: Flags, shown: int = CHANGES_SHOWN) -> tuple[Flags, list[dict[str, Any]], bool]:
+    """The flags, their last changes, and whether there are older ones."""
+    changes = await store.last_changes(conn, shown + 1)
+    return await store.read(conn, first), changes[:shown], len(changes) > shown
 
 
 @_commands.command(
@@ -48,7 +51,7 @@ def set_flags(
 ) -> None:
     wanted = dict(_parsed(text) for text in changes)
 
-    async def work(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, Any]]]:
+    async def work(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, Any]], bool]:
         await store.change(conn, wanted, _who(), daemon.utc_now(), first)
         return await _look(conn, first)
 
@@ -73,9 +76,9 @@ def _who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _show(flags: Flags, changes: list[dict[str, Any]], as_json: bool) -> None:
+def _show(flags: Flags, changes: list[dict[str, Any]], more: bool, as_json: bool) -> None:
     if as_json:
-        cli.show({**flags.shown(), "changes": changes})
+        cli.show({**flags.shown(), "changes": changes, "more_changes": more})
         return
     for flag, value in flags.shown().items():
         typer.echo(f"{flag:22} {_word(value)}")
@@ -83,6 +86,8 @@ def _show(flags: Flags, changes: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo(
             f"  {one['at']:%Y-%m-%d %H:%M:%SZ}  {one['flag']}: {_word(one['from'])} → {_word(one['to'])}, {one['by']}"
         )
+    if more:
+        typer.echo(f"  and older ones: nexhb flags --changes {10 * len(changes)}")
 
 
 def _word(value: object) -> str:

@@ -50,6 +50,8 @@ def _show(found: dict[str, Any], hours: int) -> None:
     for one in found["last_mismatches"]:
         typer.echo(f"  {one['compared_at']:%Y-%m-%d %H:%M:%SZ}  {one['query']}: {one['rows_differ']} rows differ, "
                    f"{', '.join(one['examples'])}")  # fmt: skip
+    if more := found["mismatches_not_listed"]:
+        typer.echo(f"  and {more:,} mismatches more")
 
 
 def _three(values: list[float], digits: int) -> str:

@@ -92,11 +92,14 @@ async def _ask(request: web.Request, question: Question, key: str, now: datetime
 
 
 async def get_history(request: web.Request) -> web.Response:
-    """One device's heartbeats, from ≤ ts < to, newest first; the last 24 hours unless told otherwise."""
+    """One device's heartbeats, from ≤ ts < to, newest first; the last 24 hours unless told otherwise. `next` is the
+    `after` of the page behind it, null on the last one."""
     parts = request.app[PARTS]
     device_id = _device_id(request)
     # A clock may be ahead by accept_future, and what it sent must be seen.
     end = query.moment(request, "to", parts.now() + parts.settings.ingest.accept_future)
     start = query.moment(request, "from", end - timedelta(hours=24))
     limit = query.number(request, "limit", 100, 1, LIST_MOST)
-    return answer({"device_id": device_id, "heartbeats": await parts.reads.history(device_id, start, end, limit)})
+    after = query.number(request, "after", -1, 0, 2**31)
+    rows, following = await parts.reads.history(device_id, start, end, limit, None if after < 0 else after)
+    return answer({"device_id": device_id, "heartbeats": rows, "next": None if following is None else str(following)})

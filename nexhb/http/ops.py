@@ -64,12 +64,14 @@ def _ended(run: Run) -> web.Response:
 
 
 async def get_jobs(request: web.Request) -> web.Response:
-    """Each job's last runs, newest first."""
-    runs = await request.app[PARTS].jobs.last_runs(query.number(request, "limit", 10, 1, 1_000))
+    """Each job's last runs, newest first. `next` is the `after` of the page behind it, of those jobs that have more."""
+    limit = query.number(request, "limit", 10, 1, 1_000)
+    runs = await request.app[PARTS].jobs.last_runs(limit + 1, query.runs(request, "after"))
     by_job: dict[str, list[dict[str, Any]]] = {"nightly": [], "reconcile": []}
     for run in runs:
         by_job.setdefault(run.pop("job"), []).append(run)
-    return answer({"jobs": by_job})
+    following = ",".join(f"{job}:{runs[limit - 1]['run_no']}" for job, runs in by_job.items() if len(runs) > limit)
+    return answer({"jobs": {job: runs[:limit] for job, runs in by_job.items()}, "next": following or None})
 
 
 async def get_flags(request: web.Request) -> web.Response:

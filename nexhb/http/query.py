@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import UTC, datetime
 
@@ -11,6 +12,7 @@ from nexhb.http.problem import Problem
 from nexhb.wire import FieldError
 
 _EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
+_RUNS = re.compile(r"[a-z_]{1,50}:[0-9]{1,15}(,[a-z_]{1,50}:[0-9]{1,15})*", re.ASCII)
 _LATEST = datetime(2080, 1, 1, tzinfo=UTC)
 
 
@@ -41,6 +43,17 @@ def number(request: web.Request, name: str, default: int, low: int, high: int) -
     if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
         raise _bad(name, f"takes a whole number from {low} to {high}")
     return int(text)
+
+
+def runs(request: web.Request, name: str) -> dict[str, int] | None:
+    """`nightly:120,reconcile:88`: run numbers by job; None where it is not there. Raises a 400 Problem that names the
+    parameter."""
+    text = request.query.get(name, "")
+    if not text:
+        return None
+    if len(text) > 1_000 or not _RUNS.fullmatch(text):
+        raise _bad(name, "takes the next of the page before")
+    return {job: int(number) for job, _, number in (part.partition(":") for part in text.split(","))}
 
 
 def moment(request: web.Request, name: str, default: datetime) -> datetime:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -83,7 +83,7 @@ class Jobs:
         """device_last_status filled from the history. Raises DatabaseUnavailable."""
         return await runner.run(self._database, backfill_job(days, tell), self._now())
 
-    async def last_runs(self, limit: int) -> list[dict[str, Any]]:
-        """The last `limit` runs of each job, newest first. Raises DatabaseUnavailable."""
+    async def last_runs(self, limit: int, before: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+        """The last `limit` runs of each job, newest first; see runner.last_runs. Raises DatabaseUnavailable."""
         async with self._database.connected(application="nexhb jobs", command_timeout_s=10) as conn:
-            return await runner.last_runs(conn, limit)
+            return await runner.last_runs(conn, limit, before)

@@ -154,9 +154,12 @@ def _ended(job: Job, found: Run) -> Run:
     return found
 
 
-async def last_runs(conn: asyncpg.pool.PoolConnectionProxy | Connection, limit: int) -> list[dict[str, Any]]:
-    """The last `limit` runs of each job, newest first."""
-    return [{**row, "counts": orjson.loads(row["counts"])} for row in await conn.fetch(_Q["last_runs"], limit)]
+async def last_runs(
+    conn: asyncpg.pool.PoolConnectionProxy | Connection, limit: int, before: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """The last `limit` runs of each job, newest first; with `before` (job → run_no) of those jobs and before those."""
+    cursor = (None, None) if before is None else (list(before), list(before.values()))
+    return [{**row, "counts": orjson.loads(row["counts"])} for row in await conn.fetch(_Q["last_runs"], limit, *cursor)]
 
 
 async def last_started(conn: Connection, job: str, now: datetime) -> datetime | None:

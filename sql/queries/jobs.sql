@@ -34,9 +34,13 @@ WHERE r.job = $1 AND r.started_at <= $2
              AND (i.status = 'running' OR i.reason = 'its daemon ended in the middle of it')));
 
 -- name: last_runs
--- $1: how many of each job.
+-- $1 how many of each job, $2 job[], $3 run_no[]: of these jobs runs before that one, and of no others; of all where $2 is
+-- null.
 SELECT job, run_no, started_at, ended_at, status, reason, counts::text AS counts, host
-FROM (SELECT *, row_number() OVER (PARTITION BY job ORDER BY run_no DESC) AS place FROM job_runs) r
+FROM (SELECT *, row_number() OVER (PARTITION BY job ORDER BY run_no DESC) AS place FROM job_runs j
+      WHERE $2::text[] IS NULL
+         OR EXISTS (SELECT 1 FROM unnest($2::text[], $3::bigint[]) AS c (job, before)
+                    WHERE c.job = j.job AND j.run_no < c.before)) r
 WHERE place <= $1
 ORDER BY job, run_no DESC;
 

@@ -90,16 +90,18 @@ WHERE d.device_id = $1;
 SELECT device_no FROM devices WHERE device_id = $1;
 
 -- name: history
--- $1 device_no, $2 from (included), $3 to (excluded), $4 how many; newest first. The times choose the partitions; the
--- buckets (seconds since 2020-01-01, up to an hour long) choose the rows in each one's key, in the order wanted.
+-- $1 device_no, $2 from (included), $3 to (excluded), $4 how many, $5 buckets below this one; newest first. The times choose
+-- the partitions; the buckets (seconds since 2020-01-01, up to an hour long) choose the rows in each one's key, in the order
+-- wanted, and are what a page goes on from.
 SELECT h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, h.temp_c,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
        h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
-       nullif(l.agent_version, '') AS agent_version
+       nullif(l.agent_version, '') AS agent_version, h.bucket
 FROM device_heartbeats h LEFT JOIN heartbeat_labels l USING (label_no)
 WHERE h.device_no = $1
   AND h.ts >= $2 AND h.ts < $3
   AND h.bucket > floor(extract(epoch FROM $2::timestamptz))::bigint - 1577836800 - 3600
   AND h.bucket <= floor(extract(epoch FROM $3::timestamptz))::bigint - 1577836800
+  AND h.bucket < $5::bigint
 ORDER BY h.bucket DESC
 LIMIT $4;

@@ -10,9 +10,10 @@ from pydantic import SecretStr
 
 from nexhb import devices
 from nexhb.config import Database as DatabaseSettings
+from nexhb.config import Ingest
 from nexhb.db import Connection, Database
 from nexhb.http.app import ROUTES, Route
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, shown
+from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon, shown
 
 ADMIN_ROUTES = [
     ("GET", "/v1/fleet"), ("GET", "/v1/devices"), ("GET", "/v1/devices/offline"), ("GET", "/v1/devices/unity-down"),
@@ -121,6 +122,75 @@ async def test_pages_by_key_show_each_device_once_also_while_some_arrive(nexhb: 
             break
         page = await nexhb.get(f"/v1/devices?limit=10&after={page['next']}")
     assert seen == [f"d{number:02}" for number in range(25)]
+
+
+async def test_a_history_goes_on_page_by_page_and_says_when_it_ends(nexhb: Nexhb, now: datetime) -> None:
+    """It ended at `limit`, and did not say that there was more."""
+    agent = await nexhb.agent("kiosk-1")
+    noon = now.replace(minute=0, second=0, microsecond=0)
+    made = [noon - timedelta(seconds=10 * n) for n in range(1, 6)] + [noon - timedelta(days=n) for n in range(1, 4)]
+    for moment in made:
+        assert (await agent.send(moment)).status == 200
+    path = f"/v1/devices/kiosk-1/heartbeats?from={noon - timedelta(days=6):%Y-%m-%dT%H:%M:%SZ}"
+    for limit in (1, 3, 7, 8, 9):
+        seen, pages = [], 0
+        page = await nexhb.get(f"{path}&limit={limit}")
+        while True:
+            seen += [beat["ts"] for beat in page["heartbeats"]]
+            pages += 1
+            assert "bucket" not in page["heartbeats"][0]
+            if page["next"] is None:
+                break
+            await agent.send(now + timedelta(seconds=10 * pages))  # before the reader
+            page = await nexhb.get(f"{path}&limit={limit}&after={page['next']}")
+        assert [ts for ts in seen if ts < shown(noon)] == [shown(moment) for moment in made]
+        assert len(seen) == len(set(seen))
+    assert (await nexhb.get(f"{path}&limit=8&after=0"))["heartbeats"] == []
+
+
+async def test_a_history_goes_on_where_the_buckets_grew(
+    start_daemon: StartDaemon, conn: Connection, now: datetime
+) -> None:
+    """With other ingest.bucket_seconds since, the order of the buckets is not that of ts for a moment."""
+    hour = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
+    token = await devices.add(conn, "kiosk-1", None)
+    for bucket_seconds, seconds in ((10, 35), (60, 90), (3600, 1800)):
+        nexhb = await start_daemon(ingest=Ingest(bucket_seconds=bucket_seconds))
+        assert (await Agent(nexhb, "kiosk-1", token).send(hour + timedelta(seconds=seconds))).status == 200
+    path, seen, after = "/v1/devices/kiosk-1/heartbeats?limit=1", [], ""
+    while True:
+        page = await nexhb.get(path + after)
+        seen += [beat["ts"] for beat in page["heartbeats"]]
+        if page["next"] is None:
+            break
+        after = f"&after={page['next']}"
+    assert sorted(seen) == [shown(hour + timedelta(seconds=seconds)) for seconds in (35, 90, 1800)]
+
+
+async def test_runs_of_jobs_go_on_page_by_page(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    for number in range(10):
+        for job in ("nightly", "reconcile") if number < 3 else ("reconcile",):
+            await conn.execute(
+                "INSERT INTO job_runs (job, started_at, ended_at, status, host, counts) "
+                "VALUES ($1, $2, $2, 'completed', 'x', '{}')",
+                job, now,
+            )  # fmt: skip
+    whole = await nexhb.get("/ops/jobs")
+    assert ({job: len(runs) for job, runs in whole["jobs"].items()}, whole["next"]) == (
+        {"nightly": 3, "reconcile": 10},
+        None,
+    )
+    seen: dict[str, list[int]] = {"nightly": [], "reconcile": []}
+    page = await nexhb.get("/ops/jobs?limit=2")
+    while True:
+        for job, runs in page["jobs"].items():
+            seen[job] += [run["run_no"] for run in runs]
+        if page["next"] is None:
+            break
+        page = await nexhb.get(f"/ops/jobs?limit=2&after={page['next']}")
+    assert seen == {job: [run["run_no"] for run in runs] for job, runs in whole["jobs"].items()}
+    for wrong in ("5", "nightly", "nightly:x", "nightly:1,", "nightly:-1"):
+        assert (await nexhb.get(f"/ops/jobs?after={wrong}", 400))["errors"][0]["path"] == "after"
 
 
 async def test_history_is_from_included_to_excluded_newest_first(nexhb: Nexhb, now: datetime) -> None:

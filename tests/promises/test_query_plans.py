@@ -135,6 +135,9 @@ def quoted(moment: datetime) -> str:
     return f"'{moment.isoformat()}'"
 
 
+ALL = 2**31  # no bucket is behind it
+
+
 # ---- history ----------------------------------------------------------------------------------------------------
 
 
@@ -149,29 +152,33 @@ def check_touches_only(plan: Plan, *days: date) -> None:
 async def test_a_day_of_history_touches_that_days_partition_and_its_key(fleet: Connection) -> None:
     day = FULL[1]
     start, end = partitions.midnight(day), partitions.midnight(day + timedelta(days=1))
-    plan = await plan_of(fleet, QUERIES["history"], 7, start, end, 2_000)
+    plan = await plan_of(fleet, QUERIES["history"], 7, start, end, 2_000, ALL)
     check_touches_only(plan, day)
     assert plan.rows == 1_440
     settled = await settled_plan_of(
-        fleet, QUERIES["history"], "int, timestamptz, timestamptz, bigint", ["7", quoted(start), quoted(end), "2000"]
-    )
+        fleet, QUERIES["history"], "int, timestamptz, timestamptz, bigint, bigint",
+        ["7", quoted(start), quoted(end), "2000", f"{ALL}"],
+    )  # fmt: skip
     check_touches_only(settled, day)
     assert settled.rows == 1_440
 
 
 async def test_a_day_that_begins_at_noon_touches_two_partitions(fleet: Connection) -> None:
     end = partitions.midnight(FULL[1]) + timedelta(hours=12)
-    plan = await plan_of(fleet, QUERIES["history"], 7, end - timedelta(days=1), end, 2_000)
+    plan = await plan_of(fleet, QUERIES["history"], 7, end - timedelta(days=1), end, 2_000, ALL)
     check_touches_only(plan, FULL[0], FULL[1])
     assert plan.rows == 1_440
 
 
 async def test_the_newest_few_of_a_day_read_only_those(fleet: Connection) -> None:
     start, end = partitions.midnight(FULL[1]), partitions.midnight(FULL[1] + timedelta(days=1))
-    few, all_of_it = [await plan_of(fleet, QUERIES["history"], 7, start, end, limit) for limit in (10, 2_000)]
+    few, all_of_it = [await plan_of(fleet, QUERIES["history"], 7, start, end, limit, ALL) for limit in (10, 2_000)]
     assert (few.rows, all_of_it.rows) == (10, 1_440)
     assert few.buffers < 60
     assert few.buffers < all_of_it.buffers / 5
+    noon = wire.bucket_of(start + timedelta(hours=12), 10)
+    behind = await plan_of(fleet, QUERIES["history"], 7, start, end, 10, noon)
+    assert (behind.rows, behind.buffers < 60) == (10, True)
 
 
 # ---- the last status --------------------------------------------------------------------------------------------
