@@ -27,7 +27,8 @@ async def test_labels_in_memory_are_no_more_than_the_bound_and_keep_their_number
 ) -> None:
     monkeypatch.setattr(staging, "LABELS_HELD", 5)
     every = [Label("1.0", "", "wifi", f"shop {number}") for number in range(12)]
-    labels, numbers = Labels(), {}
+    labels = Labels()
+    numbers: dict[Label, int] = {}
     for first in range(0, 12, 3):
         some = every[first : first + 3]
         await labels.learn(conn, some)
