@@ -21,7 +21,7 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, flags, identity, keys, log, metrics, migrate, notify, partitions
+from nexhb import __version__, db, flags, identity, keys, log, metrics, migrate, notify, numbers, partitions
 from nexhb import writer as writing
 from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
@@ -276,6 +276,7 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
             await migrate.migrate(conn, now)
             await db.check_tables(conn)
             await partitions.ensure(conn, window_days(settings, now))
+            await numbers.raise_sequences(conn)
         except Exception as error:
             if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or utc_now() > until:
                 raise

@@ -6,12 +6,12 @@ import shutil
 import textwrap
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from asyncpg import Record
 
-from nexhb import db, flags, identity, migrate, partitions, perfdiff, sql
+from nexhb import db, flags, identity, migrate, numbers, partitions, perfdiff, sql
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
@@ -90,6 +90,22 @@ async def _schema(visit: Visit) -> Line:
     remedy = "install the nexhb that applied it, or a newer one" if applied > known else "run nexhb migrate"
     said = f"at migration {applied} of {known}" if applied else "this database has no tables of nexhb"
     return Line("schema", applied == known, said, remedy)
+
+
+async def _numbers(visit: Visit) -> Line:
+    found = numbers.Dangling(await numbers.dangling_statuses(visit.conn), 0)
+    found += await numbers.dangling_late(visit.conn, datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+    today = partitions.name_of(visit.now.date())
+    rows = await visit.conn.fetchval(_Q["rows"], partitions.quoted(today))
+    if rows is not None:
+        found += await numbers.dangling_in_sample(visit.conn, partitions.quoted(today), rows)
+    if found.devices or found.labels:
+        said = f"{found.devices} rows of today name a device that is not there, {found.labels} a label"
+        return Line("numbers", False, said, f"nexhb audit --day {visit.now.date()}, and docs/runbook.md#rows-dangle")
+    if behind := await numbers.behind(visit.conn):
+        said = "; ".join(f"the next {row['what']} gets number {row['given'] + 1} of {row['used']}" for row in behind)
+        return Line("numbers", False, said, "restart a daemon: it raises the sequences")
+    return Line("numbers", True, "every device and label that is named is there")
 
 
 async def _days_ahead(visit: Visit) -> Line:
@@ -250,7 +266,8 @@ def _at(moment: datetime | None) -> str:
 
 
 _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
-    "database": _database, "schema": _schema, "database copy": _copy, "days ahead": _days_ahead, "detaches": _pending,
+    "database": _database, "schema": _schema, "database copy": _copy, "numbers": _numbers,
+    "days ahead": _days_ahead, "detaches": _pending,
     "archive": _old_days, "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"),
     "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
     "flags": _flags, "shared tokens": _shared,

@@ -169,9 +169,13 @@ class Proxy(Relay):
     def __init__(self, dsn: str) -> None:
         super().__init__()
         parts = urlsplit(dsn)
-        self._socket = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
         self._user, self._database = parts.username, parts.path.lstrip("/")
         self.trick = Trick.NONE
+        self.lead_to(dsn)
+
+    def lead_to(self, dsn: str) -> None:
+        """New lines lead to this server: its user and database have the same names."""
+        self._socket = f"{parse_qs(urlsplit(dsn).query)['host'][0]}/.s.PGSQL.5432"
 
     @property
     def dsn(self) -> str:

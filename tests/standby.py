@@ -61,6 +61,22 @@ class Standby:
             os.kill(process.pid, signal.SIGINT)
             await asyncio.to_thread(process.wait, 60)
 
+    async def lag(self) -> None:
+        """Receive nothing any more."""
+        conn = await asyncpg.connect(self.dsn)
+        await conn.execute("ALTER SYSTEM SET primary_conninfo = ''")
+        await conn.execute("SELECT pg_reload_conf()")
+        async with asyncio.timeout(60):
+            while await conn.fetchval("SELECT count(*) FROM pg_stat_wal_receiver"):
+                await asyncio.sleep(0.02)
+        conn.terminate()
+
+    async def promote(self) -> None:
+        """Make it a primary of its own, with what it has."""
+        conn = await asyncpg.connect(self.dsn)
+        assert await conn.fetchval("SELECT pg_promote(true, 60)")
+        conn.terminate()
+
 
 @asynccontextmanager
 async def standby_of(primary: Cluster, guard: Guard, name: str = "standby1") -> AsyncIterator[Standby]:

@@ -16,9 +16,7 @@ async def _audit(day: datetime) -> ledger.Audit:
         return await ledger.audit(conn, day.date())
 
 
-@cli.app.command(
-    help="Hold a day against the ledger that was written with every commit. Exit code 1 where they differ."
-)
+@cli.app.command(help="Hold a day against the ledger of its commits. Exit code 1 where they differ, or rows dangle.")
 def audit(
     day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")],
     as_json: cli.Json = False,
@@ -32,4 +30,9 @@ def audit(
         )
         typer.echo(f"  in its table {found.in_table:,}, in its archive {found.in_archive:,}, late {found.late:,}")
         typer.echo("  nothing is missing" if found.missing == 0 else f"  MISSING: {found.missing:,}")
-    raise typer.Exit(0 if found.missing == 0 else cli.EXIT_FAILED)
+        if found.dangling_devices or found.dangling_labels:
+            typer.echo(
+                f"  DANGLING: {found.dangling_devices:,} rows of a device that is not there, "
+                f"{found.dangling_labels:,} of a label"
+            )
+    raise typer.Exit(0 if found.ok else cli.EXIT_FAILED)

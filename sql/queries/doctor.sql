@@ -81,3 +81,7 @@ WHERE changed_by = 'perf_diff';
 SELECT d.device_id, s.last_at FROM shared_tokens s JOIN devices d USING (device_no)
 WHERE s.last_at >= $1 AND d.revoked_at IS NULL
 ORDER BY s.last_at DESC;
+
+-- name: rows
+-- $1 a table's quoted name. About how many rows it has; null where there is no such table.
+SELECT greatest(reltuples, 0)::float8 FROM pg_class WHERE oid = to_regclass($1);

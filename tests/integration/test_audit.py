@@ -10,10 +10,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from nexhb import partitions
+from nexhb import doctor, numbers, partitions
 from nexhb.archive import catalog, restore
 from nexhb.archive.file import FolderStore
 from nexhb.audit import audit
+from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.errors import BadInput
 from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
@@ -164,3 +165,47 @@ async def test_the_counters_add_up_at_every_moment(nexhb: Nexhb, now: datetime) 
     while not all(task.done() for task in sending):
         assert await difference() == start
     assert await difference() == start
+
+
+async def test_rows_without_their_label_or_device_are_read_and_reported(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """Reads, the view too, left out a row whose label was missing, and the audit found nothing."""
+    agents = [await nexhb.agent(name) for name in ("kiosk-1", "kiosk-2")]
+    for number, agent in enumerate(agents):
+        network = {"transport": "wifi", "ssid": f"shop-{number}", "ip": "192.168.1.50"}
+        assert (await agent.send(now, network=network)).status == 200
+    await conn.execute("DELETE FROM heartbeat_labels WHERE ssid = 'shop-0'")
+    await conn.execute("DELETE FROM device_tokens t USING devices d WHERE t.device_no = d.device_no AND device_id = $1",
+                       "kiosk-2")  # fmt: skip
+    await conn.execute("DELETE FROM devices WHERE device_id = 'kiosk-2'")
+    day = await conn.fetchval("SELECT (ts AT TIME ZONE 'UTC')::date FROM device_heartbeats LIMIT 1")
+    found = await audit(conn, day)
+    assert (found.missing, found.dangling_devices, found.dangling_labels, found.ok) == (0, 1, 1, False)
+    rows = await conn.fetch("SELECT device_id, ssid FROM heartbeat_history ORDER BY device_id")
+    assert [tuple(row) for row in rows] == [("kiosk-1", None), (None, "shop-1")]
+    [read] = (await nexhb.get("/v1/devices/kiosk-1/heartbeats"))["heartbeats"]
+    assert (read["ssid"], read["battery_pct"]) == (None, 87)
+    line = await doctor._QUESTIONS["numbers"](doctor.Visit(conn, nexhb.settings, now))
+    assert (line.good, "name a device" in line.said) == (False, True)
+    for name in ("offline", "unity-down"):
+        assert (await nexhb.get(f"/v1/devices/{name}"))["devices"] == []
+
+
+async def test_sequences_that_would_give_a_number_twice_are_raised_at_the_start(
+    conn: Connection, start_daemon: StartDaemon, now: datetime
+) -> None:
+    """A restore of the data alone leaves them at 1: the next device got the number, and the history, of another."""
+    await conn.execute("INSERT INTO heartbeat_labels OVERRIDING SYSTEM VALUE VALUES (7, '1', '', 'wifi', 'shop')")
+    await conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) "
+                       "VALUES (9, 'gone', $1, $1)", now)  # fmt: skip
+    visit = doctor.Visit(conn, Settings(), now)
+    assert "the next label gets number 1 of 7" in "; ".join(
+        f"the next {row['what']} gets number {row['given'] + 1} of {row['used']}" for row in await numbers.behind(conn)
+    )
+    agent = await (await start_daemon()).agent("kiosk-1")
+    assert await conn.fetchval("SELECT device_no FROM devices WHERE device_id = $1", agent.device_id) == 10
+    assert (await agent.send(now)).status == 200
+    assert await conn.fetchval("SELECT max(label_no) FROM heartbeat_labels") == 8
+    assert await numbers.behind(conn) == []
+    assert not (await doctor._QUESTIONS["numbers"](visit)).good  # the status of a device that is not there

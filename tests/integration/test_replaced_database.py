@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import pytest
 from nexhb import doctor, identity
 from nexhb.db import Connection, Database
 from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon
+from tests.faults.cluster import Cluster, running
+from tests.faults.guard import guarding
+from tests.proxy import Proxy
+from tests.standby import Standby, standby_of
 
 
 def named(network: str) -> dict[str, Any]:
@@ -187,3 +192,47 @@ async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaem
     assert (await nexhb.get("/readyz"))["remarks"] == []
     agent.token = "0" * 43
     assert (await becomes(401, lambda: agent.send(now), never=200)).status == 401
+
+
+async def test_a_standby_that_lagged_takes_over(start_daemon: StartDaemon, now: datetime) -> None:
+    """The same system identifier and the same oid, behind a proxy: what only the primary had is written again, and a
+    device that the standby never heard of is not acknowledged under a number of its."""
+    with guarding() as guard:
+        async with (
+            running(guard) as primary,
+            standby_of(primary, guard) as standby,
+            Proxy(primary.dsn).serving() as proxy,
+        ):
+            nexhb = replace(await start_daemon(url=proxy.dsn), database=Database(primary.dsn))
+            agent = await nexhb.agent("kiosk-1")
+            first = now - timedelta(minutes=5)
+            assert (await agent.send(first, **named("Before"))).status == 200
+            await caught_up(primary, standby)
+            await standby.lag()
+            lost = now - timedelta(minutes=4)
+            assert (await agent.send(lost, **named("Lost"))).status == 200
+            late = await nexhb.agent("kiosk-2")
+            assert (await late.send(lost, **named("Lost"))).status == 200
+            await standby.promote()
+            proxy.lead_to(standby.dsn)
+            proxy.cut()
+            again = await becomes(200, lambda: agent.send(lost, **named("Lost")))
+            assert again.body["deduplicated"] is False
+            assert (await late.send(now, **named("Lost"))).status == 503
+            there = replace(nexhb, database=Database(standby.dsn))
+            stranger = replace(await there.agent("kiosk-3"), nexhb=nexhb)
+            await becomes(200, lambda: stranger.send(now, **named("Another")))
+            assert await stored(there) == [
+                ("kiosk-1", "Before", first), ("kiosk-1", "Lost", lost), ("kiosk-3", "Another", now),
+            ]  # fmt: skip
+
+
+async def caught_up(primary: Cluster, standby: Standby) -> None:
+    """Wait until the standby has replayed all of it."""
+    conn, there = await asyncpg.connect(primary.dsn), await asyncpg.connect(standby.dsn)
+    written = await conn.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+    async with asyncio.timeout(SOON_S):
+        while not await there.fetchval("SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn", written):
+            await asyncio.sleep(0.02)
+    conn.terminate()
+    there.terminate()
