@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,16 @@ def find_file(argument: Path | None) -> Path | None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise ConfigError(
-                f"Whether there is a file {place} cannot be told: {error.strerror}.", hint=_READ
-            ) from None
+            said = f"Whether there is a file {_absolute(place)} cannot be told: {error.strerror}."
+            raise ConfigError(said, hint=f"{_READ} A relative path counts from the folder that you are in.") from None
         return place
     return None
+
+
+def _absolute(path: Path) -> Path:
+    with suppress(OSError):  # of a folder that is not there any more
+        return path.absolute()
+    return path
 
 
 def read(path: Path) -> dict[str, Any]:

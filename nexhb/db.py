@@ -51,6 +51,8 @@ class Database:
         address = self.address
         found: dict[str, Any] = {"dsn": self.dsn, "password": address.password or partial(pgfiles.password, address)}
         if address.hosts:
+            if address.is_local:
+                found |= {"ssl": False, "direct_tls": False}  # as libpq: PGSSLMODE is for TCP
             found |= {"host": [host for host, _ in address.hosts], "port": [port for _, port in address.hosts]}
         return found | {key: value for key in ("user", "database") if (value := getattr(address, key))}
 

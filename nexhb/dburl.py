@@ -16,7 +16,17 @@ from urllib.parse import unquote
 FORM = "postgresql://user:password@host:port/database"
 TLS_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SESSIONS = ("any", "primary", "read-write")  # of target_session_attrs: those that can commit
+TLS_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 PORT = 5432
+# Keys that take one of a few values, and what to say before those.
+CHOICES = {
+    "sslmode": (TLS_MODES, "it takes"),
+    "target_session_attrs": (SESSIONS, "nexhb commits, and takes"),
+    "sslnegotiation": (("postgres", "direct"), "it takes"),
+    "ssl_min_protocol_version": (TLS_VERSIONS, "it takes"),
+    "ssl_max_protocol_version": (TLS_VERSIONS, "it takes"),
+    "gsslib": (("gssapi", "sspi"), "it takes"),
+}
 TAKEN = frozenset(
     ("host", "port", "user", "password", "passfile", "dbname", "database", "sslmode", "sslcert", "sslkey",
      "sslrootcert", "sslcrl", "sslpassword", "sslnegotiation", "ssl_min_protocol_version",
@@ -54,6 +64,11 @@ class Address:
     password: str = field(repr=False)
     database: str
     query: Mapping[str, str] = field(repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every host is the folder of a socket: TLS is not spoken there, whatever sslmode says."""
+        return bool(self.hosts) and all(host.startswith("/") for host, _ in self.hosts)
 
     @property
     def where(self) -> str:
@@ -168,10 +183,15 @@ def _refuse_keys(address: Address) -> None:
             raise ValueError(f"{at}takes no {key}: {_NOT_TAKEN[key]}")
         if key not in TAKEN:
             raise ValueError(f"{at}takes no {key}; it takes {', '.join(sorted(TAKEN))}")
-    for key, allowed, why in (
-        ("sslmode", TLS_MODES, "it takes"),
-        ("target_session_attrs", SESSIONS, "nexhb commits, and takes"),
-    ):
-        if (value := address.query.get(key)) is not None and value not in allowed:
-            shown = f" {value}" if re.fullmatch(r"[\w-]+", value) else " of that name"
-            raise ValueError(f"{at}knows no {key}{shown}; {why} {', '.join(allowed)}")
+    for key in CHOICES:
+        if said := wrong_choice(key, address.query.get(key)):
+            raise ValueError(f"{at}{said}")
+
+
+def wrong_choice(key: str, value: str | None, named: str = "") -> str:
+    """What is wrong with the value of a key, or of the variable `named` in its place; empty where nothing is."""
+    allowed, why = CHOICES[key]
+    if value is None or value in allowed:
+        return ""
+    shown = f" {value}" if re.fullmatch(r"[\w.-]+", value) else " of that name"
+    return f"knows no {named or key}{shown}; {why} {', '.join(allowed)}"

@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from nexhb.dburl import PORT, TLS_MODES, Address
+from nexhb.dburl import PORT, TLS_MODES, Address, wrong_choice
 from nexhb.errors import ConfigError
 
+_VARIABLES = {
+    "sslmode": "PGSSLMODE", "target_session_attrs": "PGTARGETSESSIONATTRS", "sslnegotiation": "PGSSLNEGOTIATION",
+    "ssl_min_protocol_version": "PGSSLMINPROTOCOLVERSION", "ssl_max_protocol_version": "PGSSLMAXPROTOCOLVERSION",
+    "gsslib": "PGGSSLIB",
+}  # fmt: skip
 _FIELD = re.compile(r"((?:\\.|[^\\:])*):")
 _ESCAPED = re.compile(r"\\(.)")
 
@@ -23,10 +28,17 @@ _ESCAPED = re.compile(r"\\(.)")
 def check(address: Address, name: str) -> None:
     """Raise ConfigError where a file that the url or libpq's variables name is not usable; `name` is the url's key."""
     said = f"{name}: {address.where}"
+    _check_variables(address, said)
     _check_user(address, said)
     _check_password_file(address, said)
+    if address.is_local:
+        return
     mode = address.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer"
-    if mode in TLS_MODES and mode != "disable":
+    if TLS_MODES.index(mode) < TLS_MODES.index("require") and "direct" in (
+        address.query.get("sslnegotiation"), os.environ.get("PGSSLNEGOTIATION"),
+    ):  # fmt: skip
+        raise ConfigError(f"{said}: sslnegotiation=direct needs sslmode=require or stricter.")
+    if mode != "disable":
         _check_certificates(address, mode, said)
 
 
@@ -87,6 +99,15 @@ def _lines(text: str) -> Iterator[tuple[list[str], str]]:
 
 def _user(address: Address) -> str:
     return address.user or os.environ.get("PGUSER") or getpass.getuser()
+
+
+def _check_variables(address: Address, said: str) -> None:
+    for key, variable in _VARIABLES.items():
+        if key not in address.query and (wrong := wrong_choice(key, os.environ.get(variable) or None, variable)):
+            raise ConfigError(f"{said}: {wrong}.", hint=f"Correct the environment variable {variable}.")
+    port = os.environ.get("PGPORT") or str(PORT)
+    if not address.hosts and not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"{said}: PGPORT takes a port from 1 to 65535.")
 
 
 def _check_user(address: Address, said: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import SecretStr, ValidationError
 from nexhb import config, dburl, pgfiles
 from nexhb.db import Database
 from nexhb.errors import ConfigError
+from nexhb.legacy import source
 
 SECRET = "gEhEim-0123"
 PARTS = "gEhEim", "0123"
@@ -84,6 +85,11 @@ def test_the_parts_are_those_that_libpq_sees(
         (f"postgresql://n:{SECRET}@db:6/x?keepalives=1", "db:6: takes no keepalives; it takes database, "),
         (f"postgresql://n:{SECRET}@db:6/x?target_session_attrs=standby", "db:6: knows no target_session_attrs standby"),
         (f"postgresql://n:{SECRET}@db:6/x?{SECRET}", "db:6: takes KEY=VALUE"),
+        (
+            f"postgresql://n:{SECRET}@db:6/x?sslnegotiation=x",
+            "db:6: knows no sslnegotiation x; it takes postgres, direct",
+        ),
+        (f"postgresql://n:{SECRET}@db:6/x?ssl_min_protocol_version=1.2", "db:6: knows no ssl_min_protocol_version 1.2"),
     ],
 )
 def test_each_cause_has_its_own_sentence_with_host_and_port_and_never_the_password(url: str, says: str) -> None:
@@ -196,3 +202,49 @@ async def test_a_certificate_in_the_home_folder_that_is_no_certificate_is_named(
     (folder / "root.crt").write_text("no certificate")
     with pytest.raises(ConfigError, match=r"sslrootcert .*/\.postgresql/root\.crt cannot be used"):
         await Database("postgresql://n@db/x?sslmode=require").connect(application="test")
+
+
+# ---- variables ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("PGSSLMODE", "always", "db:5432: knows no PGSSLMODE always; it takes disable, allow"),
+        ("PGTARGETSESSIONATTRS", "standby", "db:5432: knows no PGTARGETSESSIONATTRS standby; nexhb commits"),
+        ("PGSSLNEGOTIATION", "direct", "db:5432: sslnegotiation=direct needs sslmode=require"),
+        ("PGSSLROOTCERT", "/not/there", "sslrootcert /not/there is not there"),
+    ],
+)
+async def test_a_variable_of_libpq_that_is_not_usable_is_named(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, says: str
+) -> None:
+    """asyncpg's error for it was said to be the url's form."""
+    monkeypatch.setenv(variable, value)
+    query = "?sslmode=require" if variable == "PGSSLROOTCERT" else ""
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        await Database(f"postgresql://n@db/x{query}").connect(application="test")
+
+
+async def test_a_port_of_the_environment_is_looked_at_where_the_url_has_no_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PGPORT", "five")
+    with pytest.raises(ConfigError, match="PGPORT takes a port"):
+        await Database("postgresql:///x").connect(application="test")
+
+
+async def test_tls_is_not_asked_for_on_a_socket(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PGSSLMODE of the machine kept nexhb from its own embedded PostgreSQL."""
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    monkeypatch.setenv("PGSSLNEGOTIATION", "direct")
+    database = Database(cluster)
+    if database.address.is_local:  # not a server in $TEST_DATABASE_URL
+        conn = await database.connect(application="test")
+        await conn.close()
+
+
+async def test_the_source_of_an_import_is_looked_at_alike() -> None:
+    with pytest.raises(ConfigError, match="--source: old:5432: contains a raw @"):
+        async with source.opened(f"postgresql://n:{SECRET}@x@old/x"):
+            pass
