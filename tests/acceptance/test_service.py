@@ -318,10 +318,10 @@ async def test_two_daemons_share_a_port_and_a_database_and_each_answers_for_itse
         assert (status, body["deduplicated"]) == (200, True)
 
     third = await start(NEXHB_SERVER__PORT=port)
-    assert await third.ended() == 2
+    assert await third.ended() == 1, "whoever has the port may go: systemd is to try again"
     assert f"server.port {port}" in (await third.event("daemon.not_started"))["error"]
     fourth = await start(NEXHB_SERVER__INSTANCE_PORT=own[0].rpartition(":")[2])
-    assert await fourth.ended() == 2
+    assert await fourth.ended() == 1
     assert "server.instance_port" in (await fourth.event("daemon.not_started"))["error"]
     services[0].process.send_signal(signal.SIGTERM)
     assert await services[0].ended() == 0
