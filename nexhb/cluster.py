@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+
 from nexhb import embedded, log
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
+from nexhb.embedded import Progress
 from nexhb.errors import EmbeddedPostgresError, NexhbError, NoDatabase
+from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.session import Home
 
 _log = log.get("cluster")
@@ -22,6 +27,37 @@ _REMEDY = (
     "run this command as the daemon's user; `nexhb serve` and `nexhb migrate` make a new database."
 )
 LOOK_S = 0.5  # how often it is looked whether the postmaster lives
+KNOCK_EVERY_S = 5.0  # how often it is asked for a connection, and how long that may take
+SILENT_KNOCKS = 3  # in a row that nobody answered: it lives, and accepts nobody
+STILL_KNOCKS = 24  # in a row at which it was starting, and nothing had moved
+
+
+class Answer(enum.Enum):
+    """What a postmaster says to one who knocks."""
+
+    HERE = "here"  # a session, or a reason why there is none: too many of them, a wrong role
+    STARTING = "starting"  # or stopping, or recovering from a crash
+    NONE = "none"
+
+
+@dataclass
+class Knocks:
+    """Whether a postmaster that lives has to be started anew. Pure.
+
+    Counted and not timed: a daemon that stood still itself, with the whole machine, has not knocked meanwhile.
+    """
+
+    silent: int = 0
+    still: int = 0
+    moved: Progress = ()
+
+    def note(self, answer: Answer, progress: Progress) -> bool:
+        """Whether this answer is one too many; `progress` is what its recovery has done so far."""
+        self.silent = self.silent + 1 if answer is Answer.NONE else 0
+        # A recovery may take an hour, as long as it gets on.
+        self.still = self.still + 1 if answer is Answer.STARTING and progress == self.moved else 0
+        self.moved = progress
+        return self.silent >= SILENT_KNOCKS or self.still >= STILL_KNOCKS
 
 
 @dataclass
@@ -32,9 +68,11 @@ class Cluster:
     server: embedded.EmbeddedPostgres | None = None
 
     async def watch(self, data_dir: Path) -> None:
-        """Start the embedded PostgreSQL again should its postmaster be killed: nobody else would. Never returns."""
+        """Start the embedded PostgreSQL again should its postmaster be killed, or live and accept nobody: nobody else
+        would. Never returns."""
         # An adopted postmaster of another container cannot be seen, and so cannot be seen dying.
         seen_alive = self.server is not None and self.server.alive
+        knocks, knock_at = Knocks(), 0.0
         while True:
             await asyncio.sleep(LOOK_S)
             try:
@@ -43,15 +81,41 @@ class Cluster:
                 _log.error("embedded.not_seen", error=str(error))
                 continue
             seen_alive = seen_alive or alive
-            if self.server is None or alive or not seen_alive:
+            if self.server is None or not seen_alive:
                 continue
-            _log.error("embedded.died", pgdata=str(self.server.pgdata))
+            if alive:
+                now = asyncio.get_running_loop().time()
+                if now < knock_at:
+                    continue
+                answer = await _knock(self.server.dsn)
+                knock_at = now + KNOCK_EVERY_S
+                moved = self.server.recovery_progress() if answer is Answer.STARTING else ()
+                if not knocks.note(answer, moved):
+                    continue
+                _log.error("embedded.accepts_nobody", pgdata=str(self.server.pgdata), silent=knocks.silent)
+            else:
+                _log.error("embedded.died", pgdata=str(self.server.pgdata))
+            knocks = Knocks()
             try:
                 await asyncio.to_thread(self.server.stop)
                 self.server = await _start_embedded(data_dir, create=False)
             except NexhbError as error:
                 _log.error("embedded.not_started", error=str(error))
                 await asyncio.sleep(5)
+
+
+async def _knock(dsn: str) -> Answer:
+    """Ask for a session, as whoever comes next will."""
+    try:
+        conn = await asyncpg.connect(dsn, timeout=KNOCK_EVERY_S)
+    except asyncpg.CannotConnectNowError:
+        return Answer.STARTING
+    except asyncpg.PostgresError:
+        return Answer.HERE
+    except FROM_THE_DATABASE:
+        return Answer.NONE
+    conn.terminate()
+    return Answer.HERE
 
 
 async def _start_embedded(data_dir: Path, *, create: bool) -> embedded.EmbeddedPostgres:

@@ -212,6 +212,11 @@ class Database(_Section):
         ge=2**24,
         description="bytes; with less free on the embedded PostgreSQL's disk, heartbeats are answered 503",
     )
+    disk_reserve_inodes: int = Field(
+        default=10_000,
+        ge=0,
+        description="inodes; with fewer free there (or than a twentieth of all, if that is less), likewise",
+    )
     accept_unsafe_settings: bool = Field(
         default=False,
         description="serve although fsync or full_page_writes is off: a crash may then lose acknowledged heartbeats",

@@ -7,7 +7,6 @@ import asyncio
 import gc
 import os
 import resource
-import shutil
 import signal
 import socket
 import ssl
@@ -21,7 +20,7 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, flags, identity, keys, log, metrics, migrate, notify, numbers, partitions
+from nexhb import __version__, db, disk, flags, identity, keys, log, metrics, migrate, notify, numbers, partitions
 from nexhb import writer as writing
 from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
@@ -318,24 +317,29 @@ async def _keep_looking_at_settings(settings: Settings, database: Database, stat
 
 
 async def _watch_disk(settings: Settings, state: State) -> None:
-    """Hold the intake while the embedded PostgreSQL's disk runs full: 503 is better than a PostgreSQL that panics."""
-    reserve = settings.database.disk_reserve_bytes
-    while settings.database.url is None:
+    """Hold the intake while the embedded PostgreSQL's disk runs full, of bytes or of inodes: 503 is better than a
+    PostgreSQL that panics."""
+    of = settings.database
+    while of.url is None:
         try:
-            free = (await asyncio.to_thread(shutil.disk_usage, settings.data_dir)).free
+            room = await asyncio.to_thread(disk.room_at, settings.data_dir)
         except OSError as error:
             _log.error("disk.not_seen", error=str(error))
             await asyncio.sleep(DISK_S)
             continue
-        metrics.disk_free.set(free)
-        # Once held, until a tenth more is free: else it would open and close with every file.
+        metrics.disk_free.set(room.free_bytes)
+        metrics.disk_free_inodes.set(room.free_inodes if room.inodes else nan)
         before = state.reasons.get("disk", "")
-        low = db.disk_low(free, reserve + (reserve // 10 if before else 0))
+        low = room.low(reserve_bytes=of.disk_reserve_bytes, reserve_inodes=of.disk_reserve_inodes, held=bool(before))
         if bool(low) != bool(before):
-            _log.error("disk.low" if low else "disk.enough_again", free_bytes=free, reserve_bytes=reserve)
+            event = "disk.low" if low else "disk.enough_again"
+            _log.error(
+                event, free_bytes=room.free_bytes, reserve_bytes=of.disk_reserve_bytes, free_inodes=room.free_inodes
+            )
         state.reasons["disk"] = str(low) if low else ""
         await asyncio.sleep(DISK_S)
     metrics.disk_free.set(nan)  # somebody else's disk: a 0 would be an alert
+    metrics.disk_free_inodes.set(nan)
     await asyncio.Event().wait()
 
 

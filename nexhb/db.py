@@ -218,16 +218,6 @@ async def unsafe_settings(conn: Connection) -> list[Finding]:
     return found
 
 
-def disk_low(free_bytes: int, reserve_bytes: int) -> Finding | None:
-    """Whether PostgreSQL's disk runs full: without room for its WAL it would stop in the middle of everything."""
-    if free_bytes >= reserve_bytes:
-        return None
-    return Finding(
-        f"{free_bytes >> 20} MiB are free on the disk of the database, of {reserve_bytes >> 20} kept in reserve",
-        "make room, or shorten partitions.retention_days and run the nightly job",
-    )
-
-
 async def check_version(conn: Connection) -> None:
     """Raise DatabaseUnavailable where PostgreSQL is older than 14."""
     row = await conn.fetchrow(_Q["settings"])

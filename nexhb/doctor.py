@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from asyncpg import Record
 
-from nexhb import db, flags, identity, migrate, numbers, partitions, perfdiff, sql
+from nexhb import db, disk, flags, identity, migrate, numbers, partitions, perfdiff, sql
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
@@ -216,12 +215,27 @@ async def _hot(visit: Visit) -> Line:
 
 
 async def _disk(visit: Visit) -> Line:
-    if visit.settings.database.url is not None:
-        return Line("disk", True, "the database's own disk is not ours to see")
-    free = shutil.disk_usage(visit.settings.data_dir).free
+    of = visit.settings.database
+    try:
+        room = disk.room_at(visit.settings.data_dir)
+    except OSError as error:
+        if of.url is None:
+            raise
+        return Line("disk", True, f"the database's own disk is not ours to see; {error}")
+    low = room.low(reserve_bytes=of.disk_reserve_bytes, reserve_inodes=of.disk_reserve_inodes, held=False)
+    if of.url is not None and low is None:
+        return Line("disk", True, "the database's own disk is not ours to see; data_dir has room")
+    if of.url is not None:
+        said = (
+            f"data_dir, where archives are spooled: {room.free_bytes >> 20} MiB and {room.free_inodes} inodes are free"
+        )
+        return Line("disk", False, said, "make room, or move data_dir")
+    if low is not None:
+        return Line("disk", False, low.what, low.remedy)
+    free = room.free_bytes
     day = await visit.conn.fetchval(_Q["day_bytes"], partitions.midnight(visit.now.date())) or 0
     left = free / day if day else float("inf")
-    good = left >= DISK_DAYS_LEAST and db.disk_low(free, visit.settings.database.disk_reserve_bytes) is None
+    good = left >= DISK_DAYS_LEAST
     days = f", {left:,.0f} days at the present rate" if day else ""
     return Line("disk", good, f"{free >> 30} GiB are free{days}", "make room, or shorten partitions.retention_days")
 

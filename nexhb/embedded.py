@@ -91,6 +91,7 @@ _SHM = (
 _children: dict[tuple[int, Path], subprocess.Popen[bytes]] = {}
 
 Log = Callable[..., None]
+Progress = tuple[str | bytes, ...]
 
 
 def _silent(event: str, **fields: object) -> None:
@@ -114,6 +115,12 @@ class EmbeddedPostgres:
     def alive(self) -> bool:
         """Whether its postmaster lives."""
         return _running(self.pgdata) is not None
+
+    def recovery_progress(self) -> Progress:
+        """What a recovery under way has done so far: its process, the CPU time that it took, and the file that it
+        replays. Nothing where there is none."""
+        found = _pid_file(self.pgdata)
+        return _recovery_of(found.pid) if found else ()
 
     def stop(self) -> bool:
         """Give up our claim, and stop the cluster unless others use it. True when it has been stopped."""
@@ -348,6 +355,17 @@ def _alive(pid: int, pgdata: Path) -> bool:
     return False
 
 
+def _recovery_of(postmaster: int) -> Progress:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # pid (name) state ppid …; utime and stime are the 14th and 15th
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            title = (process / "cmdline").read_bytes() if int(fields[1]) == postmaster else b""
+            if b"startup" in title:
+                return (process.name, *fields[11:13], title)
+    return ()
+
+
 def _running(pgdata: Path) -> _PidFile | None:
     found = _pid_file(pgdata)
     return found if found and _alive(found.pid, pgdata) else None
@@ -434,6 +452,7 @@ def _terminate(pid: int, pgdata: Path) -> None:
     for number, timeout_s in STOPS:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+            os.kill(pid, signal.SIGCONT)  # one that was stopped hears the other signal only when it goes on
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if not _alive(pid, pgdata):

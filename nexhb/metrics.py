@@ -129,6 +129,7 @@ commits_in_doubt = Counter(
 )
 log_lines_lost = Counter("nexhb_log_lines_lost", "Log lines that could not be written: stderr is full or not read")
 disk_free = Gauge("nexhb_disk_free_bytes", "Free on the disk of the embedded PostgreSQL; NaN with another database")
+disk_free_inodes = Gauge("nexhb_disk_free_inodes", "The same of its inodes; NaN also where they are not limited")
 ready = Gauge("nexhb_ready", "1 while heartbeats can be committed")
 last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was last committed")
 

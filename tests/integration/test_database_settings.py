@@ -90,8 +90,3 @@ async def test_a_roles_own_default_does_not_weaken_a_session(database: Database,
         assert await db.unsafe_settings(fresh) == []
     finally:
         await fresh.close()
-
-
-@pytest.mark.parametrize(("free", "low"), [(2**30, False), (2**28, False), (2**28 - 1, True), (0, True)])
-def test_a_disk_is_low_below_its_reserve(free: int, low: bool) -> None:
-    assert (db.disk_low(free, 2**28) is not None) == low

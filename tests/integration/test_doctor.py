@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from nexhb import config, doctor, flags, partitions
+from nexhb import config, disk, doctor, flags, partitions
 from nexhb.config import Reads, Settings
 from nexhb.db import Connection, Database
 from nexhb.doctor import Line
@@ -188,13 +188,19 @@ async def test_a_question_that_cannot_be_answered_is_bad_and_the_others_are_aske
     assert found["nightly"].good
 
 
-async def test_the_disk_of_the_embedded_database_is_counted_in_days(well: House) -> None:
+async def test_the_disk_of_the_embedded_database_is_counted_in_days(
+    well: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await well.fill(NOW.date() - timedelta(days=1))
     found = await lines(well, of=config.Database())
     assert "GiB are free, " in found["disk"].said
     assert found["disk"].good
     found = await lines(well, of=config.Database(disk_reserve_bytes=2**60))
     assert not found["disk"].good
+    room = disk.Room(2**40, 12, 2**20)
+    monkeypatch.setattr(disk, "room_at", lambda _: room)
+    found = await lines(well, of=config.Database())
+    assert (found["disk"].good, "12 inodes are free" in found["disk"].said) == (False, True)
 
 
 async def test_flags_that_the_configuration_only_seems_to_set_are_named(well: House) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from nexhb import embedded, pgaccount
+from nexhb import cluster, embedded, pgaccount
+from nexhb.config import Settings
 from nexhb.errors import EmbeddedPostgresError
 from tests.conftest import SOON_S
 
@@ -625,3 +626,32 @@ def test_an_ordinary_user_is_refused_the_data_that_root_made(place: Path) -> Non
         assert error.startswith("refused: The embedded PostgreSQL is not usable.")
         assert "Permission denied" in error
         assert "Run nexhb as the user to whom" in error
+
+
+async def test_a_postmaster_that_lives_and_accepts_nobody_is_started_anew(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by SIGSTOP it was alive to whoever looked, and every new connection waited for it for ever."""
+    monkeypatch.setattr(cluster, "KNOCK_EVERY_S", 1.0)
+    monkeypatch.setattr(cluster, "LOOK_S", 0.05)
+    settings = Settings(data_dir=place / "data")
+    async with cluster.open_cluster(settings, create=True) as opened:
+        assert opened.server is not None
+        before, pgdata = opened.server, opened.server.pgdata
+        stopped = pid_of(pgdata)
+        conn = await asyncpg.connect(opened.server.dsn)
+        await conn.execute("CREATE TABLE kept (n int)")
+        watching = asyncio.create_task(opened.watch(settings.data_dir))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(60):
+                while opened.server is before:
+                    await asyncio.sleep(0.05)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        assert pid_of(pgdata) != stopped
+        fresh = await asyncpg.connect(opened.server.dsn)
+        assert await fresh.fetchval("SELECT count(*) FROM kept") == 0
+        await fresh.close()
+        assert "was shut down" in "".join(path.read_text() for path in (place / "data" / "pg-log").glob("*.log"))

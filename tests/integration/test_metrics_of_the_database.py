@@ -92,4 +92,5 @@ async def test_the_disk_of_somebody_elses_database_is_not_said_to_be_full(
 ) -> None:
     await start_daemon()
     assert math.isnan(value("nexhb_disk_free_bytes"))
+    assert math.isnan(value("nexhb_disk_free_inodes"))
     assert value("nexhb_connections_limit") == daemon.connections_most(20_000)

@@ -166,6 +166,7 @@ def test_each_number_says_its_unit() -> None:
         "connections",
         "heartbeats",
         "TCP port",
+        "inodes",
         "calls a minute",
         "percent",
         "comparisons",
