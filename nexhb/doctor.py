@@ -120,6 +120,9 @@ async def _days_ahead(visit: Visit) -> Line:
 
 
 async def _pending(visit: Visit) -> Line:
+    if default := await partitions.default_partition(visit.conn):
+        remedy = f"ALTER TABLE {partitions.PARENT} DETACH PARTITION {partitions.quoted(default)}, and docs/runbook.md"
+        return Line("detaches", False, f"the DEFAULT partition {default} forbids each of them", remedy)
     names = [p.name for p in await partitions.attached(visit.conn) if p.detach_pending]
     said = f"pending: {', '.join(names)}" if names else "none is pending"
     return Line("detaches", not names, said, "nexhb nightly, once no long reader of device_heartbeats is left")
@@ -191,8 +194,11 @@ async def _locks(visit: Visit) -> Line:
     held = [f"{Lock(row['lock']).name.lower()} by {_session(row)}" for row in rows]
     held += [f"heartbeats or jobs wait for {_session(row)}" for row in others]
     stuck = [row["pid"] for row in rows if row["seconds"] > _lock_most_s(row)] + [row["pid"] for row in others]
-    remedy = "; ".join(f"SELECT pg_terminate_backend({pid})" for pid in dict.fromkeys(stuck))
-    return Line("locks", not stuck, ", ".join(held) or "nobody holds one", remedy)
+    remedies = [f"SELECT pg_terminate_backend({pid})" for pid in dict.fromkeys(stuck)]
+    for row in await visit.conn.fetch(_Q["prepared"], STRANGER_MOST_S):
+        held.append(f"the prepared transaction {row['gid']} holds tables for {row['seconds']} s")
+        remedies.append("COMMIT PREPARED or ROLLBACK PREPARED '" + row["gid"].replace("'", "''") + "'")
+    return Line("locks", not remedies, ", ".join(held) or "nobody holds one", "; ".join(remedies))
 
 
 def _lock_most_s(row: Record) -> int:

@@ -102,6 +102,10 @@ class PartitionBusy(NexhbError):
     sentence = "Somebody holds the table."
 
 
+class NotDetachable(NexhbError):
+    sentence = "PostgreSQL does not detach the partition."
+
+
 class StoreError(NexhbError):
     sentence = "The archive store did not do what was asked."
 

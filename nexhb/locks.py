@@ -55,10 +55,11 @@ async def held(conn: asyncpg.Connection, lock: Lock, *, wait: bool) -> AsyncIter
 async def in_the_way(conn: asyncpg.Connection) -> str:
     """Whose transactions a lock on a table has waited for, as far as they can be seen still."""
     rows = await conn.fetch(_Q["in_the_way"])
-    return (
-        "; ".join(
-            f"pid {row['pid']} ({row['application_name'] or 'unnamed'}) is {row['state']} since {row['seconds']} s"
-            for row in rows
-        )
-        or "its lock was busy"
-    )
+    return "; ".join(map(_transaction, rows)) or "its lock was busy"
+
+
+def _transaction(row: asyncpg.Record) -> str:
+    if row["gid"] is not None:
+        gid = row["gid"].replace("'", "''")
+        return f"the prepared transaction {row['gid']} waits since {row['seconds']} s for ROLLBACK PREPARED '{gid}'"
+    return f"pid {row['pid']} ({row['application_name'] or 'unnamed'}) is {row['state']} since {row['seconds']} s"

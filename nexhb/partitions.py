@@ -15,7 +15,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 from nexhb import locks, log, metrics, sql
 from nexhb.batch import HISTORY_COLUMNS as COLUMNS
 from nexhb.db import Connection
-from nexhb.errors import ArchiveDamaged, PartitionBusy
+from nexhb.errors import ArchiveDamaged, NexhbError, NotDetachable, PartitionBusy
 from nexhb.locks import Lock, in_the_way
 from nexhb.pgerrors import Kind, classify
 
@@ -159,7 +159,7 @@ async def _make(conn: Connection, day: date) -> str | None:
             return present
         if await gone(conn, day):
             return None
-        await conn.execute(create_statement(name))
+        await create(conn, name)
         await conn.execute(attach_statement(name, start, end))
         await conn.execute(_Q["record"], name, start, end)
     metrics.partitions_created.inc()
@@ -184,6 +184,13 @@ def _suffixed(name: str, suffix: str) -> str:
     return name.encode()[: 63 - len(suffix)].decode(errors="ignore") + suffix
 
 
+async def create(conn: Connection, name: str) -> None:
+    """Make a day's table beside the parent, with its index in the parent's tablespace. Inside the caller's
+    transaction."""
+    await conn.execute(_Q["follow_tablespace"])
+    await conn.execute(create_statement(name))
+
+
 def create_statement(name: str) -> str:
     """A day's table, beside the parent."""
     return f"""
@@ -205,7 +212,8 @@ async def detach(conn: Connection, name: str) -> None:
     """Detach a partition without holding up ingest, or finish a detach that was interrupted. Idempotent.
 
     `conn` must not be in a transaction, and must have a lock_timeout. Raises PartitionBusy, with who is in the way,
-    where somebody reads the parent all the while; the detach then stays pending, and the next call finishes it.
+    where somebody reads the parent all the while; the detach then stays pending, and the next call finishes it. Raises
+    NotDetachable where PostgreSQL refuses it.
     """
     try:
         await patiently(_detach, conn, name)
@@ -222,11 +230,38 @@ async def _detach(conn: Connection, name: str) -> None:
     await conn.execute(f"SET lock_timeout = {LOCK_TIMEOUT_MS}")
     try:
         await conn.execute(f"ALTER TABLE {PARENT} DETACH PARTITION {quoted(name)} {how}")
-    except asyncpg.LockNotAvailableError:
+    except asyncpg.LockNotAvailableError:  # a subclass of the next
         raise
     except asyncpg.ObjectNotInPrerequisiteStateError as error:
-        raise PartitionBusy(f"{name} cannot be detached while another detach is pending.") from error
+        raise await _why_not(conn, name, error) from error
     _log.info("partition.detach", partition=name, how=how.lower())
+
+
+async def _why_not(conn: Connection, name: str, error: asyncpg.PostgresError) -> NexhbError:
+    """What stands against a detach, as the catalog has it: the SQLSTATE (55000) is the same for all of it."""
+    rows = await _in_catalog(conn)
+    if pending := next((row["name"] for row in rows if row["detach_pending"]), None):
+        return PartitionBusy(
+            f"{name} cannot be detached while the detach of {pending} is pending.",
+            hint="The next nightly run finishes it: nexhb nightly.",
+        )
+    if default := default_of(rows):
+        return NotDetachable(
+            f"{name} cannot be detached while {PARENT} has the DEFAULT partition {default}.",
+            hint=f"Run ALTER TABLE {PARENT} DETACH PARTITION {quoted(default)}; "
+            "docs/runbook.md#nexhbarchivefailed says how its rows come back.",
+        )
+    return NotDetachable(f"{name}: {error}.")
+
+
+def default_of(rows: list[asyncpg.Record]) -> str | None:
+    """The name of the DEFAULT partition among the rows of the catalog."""
+    return next((row["name"] for row in rows if row["bounds"] == "DEFAULT"), None)
+
+
+async def default_partition(conn: Connection) -> str | None:
+    """The name of the DEFAULT partition: somebody's, since nexhb makes none."""
+    return default_of(await _in_catalog(conn))
 
 
 async def seal(conn: Connection, name: str, start: datetime, end: datetime) -> int:

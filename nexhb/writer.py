@@ -558,7 +558,7 @@ class Writer:
         conn = await self._connection()
         if held := await conn.fetchrow(_Q["locked_by"]):
             raise DatabaseUnavailable(
-                f"{held['relation']} is locked by pid {held['pid']} ({held['name']}).",
+                f"{held['relation']} is locked by {held['holder']}.",
                 reason=f"a lock holds up {held['relation']}",
             )
 

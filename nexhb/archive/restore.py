@@ -71,7 +71,7 @@ async def restore_day(
     async with conn.transaction():
         await conn.execute("SET LOCAL lock_timeout = '30s'")
         if not await partitions.present(conn, day.partition):
-            await conn.execute(partitions.create_statement(day.partition))
+            await partitions.create(conn, day.partition)
             rows = await _bring_back(conn, store, archives, day.partition, spool)
         elif day.state == "dropped":
             raise BadInput(f"There is a table {day.partition}, and it is not the day's.", hint="Rename it.")

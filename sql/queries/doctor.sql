@@ -57,6 +57,18 @@ WHERE b.datname = current_database() AND coalesce(b.backend_type, 'client backen
                          AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))))
 ORDER BY seconds DESC;
 
+-- name: prepared
+-- $1 seconds. Prepared transactions (PREPARE TRANSACTION) that are older and hold locks on tables of nexhb's: they belong
+-- to no session, and outlive a restart.
+SELECT DISTINCT x.gid, extract(epoch FROM clock_timestamp() - x.prepared)::bigint AS seconds
+FROM pg_prepared_xacts x
+JOIN pg_locks own ON own.pid IS NULL AND own.locktype = 'transactionid' AND own.transactionid = x.transaction
+JOIN pg_locks l ON l.pid IS NULL AND l.virtualtransaction = own.virtualtransaction
+JOIN pg_class c ON c.oid = l.relation
+WHERE x.database = current_database() AND x.prepared < clock_timestamp() - make_interval(secs => $1)
+  AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'devices'::regclass)
+ORDER BY seconds DESC;
+
 -- name: hot
 -- Of device_last_status: how many updates touched no index.
 SELECT n_tup_upd AS updates, n_tup_hot_upd AS hot FROM pg_stat_user_tables WHERE relname = 'device_last_status';

@@ -22,10 +22,15 @@ SELECT EXISTS (
       AND (classid::bigint << 32) + objid::bigint = $1);
 
 -- name: in_the_way
--- Whose transaction is so old that a lock on a table waits for it.
-SELECT DISTINCT a.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::int AS seconds
-FROM pg_stat_activity a
-WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()
-  AND a.xact_start < clock_timestamp() - interval '1 second'
+-- Whose transaction is so old that a lock on a table waits for it. One that is prepared (PREPARE TRANSACTION) has no
+-- session any more: gid is its name.
+SELECT pid, application_name, state, gid, extract(epoch FROM clock_timestamp() - since)::int AS seconds
+FROM (
+    SELECT pid, application_name, state, NULL AS gid, xact_start AS since FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()
+    UNION ALL
+    SELECT NULL, NULL, 'prepared', gid, prepared FROM pg_prepared_xacts WHERE database = current_database()
+) transactions
+WHERE since < clock_timestamp() - interval '1 second'
 ORDER BY seconds DESC
 LIMIT 3;

@@ -12,6 +12,13 @@ JOIN pg_class c ON c.oid = i.inhrelid
 WHERE i.inhparent = 'device_heartbeats'::regclass
 ORDER BY c.relname;
 
+-- name: follow_tablespace
+-- Until the end of the transaction, new tables and indexes go into the parent's tablespace. CREATE TABLE (LIKE …) and
+-- CREATE INDEX would go by default_tablespace.
+SELECT set_config('default_tablespace', coalesce(
+    (SELECT t.spcname FROM pg_class c JOIN pg_tablespace t ON t.oid = c.reltablespace
+     WHERE c.oid = 'device_heartbeats'::regclass), ''), true);
+
 -- name: record
 -- $1 name, $2 range_start, $3 range_end. A row that is there already is made true again.
 INSERT INTO hb_partitions (partition_name, range_start, range_end) VALUES ($1, $2, $3)

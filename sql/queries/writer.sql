@@ -83,7 +83,9 @@ WHERE d.device_no = f.device_no
 -- name: locked_by
 -- Who keeps writers off the tables of every heartbeat, or waits to: then they queue behind. Of another user's session a
 -- role without pg_read_all_stats sees no name.
-SELECT l.relation::regclass::text AS relation, l.pid, coalesce(nullif(a.application_name, ''), 'unnamed') AS name
+SELECT l.relation::regclass::text AS relation,
+       CASE WHEN l.pid IS NULL THEN 'a prepared transaction (see pg_prepared_xacts)'
+            ELSE format('pid %s (%s)', l.pid, coalesce(nullif(a.application_name, ''), 'unnamed')) END AS holder
 FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
 WHERE l.locktype = 'relation' AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND l.relation IN ('device_last_status'::regclass, 'ingest_ledger'::regclass,
