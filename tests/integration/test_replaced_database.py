@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import orjson
 import pytest
 
 from nexhb import doctor, identity
+from nexhb.config import Server
 from nexhb.db import Connection, Database
-from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon
+from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, example
 from tests.faults.cluster import Cluster, running
 from tests.faults.guard import guarding
 from tests.proxy import Proxy
 from tests.standby import Standby, standby_of
+
+WAITING = (
+    "SELECT FROM pg_stat_activity WHERE application_name = 'nexhb writer' AND wait_event_type = 'Lock'"
+    " AND datname = current_database()"
+)
 
 
 def named(network: str) -> dict[str, Any]:
@@ -145,6 +152,38 @@ async def accepted(nexhb: Nexhb, late: Agent, now: datetime, data_dir: Path) -> 
         assert (await of_doctor(conn, nexhb)).good
     finally:
         await conn.close()
+
+
+async def test_what_is_under_way_is_not_written_under_a_number_of_the_database_before(
+    start_daemon: StartDaemon, swap: Swap, now: datetime
+) -> None:
+    """A heartbeat that waits in the writer, and a queue whose body is not whole yet: their device has the number that
+    the next device of this database gets."""
+    nexhb = await start_daemon(server=Server(port=0, shutdown_timeout_seconds=2, body_timeout_seconds=60))
+    copy = await swap.copy()
+    late = await nexhb.agent("kiosk-2")
+    await becomes(200, lambda: late.send(now - timedelta(minutes=1)))
+    blocker = await asyncpg.connect(nexhb.database.dsn)
+    await blocker.execute("BEGIN; LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
+    swapped = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"["
+        await swapped.wait()
+        yield orjson.dumps(example(now - timedelta(minutes=2))) + b"]"
+
+    queue = asyncio.create_task(late.post(body(), "/v1/heartbeats"))
+    sent = asyncio.create_task(late.send(now))
+    async with asyncio.timeout(SOON_S):
+        while not await nexhb.rows(WAITING):
+            await asyncio.sleep(0.01)
+    await swap.put_in_place(copy)
+    assert (await sent).status == 503
+    await becomes(503, lambda: late.send(now))  # by now the other database was found
+    swapped.set()
+    assert (await queue).status == 503
+    assert await stored(nexhb) == []
+    blocker.terminate()
 
 
 async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
