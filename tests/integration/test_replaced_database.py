@@ -147,7 +147,7 @@ async def accepted(nexhb: Nexhb, late: Agent, now: datetime, data_dir: Path) -> 
         assert line.remedy == "nexhb database accept"
         assert len(await identity.accept(conn, data_dir)) == 1
         await becomes(401, lambda: late.send(now), never=200)
-        assert (await nexhb.get("/readyz"))["remarks"] == []
+        assert "remarks" not in await nexhb.get("/readyz")
         assert await nexhb.metric("nexhb_database_older") == 0
         assert (await of_doctor(conn, nexhb)).good
     finally:
@@ -228,7 +228,7 @@ async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaem
     await swap.put_in_place(copy)
     again = await becomes(200, lambda: agent.send(now))
     assert again.body["deduplicated"] is True
-    assert (await nexhb.get("/readyz"))["remarks"] == []
+    assert "remarks" not in await nexhb.get("/readyz")
     agent.token = "0" * 43
     assert (await becomes(401, lambda: agent.send(now), never=200)).status == 401
 
