@@ -99,8 +99,8 @@ class Cluster:
             try:
                 await asyncio.to_thread(self.server.stop)
                 self.server = await _start_embedded(data_dir, create=False)
-            except NexhbError as error:
-                _log.error("embedded.not_started", error=str(error))
+            except (NexhbError, RuntimeError, MemoryError) as error:  # there is no thread to be had, or no memory
+                _log.error("embedded.not_started", error=str(error) or type(error).__name__)
                 await asyncio.sleep(5)
 
 

@@ -323,8 +323,8 @@ async def _watch_disk(settings: Settings, state: State) -> None:
     while of.url is None:
         try:
             room = await asyncio.to_thread(disk.room_at, settings.data_dir)
-        except OSError as error:
-            _log.error("disk.not_seen", error=str(error))
+        except (OSError, RuntimeError, MemoryError) as error:  # a thread cannot be started either
+            _log.error("disk.not_seen", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(DISK_S)
             continue
         metrics.disk_free.set(room.free_bytes)
@@ -368,14 +368,17 @@ async def _sweep(settings: Settings, intake: Intake, state: State, connections: 
     while True:
         due = loop.time() + SWEEP_S
         await asyncio.sleep(SWEEP_S)
-        metrics.loop_lag.observe(max(0.0, loop.time() - due))
-        intake.expire(loop.time(), settings.ingest.answer_within_seconds)
-        intake.observe()
-        metrics.log_lines_lost.inc(log.lines_lost() - lost)
-        lost = log.lines_lost()
-        intake.held_because = state.hold
-        connections.sweep(loop.time())
-        metrics.ready.set(0 if state.not_ready(intake) else 1)
+        try:
+            metrics.loop_lag.observe(max(0.0, loop.time() - due))
+            intake.expire(loop.time(), settings.ingest.answer_within_seconds)
+            intake.observe()
+            metrics.log_lines_lost.inc(log.lines_lost() - lost)
+            lost = log.lines_lost()
+            intake.held_because = state.hold
+            connections.sweep(loop.time())
+            metrics.ready.set(0 if state.not_ready(intake) else 1)
+        except MemoryError:
+            _log.error("sweep.no_memory")  # half a second later it looks again
 
 
 async def _keep_days_ahead(settings: Settings, database: Database, now: Callable[[], datetime]) -> None:

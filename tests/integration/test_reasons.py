@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import orjson
 import pytest
 from pydantic import SecretStr
 
-from nexhb import batch, config, devices, log, wire, writer
+from nexhb import batch, config, daemon, devices, log, wire, writer
 from nexhb.db import Connection
 from nexhb.intake import Intake
 from tests.conftest import ADMIN_KEY, Agent, Answer, Nexhb, StartDaemon, example
@@ -122,4 +123,17 @@ async def test_a_writer_without_memory_tries_again_and_lives(
     monkeypatch.setattr(writer, "NO_MEMORY_S", 0.01)
     monkeypatch.setattr(Intake, "take", out_of_memory(1, Intake.take))
     assert (await agent.send(now)).status == 200
+    assert not nexhb.running.failed.done()
+
+
+async def test_a_sweeper_without_memory_sweeps_again(
+    start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any task of the daemon that ends, ends the daemon."""
+    swept = asyncio.Event()
+    monkeypatch.setattr(daemon, "SWEEP_S", 0.01)
+    monkeypatch.setattr(Intake, "expire", out_of_memory(2, lambda *_: swept.set()))
+    nexhb = await start_daemon()
+    async with asyncio.timeout(10):
+        await swept.wait()
     assert not nexhb.running.failed.done()
