@@ -243,7 +243,8 @@ async def test_a_full_queue_slows_the_fleet_down_and_an_empty_one_does_not(
     async with conn.transaction():
         await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
         sending = [asyncio.create_task(agent.send(now)) for agent in agents]
-        await asyncio.sleep(0.5)
+        while sum(one.done() for one in sending) < 20:  # those that were refused
+            await asyncio.sleep(0.01)
     await conn.close()
     answers = [await one for one in sending]
     refused = [answer for answer in answers if answer.status == 503]

@@ -127,7 +127,8 @@ async def test_no_transaction_is_left_open_behind_batches_in_a_row(start_daemon:
     async with nexhb.database.connected(application="test") as conn, conn.transaction():
         await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
         sending = [asyncio.create_task(agent.send(now)) for agent in agents]
-        await asyncio.sleep(0.5)
+        while await nexhb.metric("nexhb_intake_items") < 20:
+            await asyncio.sleep(0.01)
     assert [(await one).status for one in sending] == [200] * 20
     query = "SELECT state, query FROM pg_stat_activity WHERE application_name = 'nexhb writer'"
     assert [tuple(row) for row in await nexhb.rows(query)] == [("idle", "COMMIT")]
@@ -140,12 +141,13 @@ async def test_a_label_outlasts_the_batch_that_brought_it(start_daemon: StartDae
     agents = [await nexhb.agent() for _ in range(3)]
     async with nexhb.database.connected(application="test") as conn, conn.transaction():
         await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
-        sending = []
+        sending: list[asyncio.Task[Answer]] = []
         for agent, pct, ssid in zip(agents, (50, 66, 50), ("old", "new", "new"), strict=True):
             sending.append(
                 asyncio.create_task(agent.send(now, battery={"pct": pct}, network={"transport": "wifi", "ssid": ssid}))
             )
-            await asyncio.sleep(0.2)
+            while await nexhb.metric("nexhb_intake_items") < len(sending):
+                await asyncio.sleep(0.01)
     assert [(await one).status for one in sending] == [200, 422, 200]
     rows = await nexhb.rows("SELECT ssid FROM heartbeat_history ORDER BY device_no")
     assert [row["ssid"] for row in rows] == ["old", "new"]
@@ -160,6 +162,8 @@ async def test_a_day_that_is_made_between_two_batches_ends_neithers_transaction(
     await nexhb.rows("ALTER TABLE device_heartbeats ADD CONSTRAINT odd CHECK (battery_pct <> 66)")
     await nexhb.rows(f"DROP TABLE {partitions.name_of(missing.date())}")
     agents = [await nexhb.agent() for _ in range(3)]
+    lost = 'nexhb_write_retries_total{kind="lost"}'
+    before = await nexhb.metric(lost)
     async with nexhb.database.connected(application="test") as conn, conn.transaction():
         await conn.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
         sending: list[asyncio.Task[Answer]] = []
@@ -171,6 +175,7 @@ async def test_a_day_that_is_made_between_two_batches_ends_neithers_transaction(
     rows = await nexhb.rows("SELECT device_id FROM device_last_status ORDER BY device_no")
     assert [row["device_id"] for row in rows] == [agents[0].device_id, agents[2].device_id]
     assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 2
+    assert await nexhb.metric(lost) == before
 
 
 async def test_a_missing_partition_is_made_by_need(start_daemon: StartDaemon, now: datetime) -> None:
