@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,9 +18,7 @@ from typer.testing import CliRunner
 
 import nexhb as package
 from bench.nexmdm import MONOLITHIC, add_beat, add_device
-from nexhb import cli, config, daemon, devices, session
-from nexhb.cli import archive, audit, backfill, doctor, flags, jobs, legacy, migrate, partitions, perf_diff  # noqa: F401
-from nexhb.cli import devices as _devices  # noqa: F401 - to import a command registers it
+from nexhb import cli, config, daemon, devices, session, troubles
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnfit
 from nexhb.partitions import midnight
@@ -117,6 +116,7 @@ def kinds() -> set[str]:
 
 def run(environment: dict[str, str], *words: str) -> str:
     """A command, in this process, as an operator has it."""
+    cli.register()
     done = CliRunner().invoke(cli.app, words, env=environment)
     assert done.exit_code == 0, (words, done.output, done.exception)
     return done.output
@@ -130,6 +130,7 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
     """A timeout or default_transaction_read_only on the role or the database ended nightly runs, restores and the
     listener; session_replication_role = replica let revoked devices in. Every session sets what it depends on."""
     monkeypatch.setattr(daemon, "SETTINGS_S", 0.05)
+    monkeypatch.setattr(troubles, "FLUSH_S", 0.05)
     old = (datetime.now(UTC) - timedelta(days=92)).date()
     await House(database, conn, tmp_path).fill(old)
     nexhb = await start_daemon(
@@ -141,6 +142,7 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
     agent = await nexhb.agent()  # the listener hears of it
     assert (await agent.send(now)).status == 200
     assert (await agent.send(now + timedelta(seconds=20))).status == 200
+    assert (await agent.post(b"{}")).status == 422  # written down
     assert (await Agent(nexhb, "x", "x" * 43).send(now)).status == 401
     async with database.connected(application="test") as one:
         key = await devices.issue_enrolment_key(one, note=None, uses=1, expires_at=now + timedelta(hours=1))
@@ -171,12 +173,15 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
     for words in (
         ["archive", "restore", f"{old}"], ["archive", "verify", "--all"], ["backfill", "--days", "7"],
         ["import-legacy", "--days", "2"], ["reconcile"], ["audit", "--day", f"{now.date()}"], ["partitions"],
-        ["devices", "list"], ["flags"], ["perf-diff", "report"], ["migrate"],
+        ["devices", "list"], ["flags"], ["perf-diff", "report"], ["migrate"], ["database"],
     ):  # fmt: skip
         await asyncio.to_thread(run, environment, *words)
     await asyncio.to_thread(CliRunner().invoke, cli.app, ["doctor"], env=environment)  # not all is good here
     assert await conn.fetchval("SELECT count(*) FROM device_heartbeats WHERE ts < $1", midnight(old) + DAY) == 150
-    assert kinds() - seen.keys() == set()
+    until = time.monotonic() + 20
+    while (missing := kinds() - seen.keys()) and time.monotonic() < until:  # tasks that come round in their own time
+        await asyncio.sleep(0.05)
+    assert missing == set()
     for name, sessions in seen.items():
         for values in sessions:
             own = OWN.get(name.removesuffix(SOURCE), {"lock_timeout"})
@@ -201,7 +206,7 @@ def test_nobody_makes_a_session_of_his_own() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("connect", "create_pool")
         and isinstance(node.value, ast.Name) and node.value.id == "asyncpg"
     }  # fmt: skip
-    assert found == {"db.py"}
+    assert found == {"db.py", "cluster.py"}  # cluster's asks whether somebody answers, and runs no statement
 
 
 async def test_triggers_that_a_role_may_not_turn_on_again_are_a_sentence(database: Database, conn: Connection) -> None:
