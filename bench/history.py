@@ -28,10 +28,10 @@ _LABELS: Final = "SELECT label_no, agent_version, unity_pkg_version, network_typ
 _FILL_STATUS: Final = """
 INSERT INTO device_last_status (
     device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm,
-    uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version)
+    uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, heard_at)
 SELECT DISTINCT ON (device_no)
     device_no, device_id, ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm,
-    uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version
+    uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, received_at
 FROM heartbeat_history ORDER BY device_no, ts DESC
 """
 

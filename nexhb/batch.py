@@ -2,18 +2,25 @@
 
 The first heartbeat of a bucket is the row, later ones are duplicates; the newest of each device is its status,
 also where its history row was a duplicate. Everything is sorted by key, so that two daemons lock in one order.
+Whether a heartbeat is newer than what is known of its device is decided by `is_newer` here and by newer_content in
+SQL, which are the same rule; a test holds them together.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import msgspec
 
-from nexhb.wire import BUCKET_EPOCH, Heartbeat, Label, pack_moment
+from nexhb.wire import ALL_SECTIONS, BUCKET_EPOCH, DeviceFacts, Heartbeat, Label, pack_moment
+
+UPTIME_TOLERANCE_S = 60
+MADE_JUST_NOW = timedelta(hours=1)
+AHEAD_MOST = timedelta(hours=25)  # accept_future is a day at most; an hour more for clocks that differ
 
 Key = int  # device_no and bucket in one integer: half the memory of a tuple, and its order is theirs
 
@@ -56,38 +63,105 @@ class Plan(NamedTuple):
 
     rows: dict[date, list[tuple[Key, int]]]  # day → (key, index of the heartbeat), sorted by key
     duplicates: set[int]  # indices that get no row
-    newest: list[Heartbeat]  # one per device, sorted by device_no
+    rounds: list[list[Heartbeat]]  # statuses to write, one round after the other; a device once a round, sorted by it
     keys: Set[Key] = frozenset()  # those of the rows
+    heard: Mapping[int, datetime] = {}  # device_no → its last receipt, of devices with several heartbeats
 
 
 def make(heartbeats: Sequence[Heartbeat], recent: RecentKeys) -> Plan:
     """The plan for these heartbeats, in the order in which they arrived."""
     keys = [(h.device_no << 32) + h.bucket for h in heartbeats]
     taken = set(keys)
-    if len(taken) < len(keys) or not recent.none_of(taken):
+    if not keys or len(taken) < len(keys) or not recent.none_of(taken):
         return _make_of_some(heartbeats, keys, recent)
     # Nothing is there twice, as nearly always: half the time. The largest key of a device is its newest heartbeat.
     pairs = sorted(zip(keys, range(len(keys)), strict=True))
+    days = _by_day(heartbeats, pairs)
     newest = {key >> 32: index for key, index in pairs}
-    return Plan(_by_day(heartbeats, pairs), set(), [heartbeats[index] for index in newest.values()], taken)
+    if len(newest) == len(heartbeats):
+        return Plan(days, set(), [[heartbeats[index] for index in newest.values()]], taken)
+    rounds, heard = _rounds(heartbeats)
+    return Plan(days, set(), rounds, taken, heard)
 
 
 def _make_of_some(heartbeats: Sequence[Heartbeat], keys: Sequence[Key], recent: RecentKeys) -> Plan:
     pairs: list[tuple[Key, int]] = []
     duplicates: set[int] = set()
-    newest: dict[int, Heartbeat] = {}
     taken: set[Key] = set()
-    for index, (key, heartbeat) in enumerate(zip(keys, heartbeats, strict=True)):
+    for index, key in enumerate(keys):
         if key in taken or key in recent:
             duplicates.add(index)
         else:
             taken.add(key)
             pairs.append((key, index))
-        known = newest.get(heartbeat.device_no)
-        if known is None or heartbeat.ts >= known.ts:  # of those with a wrong clock, received together, the last
-            newest[heartbeat.device_no] = heartbeat
     pairs.sort()
-    return Plan(_by_day(heartbeats, pairs), duplicates, [newest[number] for number in sorted(newest)], taken)
+    rounds, heard = _rounds(heartbeats)
+    return Plan(_by_day(heartbeats, pairs), duplicates, rounds, taken, heard)
+
+
+# ---- presence and content -----------------------------------------------------------------------------------------
+
+
+def is_newer(known: Heartbeat, new: Heartbeat) -> bool:
+    """Whether the content of `new`, which came after `known`, replaces that of `known`. sql/schema.sql,
+    newer_content, says why."""
+    if new.ts > known.ts:
+        return True
+    if new.uptime_s is not None and known.uptime_s is not None and new.uptime_s > known.uptime_s:
+        passed_s = (new.received_at - known.received_at).total_seconds()
+        if passed_s > 0 and abs(new.uptime_s - known.uptime_s - passed_s) <= UPTIME_TOLERANCE_S:
+            return True
+    if known.ts - new.received_at <= AHEAD_MOST:
+        return False
+    return known.clock_wrong if new.clock_wrong else new.received_at - new.ts <= MADE_JUST_NOW
+
+
+def _rounds(heartbeats: Sequence[Heartbeat]) -> tuple[list[list[Heartbeat]], dict[int, datetime]]:
+    """Statuses to write, in rounds, and the last receipt of each device with several heartbeats.
+
+    A heartbeat that is newer than the one before it and states the same fields takes its place, so that a queue of one
+    agent is one round. Any other is written after it, since what a heartbeat leaves out stays as it was known, and
+    whether it is newer than what is known only the database can say.
+    """
+    steps: dict[int, list[Heartbeat]] = {}
+    heard: dict[int, datetime] = {}
+    for heartbeat in heartbeats:
+        own = steps.setdefault(heartbeat.device_no, [])
+        if not own:
+            own.append(heartbeat)
+            continue
+        last = own[-1]
+        heard[heartbeat.device_no] = max(heard.get(heartbeat.device_no, last.received_at), heartbeat.received_at)
+        if not _states_the_same(last, heartbeat):
+            own.append(heartbeat)
+        elif is_newer(last, heartbeat) or (heartbeat.ts == last.ts and heartbeat.clock_wrong and last.clock_wrong):
+            own[-1] = heartbeat  # a queue whose times are those of its receipt: the last of it is the newest
+        elif heartbeat.ts != last.ts or heartbeat.uptime_s != last.uptime_s:
+            own.append(heartbeat)
+    most = max(map(len, steps.values()), default=0)
+    numbers = sorted(steps)
+    return [[steps[no][nth] for no in numbers if nth < len(steps[no])] for nth in range(most)], heard
+
+
+def _states_the_same(one: Heartbeat, other: Heartbeat) -> bool:
+    if one.label is other.label and one.facts is other.facts and one.label.sections == ALL_SECTIONS:
+        return True  # as nearly always: equal ones are the same objects
+    return _stated(one) == _stated(other)
+
+
+def _stated(h: Heartbeat) -> tuple[object, ...]:
+    """Which fields a heartbeat states, besides those of its sections."""
+    facts = [fact is None for fact in h.facts]
+    return h.label.sections, not h.label.agent_version, h.unity_running is None, h.signal_dbm is None, *facts
+
+
+@lru_cache(maxsize=16_384)
+def facts_digest(facts: DeviceFacts) -> int | None:
+    """A number that changes with what a device says of itself, the same in every daemon; None where it says nothing.
+    32 bits: of two different facts of one device one pair in four billion is taken for the same."""
+    if not any(fact is not None for fact in facts):
+        return None
+    return zlib.crc32("\x1f".join(map(str, facts)).encode()) - 2**31
 
 
 def _by_day(heartbeats: Sequence[Heartbeat], pairs: list[tuple[Key, int]]) -> dict[date, list[tuple[Key, int]]]:
@@ -125,20 +199,25 @@ _NOTHING_MEASURED = dict.fromkeys(
 
 def bare(h: Heartbeat) -> Heartbeat:
     """The same arrival without anything that its device measured or said."""
-    label, facts = Label("", "", "", ""), type(h.facts)(*[None] * len(h.facts))
+    label, facts = Label("", "", "", "", 0), type(h.facts)(*[None] * len(h.facts))
     return msgspec.structs.replace(h, label=label, facts=facts, **_NOTHING_MEASURED)
 
 
-def status_columns(newest: Sequence[Heartbeat]) -> tuple[Sequence[Any], ...]:
-    """The arguments of upsert_last_status: one sequence a column; moments as in history_row."""
+def status_columns(
+    statuses: Sequence[Heartbeat], heard: Mapping[int, datetime] | None = None
+) -> tuple[Sequence[Any], ...]:
+    """The arguments of upsert_last_status: one sequence a column; moments as in history_row. `heard`: as in Plan."""
+    heard = heard or {}
     rows = [
         (
-            h.device_no, h.device_id, pack_moment(h.ts), pack_moment(h.received_at), h.battery_pct, h.plugged, h.temp_c,
+            h.device_no, h.device_id, pack_moment(h.ts), received, h.battery_pct, h.plugged, h.temp_c,
             network_type or None, ssid or None, h.ip, h.signal_dbm, h.uptime_s, h.ram_used_mb, unity_version or None,
             h.unity_running, agent_version or None, h.clock_wrong,
+            pack_moment(heard[h.device_no]) if h.device_no in heard else received, sections, facts_digest(h.facts),
         )
-        for h in newest
-        for agent_version, unity_version, network_type, ssid in (h.label,)
+        for h in statuses
+        for received in (pack_moment(h.received_at),)
+        for agent_version, unity_version, network_type, ssid, sections in (h.label,)
     ]  # fmt: skip
     return tuple(zip(*rows, strict=True))
 
@@ -165,10 +244,9 @@ def ledger_correction(plan: Plan, written: Set[Key]) -> tuple[Sequence[Any], ...
     return days, [-count for count in known], known
 
 
-def changed_facts(newest: Sequence[Heartbeat], known: Mapping[int, int]) -> list[Heartbeat]:
-    """Heartbeats whose device says something of itself that is not known yet. `known`: device_no → hash of what it
-    said last (a hash, because a million devices' texts would take half a gigabyte)."""
-    return [h for h in newest if known.get(h.device_no) != hash(h.facts)]
+def facts_columns(statuses: Sequence[Heartbeat], wanted: Set[int]) -> tuple[Sequence[Any], ...]:
+    """The arguments of update_facts, for the devices whose numbers are `wanted`: one sequence a column."""
+    return tuple(zip(*((h.device_no, h.ts, *h.facts) for h in statuses if h.device_no in wanted), strict=True))
 
 
 def unknown_labels(labels: Iterable[Label], known: Mapping[Label, int]) -> list[Label]:

@@ -20,8 +20,24 @@ from typing import Any
 
 from aiohttp import web
 
-from nexhb import __version__, db, disk, flags, identity, keys, log, metrics, migrate, notify, numbers, partitions
+from nexhb import (
+    __version__,
+    clock,
+    db,
+    disk,
+    flags,
+    identity,
+    keys,
+    log,
+    metrics,
+    migrate,
+    notify,
+    numbers,
+    partitions,
+    taking,
+)
 from nexhb import writer as writing
+from nexhb.clock import DatabaseClock
 from nexhb.cluster import open_cluster
 from nexhb.config import Server, Settings
 from nexhb.db import Database
@@ -65,7 +81,7 @@ NOBODY = notify.Notifier()
 
 
 def utc_now() -> datetime:
-    """The daemon's clock, handed to everything that needs one."""
+    """This host's clock: for what a start waits for, and for commands."""
     return datetime.now(UTC)
 
 
@@ -103,10 +119,12 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    settings: Settings, now: Callable[[], datetime] = utc_now, manager: notify.Notifier = NOBODY
+    settings: Settings, now: Callable[[], datetime] | None = None, manager: notify.Notifier = NOBODY
 ) -> AsyncIterator[Running]:
-    """The whole daemon for the block. Raises NexhbError where it cannot start."""
+    """The whole daemon for the block. `now`: the clock that everything in it goes by; the database's unless another is
+    given. Raises NexhbError where it cannot start."""
     state = State()
+    now = DatabaseClock() if now is None else now
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
     secure = tls.context(settings.server)
     most = connections_most(settings.server.connections_max)
@@ -118,7 +136,7 @@ async def running(
         database = identity.Watched.of(cluster.database, lives)
         admin_key = keys.read_or_make(settings)
         manager.send(STATUS="Starting: the database, its schema and its days.")
-        await _prepare(cluster.database, settings, state, now())
+        await _prepare(cluster.database, settings, state, now)
         intake = Intake(max_items=settings.ingest.queue_items, max_bytes=settings.ingest.queue_bytes)
         intake.held_because = state.hold
         await stack.enter_async_context(_side_task("cluster", cluster.watch(settings.data_dir), failed))
@@ -131,8 +149,7 @@ async def running(
         adoption = Adoption(database, now, lives=lives)
         stack.push_async_callback(adoption.close)
         await stack.enter_async_context(_side_task("adoption", adoption.run(), failed))
-        pool, legacy_pool = await stack.enter_async_context(_pools(settings, database, lives))
-        from_history = FromHistory(timedelta(days=settings.partitions.retention_days))
+        reads, legacy = await stack.enter_async_context(_readers(settings, database, lives))
         perf_diff = PerfDiff(database, store, settings, now)
         await stack.enter_async_context(_side_task("perf_diff", perf_diff.run(), failed))
         writer = Writer(database, intake, batch_max=settings.ingest.batch_max, lives=lives)
@@ -146,12 +163,15 @@ async def running(
             _side_task("settings", _keep_looking_at_settings(settings, cluster.database, state), failed)
         )
         await stack.enter_async_context(_side_task("days ahead", _keep_days_ahead(settings, database, now), failed))
+        if isinstance(now, DatabaseClock):  # by another clock, a gap between two renewals would mean nothing
+            keeper = taking.Keeper(database, now, lambda: not intake.refuses, partial(_note_clock, state, now))
+            await stack.enter_async_context(_side_task("presence", keeper.run(), failed))
         jobs = Jobs(database, settings, now)
         schedule = Schedule(database, jobs, settings.jobs, now)
         await stack.enter_async_context(_side_task("schedule", schedule.run(), failed))
         parts = Parts(
-            settings=settings, database=database, devices=devices, adoption=adoption, intake=intake, reads=Reads(pool),
-            legacy=Answers(legacy_pool, from_history), flags=store, perf_diff=perf_diff, jobs=jobs,
+            settings=settings, database=database, devices=devices, adoption=adoption, intake=intake,
+            reads=reads, legacy=legacy, flags=store, perf_diff=perf_diff, jobs=jobs,
             troubles=await stack.enter_async_context(_troubles(database, settings, now, lives, failed)),
             admin=AdminKey(admin_key), now=now, not_ready=lambda in_full: state.not_ready(intake, in_full=in_full),
             lives=lives,
@@ -183,10 +203,10 @@ async def _following_devices(
 
 
 @asynccontextmanager
-async def _pools(
+async def _readers(
     settings: Settings, database: Database, lives: identity.Lives
-) -> AsyncIterator[tuple[db.Pool, db.Pool]]:
-    """For reads of the last status, and of the history."""
+) -> AsyncIterator[tuple[Reads, Answers]]:
+    """What answers operators, from the last status and from the history, each on a pool of its own."""
     pool = await database.pool(
         application="nexhb reads",
         size=settings.database.read_pool_size,
@@ -199,8 +219,10 @@ async def _pools(
         **LEGACY_SESSION,
     )
     lives.on_change(partial(_leave, pool, legacy_pool))
+    interval = timedelta(seconds=settings.heartbeat.interval_seconds)
+    from_history = FromHistory(timedelta(days=settings.partitions.retention_days))
     try:
-        yield pool, legacy_pool
+        yield Reads(pool, interval), Answers(legacy_pool, from_history, interval)
     finally:
         legacy_pool.terminate()
         pool.terminate()
@@ -264,7 +286,7 @@ def _where(name: str) -> list[str]:
     return found
 
 
-async def _prepare(database: Database, settings: Settings, state: State, now: datetime) -> None:
+async def _prepare(database: Database, settings: Settings, state: State, now: Callable[[], datetime]) -> None:
     """Schema and partitions, and whether the database keeps what it commits. A database that goes away meanwhile is
     waited for as one that is not there yet."""
     until = utc_now() + timedelta(seconds=START_PATIENCE_S)
@@ -272,9 +294,12 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
         conn = await _connect_patiently(database, until)
         try:
             _refuse_pooler(await _look_at_settings(conn, settings, state))
-            await migrate.migrate(conn, now)
+            if isinstance(now, DatabaseClock):
+                await now.learn(conn)
+            _note_clock(state, now)
+            await migrate.migrate(conn, now())
             await db.check_tables(conn)
-            await partitions.ensure(conn, window_days(settings, now))
+            await partitions.ensure(conn, window_days(settings, now()))
             await numbers.raise_sequences(conn)
         except Exception as error:
             if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or utc_now() > until:
@@ -285,6 +310,15 @@ async def _prepare(database: Database, settings: Settings, state: State, now: da
             return
         finally:
             await conn.close(timeout=5)
+
+
+def _note_clock(state: State, now: Callable[[], datetime]) -> None:
+    """Not ready while this host's clock and the database's are far apart: one of them is wrong, and another daemon may
+    agree with the database. Heartbeats that come are taken, at the database's time."""
+    because = clock.apart_because(now.apart) if isinstance(now, DatabaseClock) else ""
+    if because and not state.reasons.get("clock"):
+        _log.warning("clock.apart", why=because)
+    state.reasons["clock"] = because
 
 
 def _refuse_pooler(found: list[db.Finding]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from asyncpg import Record
 
-from nexhb import db, disk, flags, identity, migrate, numbers, partitions, perfdiff, sql
+from nexhb import clock, db, disk, flags, identity, migrate, numbers, partitions, perfdiff, sql
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
@@ -19,6 +19,7 @@ from nexhb.texts import shown as shown_text
 
 _Q = sql.queries("doctor")
 
+AHEAD_MOST = timedelta(minutes=5)
 LATE_FOR = timedelta(days=2)  # late heartbeats are carried away nightly
 DRILL_WITHIN = timedelta(days=8)
 FIRST_RUN_WITHIN = timedelta(minutes=2)  # of the first start, and jobs.jitter_seconds; both jobs are due at once
@@ -82,6 +83,19 @@ async def _copy(visit: Visit) -> Line:
     seen = ", ".join(f"{one.generation} (added by {one.host})" for one in lacks)
     said = f"an older copy: it lacks generation {seen}. Tokens that it does not know are answered 503"
     return Line("database copy", False, said, "nexhb database accept")
+
+
+async def _clock(visit: Visit) -> Line:
+    apart = clock.system_now() - await visit.conn.fetchval(_Q["clock"])
+    row = await visit.conn.fetchrow(_Q["ahead"], AHEAD_MOST)
+    assert row is not None  # noqa: S101 - an aggregate has one row
+    seconds = round(apart.total_seconds())
+    if because := clock.apart_because(apart):
+        return Line("clock", False, because, "timedatectl, here and on the database's host")
+    if row["devices"]:
+        said = f"{row['devices']} devices were heard in the future, {row['device_id']} until {_at(row['heard_at'])}"
+        return Line("clock", False, said, "set the clock of the database's host; their next heartbeats mend the rest")
+    return Line("clock", True, f"{abs(seconds)} s {'behind' if seconds < 0 else 'ahead of'} the database's")
 
 
 async def _schema(visit: Visit) -> Line:
@@ -286,11 +300,11 @@ def _at(moment: datetime | None) -> str:
 
 
 _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
-    "database": _database, "schema": _schema, "database copy": _copy, "numbers": _numbers,
+    "database": _database, "clock": _clock, "schema": _schema, "database copy": _copy, "numbers": _numbers,
     "days ahead": _days_ahead, "detaches": _pending,
     "archive": _old_days, "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"),
-    "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk,
-    "flags": _flags, "shared tokens": _shared,
+    "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk, "flags": _flags,
+    "shared tokens": _shared,
 }  # fmt: skip
 
 

@@ -96,6 +96,11 @@ class Intake:
         return bool(self._waiting)
 
     @property
+    def refuses(self) -> str:
+        """Why no heartbeat can be committed now; empty while one can."""
+        return self.closed_because or self.held_because or self.failing_because
+
+    @property
     def filled(self) -> float:
         """How full it is, by items or by bytes: 0 to 1, or a little more."""
         return max(self._items / self.max_items, self._bytes / self.max_bytes)

@@ -132,6 +132,7 @@ disk_free = Gauge("nexhb_disk_free_bytes", "Free on the disk of the embedded Pos
 disk_free_inodes = Gauge("nexhb_disk_free_inodes", "The same of its inodes; NaN also where they are not limited")
 ready = Gauge("nexhb_ready", "1 while heartbeats can be committed")
 last_commit = Gauge("nexhb_last_commit_timestamp_seconds", "When a batch was last committed")
+clock_apart = Gauge("nexhb_clock_apart_seconds", "How far the host's clock is ahead of the database's, which counts")
 
 days_ahead = Gauge("nexhb_days_ahead", "Days behind today that have their partition, without a gap; -1: not even today")
 days_ahead.set(nan)  # not known yet: that fires no alert, as a 0 would

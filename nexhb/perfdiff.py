@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from nexhb import log, metrics, partitions, sql, wire
+import msgspec
+
+from nexhb import log, metrics, partitions, sql, taking, wire
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.flags import FlagStore
 from nexhb.partitions import Partition
+from nexhb.presence import Presence
 from nexhb.reads import LEGACY_SESSION, LOOKS_AHEAD, Found, FromHistory, FromStatus, Question, Row
 
 _Q = sql.queries("perfdiff")
@@ -29,6 +32,7 @@ _log = log.get("perf_diff")
 
 BUDGET_OVER = timedelta(hours=1)
 EXAMPLES = 5
+PRESENCE = {"heard_at", "offline_seconds", "online", "status"}  # the columns that follow from when a device was heard
 IDLE_S = 60.0  # without a question for so long, the connection is given back
 BY = "perf_diff"
 
@@ -46,6 +50,13 @@ def differing(fast: Found, legacy: Found) -> list[str]:
     return sorted(one for one in wanted if ours.get(one) != theirs.get(one))
 
 
+def same_content(device_id: str, fast: Found, legacy: Found) -> bool:
+    """Whether nothing but a device's presence differs, as far as both ways list it."""
+    rows = [msgspec.structs.asdict(row) for found in (fast, legacy) for row in found.rows if row.device_id == device_id]
+    contents = [{name: value for name, value in row.items() if name not in PRESENCE} for row in rows]
+    return len(contents) < 2 or contents[0] == contents[1]
+
+
 def known_since(attached: Sequence[Partition], now: datetime, retention: timedelta) -> datetime:
     """How far back the history is whole: the days attached without a gap up to now, the retention at most."""
     day = now.date()
@@ -55,12 +66,15 @@ def known_since(attached: Sequence[Partition], now: datetime, retention: timedel
     return max(start, now - retention)
 
 
-def excuse(standing: Mapping[str, Any], since: datetime, bucket_seconds: int) -> str | None:
-    """Why this device's answers may differ though neither is wrong; None where one is. `standing`: a row of standings.
+def excuse(standing: Mapping[str, Any], since: datetime, bucket_seconds: int, *, same: bool) -> str | None:
+    """Why this device's answers may differ though neither is wrong; None where one is. `standing`: a row of standings;
+    `same`: nothing but its presence differs.
 
     - beyond_history: its last heartbeat lies before `since`, in a day that is archived, detached or about to be; such
       a device is also marked inactive, but only by the next nightly run.
     - late: its last heartbeat came after its day was detached, and waits beside it.
+    - heard_again: what it sent last was a duplicate, which is a sign of life and no row of the history.
+    - partial: its last heartbeat leaves something out, of which the last status keeps what the one before it said.
     - same_bucket: two heartbeats of the same bucket; the history keeps the first, the last status the newest. Of one
       and the same arrival everything must be the same, but where its clock was wrong: then a queue that was replayed
       at once has one ts and one arrival.
@@ -74,6 +88,10 @@ def excuse(standing: Mapping[str, Any], since: datetime, bucket_seconds: int) ->
     if status_ts is None or history_ts is None:
         return None
     same_arrival = (status_ts, standing["status_received_at"]) == (history_ts, standing["history_received_at"])
+    if same and same_arrival and standing["status_heard_at"] > standing["history_heard_at"]:
+        return "heard_again"
+    if standing["partial"]:
+        return "partial"
     may_differ = standing["clock_wrong"] or not same_arrival
     same_bucket = wire.bucket_of(status_ts, bucket_seconds) == standing["history_bucket"]
     return "same_bucket" if may_differ and same_bucket else None
@@ -112,21 +130,27 @@ class Comparison:
         }
 
 
-async def compare(
-    conn: Connection, question: Question, now: datetime, retention: timedelta, bucket_seconds: int
-) -> Comparison:
+async def compare(conn: Connection, question: Question, now: datetime, settings: Settings) -> Comparison:
     """Ask `question` both ways, in one snapshot. `conn` must not be in a transaction."""
+    retention = timedelta(days=settings.partitions.retention_days)
     fast_way, legacy_way = FromStatus(), FromHistory(retention)
     async with conn.transaction(isolation="repeatable_read", readonly=True):
-        await fast_way.ask(conn, question, now)  # a caller's connection has read the catalog already
-        fast_s, fast = await _timed(conn, fast_way, question, now)
-        legacy_s, legacy = await _timed(conn, legacy_way, question, now)
+        known = await taking.read(conn, now, timedelta(seconds=settings.heartbeat.interval_seconds))
+        await fast_way.ask(conn, question, known)  # a caller's connection has read the catalog already
+        fast_s, fast = await _timed(conn, fast_way, question, known)
+        legacy_s, legacy = await _timed(conn, legacy_way, question, known)
         differ = differing(fast, legacy)
         excused: set[str] = set()
         if differ:
             since = known_since(await partitions.attached(conn), now, retention)
             standings = await conn.fetch(_Q["standings"], differ, now + LOOKS_AHEAD)
-            excused = {row["device_id"] for row in standings if excuse(dict(row), since, bucket_seconds)}
+            excused = {
+                row["device_id"]
+                for row in standings
+                if excuse(
+                    dict(row), since, settings.ingest.bucket_seconds, same=same_content(row["device_id"], fast, legacy)
+                )
+            }
     return Comparison(
         question.name, now, fast_s * 1000, legacy_s * 1000, fast.count, legacy.count,
         [one for one in differ if one not in excused], len(excused),
@@ -134,10 +158,10 @@ async def compare(
 
 
 async def _timed(
-    conn: Connection, way: FromStatus | FromHistory, question: Question, now: datetime
+    conn: Connection, way: FromStatus | FromHistory, question: Question, known: Presence
 ) -> tuple[float, Found]:
     started = time.perf_counter()
-    found = await way.ask(conn, question, now)
+    found = await way.ask(conn, question, known)
     return time.perf_counter() - started, found
 
 
@@ -195,9 +219,7 @@ class PerfDiff:
     async def _compare(self, question: Question) -> float:
         """Compare, write down, hold against the budget; how long the slow way took (s)."""
         conn = await self._connection()
-        settings = self._settings
-        retention = timedelta(days=settings.partitions.retention_days)
-        found = await compare(conn, question, self._now(), retention, settings.ingest.bucket_seconds)
+        found = await compare(conn, question, self._now(), self._settings)
         await conn.execute(
             _Q["add"], found.query, found.at, found.fast_ms, found.legacy_ms, found.fast_rows, found.legacy_rows,
             len(found.differ), found.differ[:EXAMPLES], socket.gethostname(),

@@ -19,17 +19,19 @@ import asyncpg
 import msgspec
 from asyncpg.pool import PoolConnectionProxy
 
-from nexhb import metrics, sql
+from nexhb import metrics, sql, taking
 from nexhb.db import Connection, Pool
 from nexhb.errors import DatabaseUnavailable, UnknownDevice
 from nexhb.pgerrors import is_unavailable
+from nexhb.presence import Presence
 from nexhb.texts import quoted
 from nexhb.wire import BUCKET_EPOCH
 
 _Q = sql.queries("reads")
 _LEGACY = sql.legacy()
 
-SEEN_WITHIN = timedelta(hours=24)  # a device silent for longer is offline, not "Unity down"
+SEEN_WITHIN = timedelta(hours=24)  # a device that was not heard for longer is not listed as "Unity down"
+QUEUED_FOR = timedelta(days=8)  # what is received now may have been made so long ago (ingest.accept_past: 7 days)
 LOOKS_AHEAD = timedelta(days=1)  # as far as the reconciliation: a device's clock may be ahead by ingest.accept_future
 ACQUIRE_TIMEOUT_S = 5.0
 _BUCKETS_FROM = datetime.fromtimestamp(BUCKET_EPOCH, UTC)
@@ -53,8 +55,9 @@ class Offline(NamedTuple):
 
 
 class UnityDown(NamedTuple):
-    """Where does Unity not run, of those seen within 24 h; newest first."""
+    """Where does Unity not run, of those heard within 24 h, and who of them is online; the last heard first."""
 
+    online_within: timedelta
     limit: int
     name: str = "unity_down"
 
@@ -63,6 +66,7 @@ class OneDevice(NamedTuple):
     """A device and its last status."""
 
     device_id: str
+    online_within: timedelta
     name: str = "device"
 
 
@@ -84,30 +88,31 @@ class FromStatus:
 
     source = "last_status"
 
-    async def ask(self, conn: Conn, question: Question, now: datetime) -> Found:
-        """The answer at `now`."""
+    async def ask(self, conn: Conn, question: Question, known: Presence) -> Found:
+        """The answer at `known.now`."""
         if isinstance(question, OneDevice):
-            return _whole(await conn.fetch(_Q["device"], question.device_id))
+            return _one(await conn.fetch(_Q["device"], question.device_id), known, question.online_within)
         if isinstance(question, Offline):
-            count, records = await _first(
-                conn, _Q["offline_all"], _Q["offline"], now - question.silent_for, question.limit
-            )
-            return Found(count, _timed(now, records))
+            silent = known.silent(question.silent_for)
+            who = (silent.before, silent.multirange)
+            count, records = await _first(conn, _Q["offline_all"], _Q["offline"], who, question.limit)
+            return Found(count, _silent(records, known))
+        since = known.now - SEEN_WITHIN
         count, records = await _first(
-            conn, _Q["unity_down_all"], _Q["unity_down"], now - SEEN_WITHIN, question.limit, newest_first=True
+            conn, _Q["unity_down_all"], _Q["unity_down"], (since,), question.limit, newest_first=True
         )
-        return Found(count, _listed(records))
+        return Found(count, _there(records, known, question.online_within))
 
 
 async def _first(
-    conn: Conn, whole: str, cut: str, moment: datetime, limit: int, *, newest_first: bool = False
+    conn: Conn, whole: str, cut: str, who: tuple[object, ...], limit: int, *, newest_first: bool = False
 ) -> tuple[int, list[asyncpg.Record]]:
     """How many there are of a list, and the first of them in its order, up to its limit; both of one moment."""
-    records = await conn.fetch(whole, moment, limit)
+    records = await conn.fetch(whole, *who, limit)
     if len(records) < limit:
-        records.sort(key=itemgetter("last_ts", "device_id"), reverse=newest_first)
+        records.sort(key=itemgetter("heard_at", "device_id"), reverse=newest_first)
         return len(records), records
-    records = await conn.fetch(cut, moment, limit)
+    records = await conn.fetch(cut, *who, limit)
     return _total(records), records
 
 
@@ -118,25 +123,34 @@ class FromHistory:
     retention: timedelta
     source = "legacy"
 
-    async def ask(self, conn: Conn, question: Question, now: datetime) -> Found:
-        """The answer at `now`."""
+    async def ask(self, conn: Conn, question: Question, known: Presence) -> Found:
+        """The answer at `known.now`."""
+        now = known.now
         until, known_since = now + LOOKS_AHEAD, now - self.retention
         if isinstance(question, OneDevice):
-            return _whole(await conn.fetch(_LEGACY["device"], question.device_id, until, known_since))
+            records = await conn.fetch(_LEGACY["device"], question.device_id, until, known_since)
+            return _one(records, known, question.online_within)
         if isinstance(question, Offline):
-            cutoff = now - question.silent_for
-            records = await conn.fetch(_LEGACY["list_offline"], cutoff, until, known_since, question.limit)
-            return Found(_total(records), _timed(now, records))
-        records = await conn.fetch(_LEGACY["list_unity_down"], now - SEEN_WITHIN, until, question.limit)
-        return Found(_total(records), _listed(records))
-
-
-def _whole(records: list[asyncpg.Record]) -> Found:
-    return Found(len(records), _listed(records))
+            silent = known.silent(question.silent_for)
+            records = await conn.fetch(
+                _LEGACY["list_offline"], silent.before, silent.multirange, until, known_since, question.limit
+            )
+            return Found(_total(records), _silent(records, known))
+        since = now - SEEN_WITHIN
+        records = await conn.fetch(_LEGACY["list_unity_down"], since, until, since - QUEUED_FOR, question.limit)
+        return Found(_total(records), _there(records, known, question.online_within))
 
 
 def _total(records: list[asyncpg.Record]) -> int:
     return records[0]["total"] if records else 0
+
+
+def skew_s(last_ts: datetime | None, received_at: datetime, clock_wrong: bool) -> int | None:
+    """How many seconds a device's clock is ahead (behind: negative), as its last heartbeat says; None where nothing is
+    known, or the clock lies outside the accept window. What came from a queue was made earlier than it was received."""
+    if last_ts is None or clock_wrong:
+        return None
+    return round((last_ts - received_at).total_seconds())
 
 
 # A list has thousands of rows, and whatever is done to one holds up heartbeats: as a dict it took 0.7 µs to make and
@@ -155,37 +169,53 @@ def _listed(records: list[asyncpg.Record], *more: str) -> list[Any]:
     return [make(*record[:width]) for record in records]
 
 
-def _timed(now: datetime, records: list[asyncpg.Record]) -> list[Any]:
-    """The same with offline_seconds."""
-    rows = _listed(records, "offline_seconds")
+def _silent(records: list[asyncpg.Record], known: Presence) -> list[Any]:
+    """The same with clock_skew_seconds and offline_seconds."""
+    rows = _listed(records, "clock_skew_seconds", "offline_seconds")
     for row in rows:
-        silent = now - row.last_ts
-        row.offline_seconds = silent.days * 86_400 + silent.seconds
+        row.clock_skew_seconds = skew_s(row.last_ts, row.received_at, row.clock_wrong)
+        row.offline_seconds = int(known.silence(row.heard_at).total_seconds())
     return rows
+
+
+def _there(records: list[asyncpg.Record], known: Presence, online_within: timedelta) -> list[Any]:
+    """The same with clock_skew_seconds and whether they are online."""
+    rows = _listed(records, "clock_skew_seconds", "online")
+    for row in rows:
+        row.clock_skew_seconds = skew_s(row.last_ts, row.received_at, row.clock_wrong)
+        row.online = row.heard_at is not None and known.silence(row.heard_at) <= online_within
+    return rows
+
+
+def _one(records: list[asyncpg.Record], known: Presence, online_within: timedelta) -> Found:
+    return Found(len(records), _there(records, known, online_within))
 
 
 # ---- over a pool ----------------------------------------------------------------------------------------------------
 
 
 class Answers:
-    """Questions answered one way, over a bounded pool."""
+    """Questions answered one way, over a bounded pool. `interval`: between two heartbeats of a device."""
 
-    def __init__(self, pool: Pool, way: FromStatus | FromHistory) -> None:
+    def __init__(self, pool: Pool, way: FromStatus | FromHistory, interval: timedelta) -> None:
         self._pool = pool
         self._way = way
+        self._interval = interval
 
     @property
     def source(self) -> str:
         """Where the answers come from: last_status or legacy."""
         return self._way.source
 
-    async def ask(self, question: Question, now: datetime) -> Found:
-        """The answer. Raises UnknownDevice, and DatabaseUnavailable also where too many wait for the pool."""
+    async def ask(self, question: Question, now: datetime) -> tuple[Presence, Found]:
+        """The answer, and how silence is counted in it. Raises UnknownDevice, and DatabaseUnavailable also where too
+        many wait for the pool."""
         async with _asking(self._pool, self._observe(question.name)) as conn:
-            found = await self._way.ask(conn, question, now)
+            known = await taking.read(conn, now, self._interval)
+            found = await self._way.ask(conn, question, known)
         if isinstance(question, OneDevice) and not found.rows:
             raise UnknownDevice(f"{quoted(question.device_id)}.")
-        return found
+        return known, found
 
     def _observe(self, query: str) -> Callable[[float], None]:
         if isinstance(self._way, FromHistory):
@@ -196,19 +226,26 @@ class Answers:
 class Reads(Answers):
     """Everything that operators ask of device_last_status, and a device's history."""
 
-    def __init__(self, pool: Pool) -> None:
-        super().__init__(pool, FromStatus())
+    def __init__(self, pool: Pool, interval: timedelta) -> None:
+        super().__init__(pool, FromStatus(), interval)
 
-    async def fleet(self, now: datetime, offline_after: timedelta) -> Row:
-        """Counts: devices, online, offline, unity_down, inactive (silent for longer than the retention), never_seen."""
+    async def fleet(self, now: datetime, offline_after: timedelta) -> tuple[Presence, Row]:
+        """Counts: devices, online, offline, unity_down (and of those, online), inactive (silent for longer than the
+        retention), never_seen."""
         async with self._asking("fleet") as conn:
-            row = await conn.fetchrow(_Q["fleet"], now - offline_after, now - SEEN_WITHIN)
-        return dict(row or {})
+            known = await taking.read(conn, now, self._interval)
+            silent = known.silent(offline_after)
+            row = await conn.fetchrow(_Q["fleet"], silent.before, silent.multirange, now - SEEN_WITHIN)
+        return known, dict(row or {})
 
-    async def devices(self, after: str, limit: int) -> list[Row]:
+    async def devices(
+        self, after: str, limit: int, now: datetime, online_within: timedelta
+    ) -> tuple[Presence, list[Any]]:
         """A page of status rows by device_id, from behind `after`."""
         async with self._asking("devices") as conn:
-            return _rows(await conn.fetch(_Q["devices"], after, limit))
+            known = await taking.read(conn, now, self._interval)
+            records = await conn.fetch(_Q["devices"], after, limit)
+        return known, _there(records, known, online_within)
 
     async def troubles(self, device_id: str) -> tuple[Row | None, Row | None]:
         """Its last refusal, and since when two kiosks share its token; None where there is none, or no such device."""

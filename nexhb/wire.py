@@ -56,13 +56,20 @@ class DeviceFacts(NamedTuple):
     manufacturer: str | None
 
 
+# The sections of a heartbeat. One that is present states all of its fields, since the agent omits nulls; of one that is
+# absent nothing is said.
+BATTERY, NETWORK, MEMORY, SYSTEM, APPS = 1, 2, 4, 8, 16
+ALL_SECTIONS = BATTERY | NETWORK | MEMORY | SYSTEM | APPS
+
+
 class Label(NamedTuple):
-    """The texts that most heartbeats share, stored once; empty where unknown."""
+    """What most heartbeats share, stored once: texts, empty where unknown, and the sections that were present."""
 
     agent_version: str
     unity_pkg_version: str
     network_type: str
     ssid: str
+    sections: int = ALL_SECTIONS
 
 
 class Heartbeat(msgspec.Struct, frozen=True, gc=False):
@@ -327,7 +334,7 @@ def _heartbeats(
                 received_at,
                 seconds - seconds % bucket_seconds,
                 clock_wrong,
-                _label(raw.app_version, unity_version, network.transport, network.ssid),
+                _label(raw.app_version, unity_version, network.transport, network.ssid, _sections(raw)),
                 None if pct is None else round(pct),
                 battery.charging,
                 battery.temperature_c,
@@ -402,15 +409,28 @@ def _unity(raw: _Body, package: str) -> tuple[str | None, bool | None]:
     return version, None if recent is None or round(recent) < 0 else round(recent) < 600
 
 
+def _sections(raw: _Body) -> int:
+    """The sections that are present, as a sum of BATTERY to APPS."""
+    if raw.battery and raw.network and raw.memory and raw.system and raw.app_versions is not None:
+        return ALL_SECTIONS
+    found = BATTERY if raw.battery else 0
+    found += NETWORK if raw.network else 0
+    found += MEMORY if raw.memory else 0
+    found += SYSTEM if raw.system else 0
+    return found + (APPS if raw.app_versions is not None else 0)
+
+
 # A device says the same in every heartbeat. Finding these again costs what making them anew would (0.1 µs each; the
 # first time, or where the fleet is larger than the cache, 0.5), and in return their texts are looked through once, and
 # whoever looks an equal one up finds its hashes made.
 
 
 @lru_cache(maxsize=4096)
-def _label(agent_version: str | None, unity_version: str | None, transport: str | None, ssid: str | None) -> Label:
+def _label(
+    agent_version: str | None, unity_version: str | None, transport: str | None, ssid: str | None, sections: int
+) -> Label:
     _check_storable(f"{agent_version}{unity_version}{transport}{ssid}")
-    return Label(agent_version or "", unity_version or "", transport or "", ssid or "")
+    return Label(agent_version or "", unity_version or "", transport or "", ssid or "", sections)
 
 
 @lru_cache(maxsize=4096)

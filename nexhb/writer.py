@@ -39,6 +39,7 @@ NO_MEMORY_S = 1.0  # until the loop goes on that had none
 SILENT_MOST_S = ATTEMPT_S + 10.0
 UNFORESEEN_MOST = 3  # in a row, and the daemon says that it is not ready
 TRACEBACKS = 3
+NO_LEDGER: tuple[Sequence[object], ...] = ([], [], [])
 
 
 class _UndoneError(Exception):
@@ -77,7 +78,6 @@ class Writer:
         self._conn: Connection | None = None
         self._recent = RecentKeys(RECENT_KEYS)
         self._labels = Labels()
-        self._facts: dict[int, int] = {}  # device_no → hash of what it last said of itself
         self._tables: dict[date, str] = {}
         self._gone: dict[date, str] = {}  # day → why it has no partition any more; asked anew for each batch
         self._begun = False  # a transaction is open already, and nothing is in it
@@ -303,15 +303,11 @@ class Writer:
         try:
             # The status first, in every way: it takes PostgreSQL longest, and meanwhile the daemon takes in what has
             # come since the last batch was answered. Behind COPY it would have nothing left to do in that time.
-            columns = batch.status_columns(plan.newest) + batch.ledger_columns(heartbeats, plan, plan.keys)
-            row = await conn.fetchrow(_Q["upsert_last_status"], *columns)
-            assert row is not None  # noqa: S101 - an aggregate has one row
+            ledger = batch.ledger_columns(heartbeats, plan, plan.keys)
+            xid, upserted = await self._put_statuses(conn, plan, ledger)
             written = await copy(conn, heartbeats, plan)
             if len(written) < len(plan.keys):
                 await conn.execute(_Q["correct_ledger"], *batch.ledger_correction(plan, written))
-            changed = batch.changed_facts(plan.newest, self._facts)
-            if changed:
-                await conn.execute(_Q["update_facts"], *_facts_columns(changed))
         except BaseException:
             try:
                 await conn.execute("ROLLBACK")
@@ -324,12 +320,26 @@ class Writer:
         except Exception as error:
             if classify(error) is Kind.LOST:
                 detail = getattr(error, "detail", "") or f"{type(error).__name__}: {error}."
-                raise _InDoubt(row["xid"], verdicts, plan, heartbeats, detail) from error
+                raise _InDoubt(xid, verdicts, plan, heartbeats, detail) from error
             raise
-        self._remember(plan, changed)
+        self._remember(plan)
         self._count_late(written, plan)
-        metrics.last_status_upserts.inc(row["written"])
+        metrics.last_status_upserts.inc(upserted)
         return verdicts
+
+    async def _put_statuses(
+        self, conn: Connection, plan: Plan, ledger: tuple[Sequence[object], ...]
+    ) -> tuple[str, int]:
+        """Write the statuses, what devices say of themselves where it changed, and the ledger; the transaction's id,
+        and how many rows were written."""
+        xid, written = "", 0
+        for statuses in plan.rounds:
+            row = await conn.fetchrow(_Q["upsert_last_status"], *batch.status_columns(statuses, plan.heard), *ledger)
+            assert row is not None  # noqa: S101 - an aggregate has one row
+            if row["facts_changed"]:
+                await conn.execute(_Q["update_facts"], *batch.facts_columns(statuses, set(row["facts_changed"])))
+            xid, written, ledger = row["xid"], written + row["written"], NO_LEDGER
+        return xid, written
 
     async def _begin(self, conn: Connection) -> None:
         if not self._begun:
@@ -429,7 +439,6 @@ class Writer:
         at an earlier moment."""
         self._recent = RecentKeys(RECENT_KEYS)
         self._labels = Labels()
-        self._facts = {}
         self._tables = {}
 
     def _leave(self) -> None:
@@ -468,11 +477,9 @@ class Writer:
             [failed if h.ts.date() in still else None for h in heartbeats],
         )
 
-    def _remember(self, plan: Plan, changed: Sequence[Heartbeat]) -> None:
+    def _remember(self, plan: Plan) -> None:
         """Only what is committed: a batch that was lost must be able to come again."""
         self._recent.add(plan.keys)
-        for heartbeat in changed:
-            self._facts[heartbeat.device_no] = hash(heartbeat.facts)
 
     # ---- when it goes wrong -------------------------------------------------------------------------------------
 
@@ -503,7 +510,7 @@ class Writer:
         self._doubt = None
         if outcome != "committed":
             return None  # aborted, or forgotten; or too old to know, and then the key makes a second writing harmless
-        self._remember(doubt.plan, [])
+        self._remember(doubt.plan)
         return doubt.verdicts
 
     async def _is_confirmed(self, conn: Connection) -> bool:
@@ -621,7 +628,3 @@ def _verdicts(heartbeats: Sequence[Heartbeat], plan: Plan, written: set[Key]) ->
 def _merge(verdicts: list[Verdict | None], possible: list[Verdict]) -> list[Verdict]:
     rest = iter(possible)
     return [verdict or next(rest) for verdict in verdicts]
-
-
-def _facts_columns(changed: Sequence[Heartbeat]) -> tuple[Sequence[object], ...]:
-    return tuple(zip(*((h.device_no, h.ts, *h.facts) for h in changed), strict=True))

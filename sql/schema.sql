@@ -8,7 +8,8 @@
 
 -- One row a device, for ever: a heartbeat carries device_no, which must keep its meaning. The facts (alias …
 -- manufacturer) are what the newest heartbeat said of the device itself; they change rarely, so they stand here once
--- and not in every heartbeat. facts_ts is that heartbeat's ts: a late one does not turn them back.
+-- and not in every heartbeat. They follow the content of device_last_status (newer_content, below): a late heartbeat
+-- does not turn them back. facts_ts is the ts of the heartbeat that changed them last.
 CREATE TABLE devices (
     device_no       integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     device_id       text NOT NULL UNIQUE CHECK (length(device_id) BETWEEN 1 AND 100),
@@ -117,15 +118,18 @@ CREATE INDEX legacy_tokens_waiting ON legacy_tokens (taken_at) WHERE bcrypt IS N
 
 -- ---- the history --------------------------------------------------------------------------------------------------
 
--- The four texts that most heartbeats share, once each: a fleet has a few versions and a network name a site. Empty
--- where unknown, not null, so that the unique key holds.
+-- What most heartbeats share, once each: a fleet has a few versions and a network name a site. Texts are empty where
+-- unknown, not null, so that the unique key holds. sections: which parts the heartbeat had (battery 1, network 2,
+-- memory 4, system 8, app_versions 16), as a part that is absent says nothing of its fields. It stands here since nearly
+-- all heartbeats have all of them, so that it costs the history no byte.
 CREATE TABLE heartbeat_labels (
     label_no          integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     agent_version     text NOT NULL,
     unity_pkg_version text NOT NULL,
     network_type      text NOT NULL,
     ssid              text NOT NULL,
-    UNIQUE (agent_version, unity_pkg_version, network_type, ssid)
+    sections          smallint NOT NULL DEFAULT 31,
+    UNIQUE (agent_version, unity_pkg_version, network_type, ssid, sections)
 );
 
 --
@@ -196,9 +200,43 @@ LEFT JOIN heartbeat_labels l USING (label_no);
 
 -- ---- the last status ----------------------------------------------------------------------------------------------
 
--- One row a device, written with every heartbeat that is newer than it: a million rows a minute at a million devices.
+-- Whether a heartbeat that comes now is newer content than what is known of its device. Its ts decides. An older ts is
+-- newer only where the uptime has grown by what has passed between both receipts (within a minute): then the device's
+-- clock was set back. A queue never passes for that: of the same boot its uptime is smaller, of an earlier one it has
+-- not grown by that time. And a ts that lies more than a day ahead of this receipt (ingest.accept_future is a day at
+-- most) was taken by a daemon whose clock was wrong, unless it is this receipt's clock that is. A heartbeat that was made
+-- within the hour before its receipt shows that the receipt is right; of a device whose clock was wrong both times, the
+-- later one counts.
+CREATE FUNCTION newer_content(
+    known_ts timestamptz, known_received_at timestamptz, known_uptime_s integer, known_clock_wrong boolean,
+    new_ts timestamptz, new_received_at timestamptz, new_uptime_s integer, new_clock_wrong boolean
+) RETURNS boolean LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT new_ts > known_ts
+        OR (new_uptime_s > known_uptime_s AND new_received_at > known_received_at
+            AND abs(new_uptime_s - known_uptime_s - extract(epoch FROM new_received_at - known_received_at)) <= 60)
+        IS TRUE
+        OR (known_ts - new_received_at > interval '25 hours'
+            AND CASE WHEN new_clock_wrong THEN known_clock_wrong
+                     ELSE new_received_at - new_ts <= interval '1 hour' END)
+$$;
+
+-- The heartbeat of the history that is newer than the one with the latest ts, as the device's clock was set back after
+-- that one; no row where it was not.
+CREATE FUNCTION set_back_after(
+    known_device_no integer, known_ts timestamptz, known_received_at timestamptz, known_uptime_s integer,
+    known_clock_wrong boolean, since timestamptz
+) RETURNS SETOF device_heartbeats LANGUAGE sql STABLE AS $$
+    SELECT * FROM device_heartbeats h
+    WHERE h.device_no = known_device_no AND h.ts >= since AND h.ts < known_ts AND h.received_at > known_received_at
+      AND newer_content(known_ts, known_received_at, known_uptime_s, known_clock_wrong,
+                        h.ts, h.received_at, h.uptime_s, h.clock_wrong)
+    ORDER BY h.received_at DESC
+    LIMIT 1
+$$;
+
+-- One row a device, written with every heartbeat: a million rows a minute at a million devices.
 -- What decides its layout is therefore how many of those updates are HOT, touching no index and leaving their dead row
--- to the next visitor of the page: fillfactor 85 keeps room for it on the page, and no index may hold last_ts.
+-- to the next visitor of the page: fillfactor 85 keeps room for it on the page, and no index may hold heard_at or last_ts.
 --
 --   `python -m bench micro`: upserts in batches of 2,000, then the offline query. Rates vary by a fifth from run to run,
 --   HOT shares and the orders of magnitude of the query do not.
@@ -207,12 +245,18 @@ LEFT JOIN heartbeat_labels l USING (label_no);
 --   primary key only                 111,124/s  90 % HOT  0.26 ms       74,946/s  95 % HOT  123.67 ms  35 MB index
 --   btree (last_ts)                   87,694/s   0 % HOT  0.13 ms       64,888/s   0 % HOT    0.90 ms  104 MB
 --   BRIN (last_ts)                   106,284/s  90 % HOT  0.25 ms       82,601/s  96 % HOT   63.24 ms  27 MB
---   btree (last_slot): this one       99,304/s  71 % HOT  0.12 ms       66,283/s  76 % HOT    0.83 ms  74 MB
+--   btree (a slot): this one       99,304/s  71 % HOT  0.12 ms       66,283/s  76 % HOT    0.83 ms  74 MB
 --
--- last_slot is the number of the five minutes that last_ts lies in. It changes with every fifth heartbeat (at 60 s),
--- and the four between stay HOT. `last_slot <= slot of the cutoff` comes from the index and is at most one slot too
--- much; `last_ts < cutoff` takes that away. Right for every cutoff; quick as long as the threshold is longer than the
+-- heard_slot is the number of the five minutes that heard_at lies in. It changes with every fifth heartbeat (at 60 s),
+-- and the four between stay HOT. `heard_slot <= slot of the cutoff` comes from the index and is at most one slot too
+-- much; `heard_at < cutoff` takes that away. Right for every cutoff; quick as long as the threshold is longer than the
 -- interval and a slot together (600 s against 60 + 300): then the index yields the silent ones and hardly another.
+--
+-- Presence and content are two things. heard_at says when a device was last heard, on the database's clock, whatever it
+-- sent: a queue that is replayed, a duplicate, a heartbeat whose clock is wrong. All other columns say what is known of
+-- it: the content of its newest heartbeat, received at received_at, with what that one left out as it was known before
+-- (sections: what it had). said_facts is the digest of what it said of the device itself, kept_facts that of what devices
+-- holds of this: where they differ, the writer brings devices up to date, whichever daemon wrote last.
 --
 -- device_id stands here too, though devices has it: both of the seed's queries (SELECT * … WHERE last_ts < …) must say
 -- which device they mean. So does alias: of the 12.6 ms that PostgreSQL took for 1,000 silent devices of a million, 10
@@ -223,8 +267,6 @@ CREATE TABLE device_last_status (
     device_id         text NOT NULL,
     last_ts           timestamptz NOT NULL,
     received_at       timestamptz NOT NULL,
-    last_slot         integer
-                      GENERATED ALWAYS AS (floor(extract(epoch FROM last_ts AT TIME ZONE 'UTC') / 300)::integer) STORED,
     battery_pct       smallint,
     plugged           boolean,
     temp_c            real,
@@ -239,9 +281,15 @@ CREATE TABLE device_last_status (
     agent_version     text,
     clock_wrong       boolean NOT NULL DEFAULT false,
     status            text NOT NULL DEFAULT 'ok' CHECK (status IN ('ok', 'inactive', 'revoked')),
-    alias             text
+    alias             text,
+    heard_at          timestamptz NOT NULL,
+    heard_slot        integer NOT NULL
+                      GENERATED ALWAYS AS (floor(extract(epoch FROM heard_at AT TIME ZONE 'UTC') / 300)::integer) STORED,
+    sections          smallint NOT NULL DEFAULT 31,
+    said_facts        integer,
+    kept_facts        integer
 ) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05);
-CREATE INDEX device_last_status_slot ON device_last_status (last_slot) WHERE status = 'ok';
+CREATE INDEX device_last_status_slot ON device_last_status (heard_slot) WHERE status = 'ok';
 -- Partial: it holds the few devices whose Unity does not run, and an update of one whose Unity goes on running (or
 -- goes on not running) does not touch it.
 CREATE INDEX device_last_status_unity_down ON device_last_status (device_no)
@@ -278,6 +326,19 @@ END $$;
 CREATE TRIGGER last_status_asks_device AFTER INSERT ON device_last_status FOR EACH ROW
     WHEN (NEW.alias IS NULL)
     EXECUTE FUNCTION ask_device();
+
+-- The row that every daemon renews every five seconds while it takes heartbeats, and the gaps between its renewals: in
+-- them nexhb could not have heard a device, so that they do not count as its silence.
+CREATE TABLE taking_heartbeats (
+    one        boolean PRIMARY KEY DEFAULT true CHECK (one),
+    since      timestamptz NOT NULL,
+    renewed_at timestamptz NOT NULL
+);
+
+CREATE TABLE blackouts (
+    began_at timestamptz PRIMARY KEY,
+    ended_at timestamptz NOT NULL CHECK (ended_at > began_at)
+);
 
 -- ---- the life of a day --------------------------------------------------------------------------------------------
 

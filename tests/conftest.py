@@ -265,6 +265,15 @@ class Agent:
         """One heartbeat, as the agent makes it."""
         return await self.post(orjson.dumps(example(made_at, device_id=self.device_id, **changes)))
 
+    async def live(self, made_at: datetime, received_at: datetime | None = None, **changes: Any) -> Answer:
+        """The same, received at the moment at which it is made, or at another."""
+        clock = self.nexhb.clock
+        before, clock.fixed = clock.fixed, received_at or made_at
+        try:
+            return await self.send(made_at, **changes)
+        finally:
+            clock.fixed = before
+
     async def post(self, body: Any, path: str = "/v1/heartbeat", **headers: str) -> Answer:
         """Any body."""
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"} | headers

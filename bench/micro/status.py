@@ -27,25 +27,26 @@ _OFFLINE_AFTER: Final = timedelta(minutes=10)
 # day[], written[], deduplicated[] of the same statement
 _NO_LEDGER: Final[tuple[list[Any], ...]] = ([], [], [])
 # where a heartbeat's columns lie among the upsert's arguments
-_TS, _RECEIVED = 2, 3
+_TS, _RECEIVED, _HEARD = 2, 3, 17
 
 _FILL: Final = """
 INSERT INTO {table} (device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
-    signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, alias)
+    signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, alias, heard_at)
 SELECT i.device_no, i.device_id, i.last_ts, i.last_ts, t.battery_pct, t.plugged, t.temp_c, t.network_type, t.ssid, t.ip,
     t.signal_dbm, t.uptime_s, t.ram_used_mb, t.unity_pkg_version, t.unity_running, t.agent_version, false,
-    'Store ' || i.device_no / 8 || ' - kiosk ' || i.device_no % 8 + 1
+    'Store ' || i.device_no / 8 || ' - kiosk ' || i.device_no % 8 + 1,
+    i.last_ts
 FROM unnest($1::int[], $2::text[], $3::timestamptz[]) AS i (device_no, device_id, last_ts)
 JOIN device_last_status t ON t.device_no = i.device_no % {templates}
 ORDER BY i.device_no
 """
 _OFFLINE: Final = """
-SELECT device_id, last_ts FROM {table} WHERE status = 'ok' AND last_ts < $1 ORDER BY last_ts, device_no LIMIT 10000
+SELECT device_id, last_ts FROM {table} WHERE status = 'ok' AND heard_at < $1 ORDER BY heard_at, device_no LIMIT 10000
 """
 _OFFLINE_BY_SLOT: Final = """
 SELECT device_id, last_ts FROM {table}
-WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND last_ts < $1
-ORDER BY last_ts, device_no LIMIT 10000
+WHERE status = 'ok' AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND heard_at < $1
+ORDER BY heard_at, device_no LIMIT 10000
 """
 _SIZES: Final = "SELECT pg_table_size($1::text::regclass), pg_indexes_size($1::text::regclass)"
 _UPDATES: Final = "SELECT n_tup_upd, n_tup_hot_upd, n_dead_tup FROM pg_stat_user_tables WHERE relname = $1"
@@ -61,10 +62,10 @@ class Design(NamedTuple):
 
 DESIGNS: Final = (
     Design("primary key only", ""),
-    Design("btree (last_ts)", "CREATE INDEX ON {table} (last_ts)"),
-    Design("BRIN (last_ts)", "CREATE INDEX ON {table} USING brin (last_ts)"),
+    Design("btree (heard_at)", "CREATE INDEX ON {table} (heard_at)"),
+    Design("BRIN (heard_at)", "CREATE INDEX ON {table} USING brin (heard_at)"),
     # the schema's own, copied with it
-    Design("btree (last_slot) + unity, as in the schema", "", slot=True),
+    Design("btree (heard_slot) + unity, as in the schema", "", slot=True),
 )
 OURS: Final = DESIGNS[-1]
 
@@ -233,7 +234,7 @@ async def _make(of: _Run) -> None:
     including = "INCLUDING ALL" if of.design.slot else "INCLUDING DEFAULTS INCLUDING CONSTRAINTS"
     await of.conn.execute(f"CREATE TABLE {of.table} (LIKE device_last_status {including}) WITH ({', '.join(options)})")
     if not of.design.slot:
-        await of.conn.execute(f"ALTER TABLE {of.table} DROP COLUMN last_slot, ADD PRIMARY KEY (device_no)")
+        await of.conn.execute(f"ALTER TABLE {of.table} DROP COLUMN heard_slot, ADD PRIMARY KEY (device_no)")
     if of.design.ddl:
         await of.conn.execute(of.design.ddl.format(table=of.table))
 
@@ -297,7 +298,7 @@ async def _upsert(of: _Run, batches: Sequence[_Batch]) -> tuple[float, int]:
         for at, each in enumerate(batches):
             stamp = of.start + (minute + at / len(batches)) * _INTERVAL + timedelta(milliseconds=1)
             columns = list(each.columns)
-            columns[_TS] = columns[_RECEIVED] = [stamp] * len(each.numbers)
+            columns[_TS] = columns[_RECEIVED] = columns[_HEARD] = [stamp] * len(each.numbers)
             began = time.perf_counter()
             row = await prepared.fetchrow(*columns, *_NO_LEDGER)
             took_s += time.perf_counter() - began

@@ -37,10 +37,10 @@ WITH chosen AS (
     SELECT device_no, row_number() OVER (ORDER BY hashint4(device_no)) AS place FROM devices WHERE device_no >= $3
 )
 INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type,
-    ssid, ip, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, alias)
+    ssid, ip, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, alias, heard_at)
 SELECT d.device_no, d.device_id, t.ts, t.ts, 20 + d.device_no % 80, d.device_no % 3 = 0, 26 + d.device_no % 9, 'wifi',
        'Store-' || d.device_no / 8, '192.168.0.0'::inet + d.device_no % 65536, d.device_no % 9000000,
-       1000 + d.device_no % 900, '2.1.0', coalesce(c.place NOT BETWEEN $1 + 1 AND $1 + $2, true), '1.0.9', d.alias
+       1000 + d.device_no % 900, '2.1.0', coalesce(c.place NOT BETWEEN $1 + 1 AND $1 + $2, true), '1.0.9', d.alias, t.ts
 FROM devices d LEFT JOIN chosen c USING (device_no),
      LATERAL (SELECT now() - CASE WHEN c.place <= $1 THEN interval '1 hour' + c.place * interval '10 s'
                              ELSE d.device_no % 60 * interval '1 s' END AS ts) t

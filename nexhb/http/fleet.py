@@ -11,8 +11,9 @@ from aiohttp import web
 
 from nexhb import rollout
 from nexhb.http import query
-from nexhb.http.parts import PARTS
+from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem, answer
+from nexhb.presence import Presence
 from nexhb.reads import Found, Offline, OneDevice, Question, UnityDown
 
 PAGE_MOST = 1_000
@@ -26,69 +27,77 @@ def _device_id(request: web.Request) -> str:
     return device_id
 
 
+def _at(known: Presence) -> dict[str, datetime | None]:
+    """The moment of an answer, and since when silence means something: null while no daemon takes heartbeats."""
+    return {"as_of": known.now, "taking_heartbeats_since": known.taking_since}
+
+
+def _offline_after(parts: Parts) -> timedelta:
+    return timedelta(seconds=parts.settings.heartbeat.offline_after_seconds)
+
+
 async def get_fleet(request: web.Request) -> web.Response:
     """Counts of the whole fleet."""
     parts = request.app[PARTS]
-    now = parts.now()
-    offline_after = timedelta(seconds=parts.settings.heartbeat.offline_after_seconds)
-    return answer({"as_of": now, **await parts.reads.fleet(now, offline_after)})
+    known, counts = await parts.reads.fleet(parts.now(), _offline_after(parts))
+    return answer({**_at(known), **counts})
 
 
 async def get_devices(request: web.Request) -> web.Response:
     """A page of status rows; `next` is the `after` of the page behind it, null on the last one."""
     parts = request.app[PARTS]
     limit = query.number(request, "limit", 100, 1, PAGE_MOST)
-    rows = await parts.reads.devices(query.text(request, "after"), limit + 1)
+    after = query.text(request, "after")
+    known, rows = await parts.reads.devices(after, limit + 1, parts.now(), _offline_after(parts))
     more = len(rows) > limit
     rows = rows[:limit]
-    return answer({"devices": rows, "next": rows[-1]["device_id"] if more else None})
+    return answer({**_at(known), "devices": rows, "next": rows[-1].device_id if more else None})
 
 
 async def get_offline(request: web.Request) -> web.Response:
     """Devices silent for longer than `minutes`."""
-    default = request.app[PARTS].settings.heartbeat.offline_after_seconds
     minutes = query.number(request, "minutes", 0, 1, 525_600)
-    silent_for = timedelta(minutes=minutes) if minutes else timedelta(seconds=default)
+    silent_for = timedelta(minutes=minutes) if minutes else _offline_after(request.app[PARTS])
     limit = query.number(request, "limit", LIST_MOST, 1, LIST_MOST)
     return await _list(request, Offline(silent_for, limit))
 
 
 async def get_unity_down(request: web.Request) -> web.Response:
-    """Devices seen within 24 h whose Unity app does not run."""
-    return await _list(request, UnityDown(query.number(request, "limit", LIST_MOST, 1, LIST_MOST)))
+    """Devices heard within 24 h whose Unity app does not run, and which of them are online."""
+    limit = query.number(request, "limit", LIST_MOST, 1, LIST_MOST)
+    return await _list(request, UnityDown(_offline_after(request.app[PARTS]), limit))
 
 
 async def get_device(request: web.Request) -> web.Response:
     """One device and its last status."""
-    device_id = _device_id(request)
-    parts = request.app[PARTS]
-    _, found = await _ask(request, OneDevice(device_id), device_id, parts.now())
+    parts, device_id = request.app[PARTS], _device_id(request)
+    question = OneDevice(device_id, _offline_after(parts))
+    _, known, found = await _ask(request, question, device_id, parts.now())
     refusal, shared = await parts.reads.troubles(device_id)
     # What this daemon saw within the last minute is not written yet.
     seen, seen_shared = parts.troubles.last_refusal(device_id), parts.troubles.token_shared(device_id)
     latest = max((one for one in (refusal, seen) if one), key=itemgetter("at"), default=None)
-    return answer(
-        msgspec.structs.asdict(found.rows[0]) | {"last_refusal": latest, "token_shared": shared or seen_shared}
-    )
+    troubles = {"last_refusal": latest, "token_shared": shared or seen_shared}
+    return answer({**_at(known), **msgspec.structs.asdict(found.rows[0]), **troubles})
 
 
 async def _list(request: web.Request, question: Offline | UnityDown) -> web.Response:
     now = request.app[PARTS].now()
     # By request, since a list has no device: a caller that wants the same way again repeats its x-request-id.
     key = request.headers.get("x-request-id") or str(random.random())  # noqa: S311 - no secret
-    source, found = await _ask(request, question, key, now)
-    return answer({"count": found.count, "as_of": now, "source": source, "devices": found.rows})
+    source, known, found = await _ask(request, question, key, now)
+    return answer({"count": found.count, **_at(known), "source": source, "devices": found.rows})
 
 
-async def _ask(request: web.Request, question: Question, key: str, now: datetime) -> tuple[str, Found]:
+async def _ask(request: web.Request, question: Question, key: str, now: datetime) -> tuple[str, Presence, Found]:
     """The answer and where it comes from, as the flags say; perf_diff may ask it again, both ways."""
     parts = request.app[PARTS]
     flags = parts.flags.current
     fast = flags.read_from_last_status and rollout.is_in(key, flags.rollout_percent)
     answers = parts.reads if fast else parts.legacy
-    found = await answers.ask(question, now)
+    known, found = await answers.ask(question, now)
     parts.perf_diff.offer(question)
-    return answers.source, found
+    return answers.source, known, found
 
 
 async def get_history(request: web.Request) -> web.Response:

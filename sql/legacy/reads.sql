@@ -25,63 +25,93 @@ WHERE nth = 1 AND unity_running = false AND last_ts >= $1
 ORDER BY last_ts DESC;
 
 -- What is answered while read_from_last_status is off: the same window, in the shape of the fast answers. By number and
--- not by text, the texts joined to what is left. Late heartbeats, which wait beside their day for the nightly run, are
--- not in it.
+-- not by text, the texts joined to what is left. A device is there if anything of it was received lately; what is known
+-- of it is its newest heartbeat by newer_content: the one with the latest ts, unless its clock was set back after that.
+-- Late heartbeats, which wait beside their day for the nightly run, are not in it, and neither is a second heartbeat of
+-- one bucket.
 --
 -- 500 devices, 7 days (5,000,000 rows), one of two cores that others use too, 16 MB of work_mem: offline 2.2 to 6 s,
 -- unity-down 0.4 to 0.8 s, one device 0.03 to 0.1 s. The two above, asked in turn with them: 5.7 to 9 s, unity-down too.
 -- With the usual 4 MB of work_mem the sort of offline takes 4.7 to 10 s.
 
 -- name: list_offline
--- $1 cutoff, $2 history to (included): past it lie only rows of a daemon whose clock was wrong, $3 history from: who is
--- silent for longer than the retention is inactive, $4 how many. The longest silent first; total counts the others too.
-SELECT d.device_id, d.alias, h.last_ts, nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip,
-       h.battery_pct, h.unity_running, nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
+-- $1 last heard before, $2 but not within (a tstzmultirange as text), $3 history to (included): past it lie only rows of
+-- a daemon whose clock was wrong, $4 history from: who is silent for longer than the retention is inactive, $5 how many.
+-- The longest silent first; total counts the others too.
+SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
+       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
+       nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
 FROM (
-    SELECT device_no, ts AS last_ts, label_no, ip, battery_pct, unity_running,
-           row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth
+    SELECT device_no, ts, received_at, bucket, uptime_s, clock_wrong,
+           row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth,
+           max(received_at) OVER (PARTITION BY device_no) AS heard_at
+    FROM device_heartbeats
+    WHERE ts >= $4 AND ts <= $3
+) h
+JOIN devices d USING (device_no)
+LEFT JOIN LATERAL (
+    SELECT b.ts, b.bucket
+    FROM set_back_after(h.device_no, h.ts, h.received_at, h.uptime_s, h.clock_wrong, $4) b
+    WHERE h.heard_at > h.received_at
+) b ON true
+JOIN device_heartbeats c
+  ON c.device_no = h.device_no AND c.ts = coalesce(b.ts, h.ts) AND c.bucket = coalesce(b.bucket, h.bucket)
+LEFT JOIN heartbeat_labels l ON l.label_no = c.label_no
+WHERE h.nth = 1 AND h.heard_at < $1 AND NOT h.heard_at <@ $2::text::tstzmultirange AND h.heard_at >= $4
+  AND d.revoked_at IS NULL
+ORDER BY h.heard_at, d.device_id COLLATE "C"
+LIMIT $5;
+
+-- name: list_unity_down
+-- $1 heard since, $2 history to (included), $3 history from: eight days before $1, as a queue may be a week old, $4 how
+-- many. The last heard first.
+SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
+       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
+       nullif(l.unity_pkg_version, '') AS unity_pkg_version, nullif(l.agent_version, '') AS agent_version,
+       count(*) OVER () AS total
+FROM (
+    SELECT device_no, ts, received_at, bucket, uptime_s, clock_wrong,
+           row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth,
+           max(received_at) OVER (PARTITION BY device_no) AS heard_at
     FROM device_heartbeats
     WHERE ts >= $3 AND ts <= $2
 ) h
 JOIN devices d USING (device_no)
-LEFT JOIN heartbeat_labels l USING (label_no)
-WHERE h.nth = 1 AND h.last_ts < $1 AND d.revoked_at IS NULL
-ORDER BY h.last_ts, d.device_id COLLATE "C"
+LEFT JOIN LATERAL (
+    SELECT b.ts, b.bucket
+    FROM set_back_after(h.device_no, h.ts, h.received_at, h.uptime_s, h.clock_wrong, $3) b
+    WHERE h.heard_at > h.received_at
+) b ON true
+JOIN device_heartbeats c
+  ON c.device_no = h.device_no AND c.ts = coalesce(b.ts, h.ts) AND c.bucket = coalesce(b.bucket, h.bucket)
+LEFT JOIN heartbeat_labels l ON l.label_no = c.label_no
+WHERE h.nth = 1 AND h.heard_at >= $1 AND c.unity_running = false AND d.revoked_at IS NULL
+ORDER BY h.heard_at DESC, d.device_id COLLATE "C" DESC
 LIMIT $4;
 
--- name: list_unity_down
--- $1 seen since, $2 history to (included), $3 how many. Newest first. Only the history since $1 is read: a device whose
--- newest heartbeat is older is not asked for, and of every other the newest lies in it.
-SELECT d.device_id, d.alias, h.last_ts, nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip,
-       h.battery_pct, h.unity_running, nullif(l.unity_pkg_version, '') AS unity_pkg_version,
-       nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
-FROM (
-    SELECT device_no, ts AS last_ts, label_no, ip, battery_pct, unity_running,
-           row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth
-    FROM device_heartbeats
-    WHERE ts >= $1 AND ts <= $2
-) h
-JOIN devices d USING (device_no)
-LEFT JOIN heartbeat_labels l USING (label_no)
-WHERE h.nth = 1 AND h.unity_running = false AND d.revoked_at IS NULL
-ORDER BY h.last_ts DESC, d.device_id COLLATE "C" DESC
-LIMIT $3;
-
 -- name: device
--- $1 device_id, $2 history to (included), $3 inactive where it is silent since before. Of one whose history is all
+-- $1 device_id, $2 history to (included), $3 inactive where it was last heard before. Of one whose history is all
 -- archived nothing is known here.
 SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
-       d.created_at, d.revoked_at, h.last_ts, h.received_at, h.battery_pct, h.plugged, h.temp_c,
-       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, h.ip, h.signal_dbm, h.uptime_s,
-       h.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, h.unity_running,
-       nullif(l.agent_version, '') AS agent_version, h.clock_wrong,
-       CASE WHEN d.revoked_at IS NOT NULL THEN 'revoked' WHEN h.last_ts IS NULL THEN 'never_seen'
-            WHEN h.last_ts < $3 THEN 'inactive' ELSE 'ok' END AS status
+       d.created_at, d.revoked_at, c.ts AS last_ts, h.heard_at, c.received_at, c.battery_pct, c.plugged, c.temp_c,
+       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.signal_dbm, c.uptime_s,
+       c.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, c.unity_running,
+       nullif(l.agent_version, '') AS agent_version, c.clock_wrong,
+       CASE WHEN d.revoked_at IS NOT NULL THEN 'revoked' WHEN h.heard_at IS NULL THEN 'never_seen'
+            WHEN h.heard_at < $3 THEN 'inactive' ELSE 'ok' END AS status
 FROM devices d
 LEFT JOIN (
-    SELECT *, ts AS last_ts, row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth
+    SELECT *, row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth,
+           max(received_at) OVER (PARTITION BY device_no) AS heard_at
     FROM device_heartbeats
     WHERE device_no = (SELECT device_no FROM devices WHERE device_id = $1) AND ts <= $2
 ) h ON h.device_no = d.device_no AND h.nth = 1
-LEFT JOIN heartbeat_labels l USING (label_no)
+LEFT JOIN LATERAL (
+    SELECT b.ts, b.bucket
+    FROM set_back_after(h.device_no, h.ts, h.received_at, h.uptime_s, h.clock_wrong, '-infinity') b
+    WHERE h.heard_at > h.received_at
+) b ON true
+LEFT JOIN device_heartbeats c
+  ON c.device_no = h.device_no AND c.ts = coalesce(b.ts, h.ts) AND c.bucket = coalesce(b.bucket, h.bucket)
+LEFT JOIN heartbeat_labels l ON l.label_no = c.label_no
 WHERE d.device_id = $1;

@@ -122,9 +122,9 @@ SELECT DISTINCT coalesce(agent_version, '') AS a, coalesce(unity_pkg_version, ''
 FROM $table p
 WHERE NOT EXISTS (
     SELECT FROM heartbeat_labels l
-    WHERE (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid)
+    WHERE (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid, l.sections)
         = (coalesce(p.agent_version, ''), coalesce(p.unity_pkg_version, ''), coalesce(p.network_type, ''),
-           coalesce(p.ssid, '')))
+           coalesce(p.ssid, ''), 31))
 ORDER BY a, u, n, s
 ON CONFLICT DO NOTHING;
 
@@ -137,9 +137,9 @@ SELECT p.ts, p.received_at, coalesce(d.device_no, p.device_no), p.bucket, l.labe
 FROM $plain p
 LEFT JOIN devices d USING (device_id)
 JOIN heartbeat_labels l
-  ON (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid)
+  ON (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid, l.sections)
    = (coalesce(p.agent_version, ''), coalesce(p.unity_pkg_version, ''), coalesce(p.network_type, ''),
-      coalesce(p.ssid, ''));
+      coalesce(p.ssid, ''), 31);
 
 -- name: find
 -- $1 a day's start (UTC). The day, archived or not, then the supplements of its archive.

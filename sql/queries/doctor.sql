@@ -1,5 +1,15 @@
 -- What an operator would look at, one question a query. $1 is the moment of the visit where one is needed.
 
+-- name: clock
+SELECT clock_timestamp();
+
+-- name: ahead
+-- $1 by how much. Devices that were heard later than now: a clock was ahead, and may be right again. By the index of the
+-- offline query.
+SELECT count(*) AS devices, min(device_id) AS device_id, max(heard_at) AS heard_at FROM device_last_status
+WHERE status = 'ok' AND heard_slot >= floor(extract(epoch FROM clock_timestamp() + $1::interval) / 300)::int
+  AND heard_at > clock_timestamp() + $1::interval;
+
 -- name: failed_days
 -- Days that could not be archived, with the reason.
 SELECT partition_name, reason, failed_at FROM hb_partitions WHERE state = 'archive_failed' ORDER BY range_start;

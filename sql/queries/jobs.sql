@@ -81,6 +81,6 @@ DELETE FROM perf_diff_comparisons WHERE compared_at < $1;
 DELETE FROM feature_flag_changes WHERE changed_at < $1;
 
 -- name: inactivate
--- $1: devices silent since before. By the index that the offline query has; each comes back with its next heartbeat.
+-- $1: devices last heard before. By the index that the offline query has; each comes back with its next heartbeat.
 UPDATE device_last_status SET status = 'inactive'
-WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND last_ts < $1;
+WHERE status = 'ok' AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int AND heard_at < $1;

@@ -2,19 +2,26 @@
 
 -- name: standings
 -- $1 device_id[], $2 history to (included). What both sources really know of these devices: their last status, and the
--- newest row of their history. late: the status is of a heartbeat that waits for the nightly run beside its day.
-SELECT d.device_id, s.last_ts AS status_ts, s.received_at AS status_received_at, s.clock_wrong,
-       h.ts AS history_ts, h.received_at AS history_received_at, h.bucket AS history_bucket,
+-- newest row of their history, by newer_content. late: the status is of a heartbeat that waits for the nightly run beside its day.
+-- partial: the last heartbeat leaves something out.
+SELECT d.device_id, s.last_ts AS status_ts, s.received_at AS status_received_at, s.heard_at AS status_heard_at,
+       s.clock_wrong, coalesce(b.ts, h.ts) AS history_ts, coalesce(b.received_at, h.received_at) AS history_received_at,
+       coalesce(b.bucket, h.bucket) AS history_bucket,
+       (SELECT max(received_at) FROM device_heartbeats a WHERE a.device_no = d.device_no AND a.ts <= $2)
+           AS history_heard_at,
+       s.sections <> 31 OR coalesce(l.agent_version, '') = '' AS partial,
        EXISTS (SELECT FROM late_heartbeats l
                WHERE l.device_no = d.device_no AND l.ts = s.last_ts AND l.received_at = s.received_at) AS late
 FROM devices d
 LEFT JOIN device_last_status s USING (device_no)
 LEFT JOIN LATERAL (
-    SELECT ts, received_at, bucket FROM device_heartbeats h
+    SELECT ts, received_at, bucket, uptime_s, clock_wrong, label_no FROM device_heartbeats h
     WHERE h.device_no = d.device_no AND h.ts <= $2
     ORDER BY h.bucket DESC
     LIMIT 1
 ) h ON true
+LEFT JOIN LATERAL set_back_after(d.device_no, h.ts, h.received_at, h.uptime_s, h.clock_wrong, '-infinity') b ON true
+LEFT JOIN heartbeat_labels l ON l.label_no = coalesce(b.label_no, h.label_no)
 WHERE d.device_id = ANY($1::text[]);
 
 -- name: add

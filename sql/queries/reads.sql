@@ -1,23 +1,27 @@
 -- What operators ask. Times are arguments, so that a read can be repeated. `status = 'ok'` leaves out revoked devices by
--- index; alias and status follow devices by trigger.
+-- index; alias and status follow devices by trigger. Who is online goes by heard_at, what is known goes by last_ts.
 
 -- name: fleet
--- $1 offline cutoff, $2 unity cutoff (now - 24 h).
+-- $1, $2 who is offline (below), $3 unity cutoff (now - 24 h).
 SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
-       (SELECT count(*) FROM device_last_status WHERE status = 'ok' AND last_ts >= $1) AS online,
        (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-          AND last_ts < $1) AS offline,
+        WHERE status = 'ok' AND (heard_at >= $1 OR heard_at <@ $2::text::tstzmultirange)) AS online,
        (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND unity_running = false AND last_ts >= $2) AS unity_down,
+        WHERE status = 'ok' AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+          AND heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange) AS offline,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND unity_running = false AND heard_at >= $3) AS unity_down,
+       (SELECT count(*) FROM device_last_status
+        WHERE status = 'ok' AND unity_running = false AND heard_at >= $3
+          AND (heard_at >= $1 OR heard_at <@ $2::text::tstzmultirange)) AS unity_down_online,
        (SELECT count(*) FROM device_last_status WHERE status = 'inactive') AS inactive,
        (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
           AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
 
 -- name: devices
 -- $1: the last device_id of the page before ('' to start), $2: how many. Revoked ones are listed and say so.
-SELECT d.device_id, d.alias, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type, s.ssid,
-       s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
+SELECT d.device_id, d.alias, s.last_ts, s.heard_at, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type,
+       s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
        s.clock_wrong, CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id > $1
@@ -27,56 +31,60 @@ LIMIT $2;
 -- name: device
 -- $1 device_id.
 SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
-       d.created_at, d.revoked_at, s.last_ts, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type,
-       s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
-       s.clock_wrong, CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
+       d.created_at, d.revoked_at, s.last_ts, s.heard_at, s.received_at, s.battery_pct, s.plugged, s.temp_c,
+       s.network_type, s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running,
+       s.agent_version, s.clock_wrong,
+       CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id = $1;
 
 -- name: offline_all
--- $1 cutoff, $2 how many at most. Silent since before the cutoff, in the order of the index: who takes all of them sorts
--- them in half the time of PostgreSQL, which copies every row to do so. The slot (five minutes) is what the index holds:
--- it changes with every fifth heartbeat only, so that the others stay HOT.
-SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version
+-- $1 last heard before, $2 but not within (a tstzmultirange as text: nexhb/presence.py says which times count), $3 how
+-- many at most. In the order of the index: who takes all of them sorts them in half the time of PostgreSQL, which copies
+-- every row to do so. The slot (five minutes) is what the index holds: it changes with every fifth heartbeat only, so
+-- that the others stay HOT.
+SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, agent_version
 FROM device_last_status
 WHERE status = 'ok'
-  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-  AND last_ts < $1
-ORDER BY last_slot
-LIMIT $2;
+  AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange
+ORDER BY heard_slot
+LIMIT $3;
 
 -- name: offline
--- $1 cutoff, $2 how many of them: the longest silent, first. One slot after another is sorted, and no more of them than
--- it takes. total counts the others too, in the same moment.
-SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, agent_version,
+-- $1, $2 as above, $3 how many of them: the longest silent, first. One slot after another is sorted, and no more of them
+-- than it takes. total counts the others too, in the same moment.
+SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, agent_version,
        (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-          AND last_ts < $1) AS total
+        WHERE status = 'ok' AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+          AND heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange) AS total
 FROM device_last_status
 WHERE status = 'ok'
-  AND last_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
-  AND last_ts < $1
-ORDER BY last_slot, last_ts, device_id COLLATE "C"
-LIMIT $2;
+  AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
+  AND heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange
+ORDER BY heard_slot, heard_at, device_id COLLATE "C"
+LIMIT $3;
 
 -- name: unity_down_all
--- $1 seen since (now - 24 h), $2 how many at most; in the order of the index, as above.
-SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
-       agent_version
+-- $1 heard since (now - 24 h), $2 how many at most; in the order of the index, as above.
+SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, unity_pkg_version, agent_version
 FROM device_last_status
-WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
+WHERE unity_running = false AND status = 'ok' AND heard_at >= $1
 ORDER BY device_no
 LIMIT $2;
 
 -- name: unity_down
--- $1 seen since, $2 how many of them: the newest, first; total as above.
-SELECT device_id, alias, last_ts, network_type, ssid, ip, battery_pct, unity_running, unity_pkg_version,
-       agent_version,
+-- $1 heard since, $2 how many of them: the newest, first; total as above.
+SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, unity_pkg_version, agent_version,
        (SELECT count(*) FROM device_last_status
-        WHERE unity_running = false AND status = 'ok' AND last_ts >= $1) AS total
+        WHERE unity_running = false AND status = 'ok' AND heard_at >= $1) AS total
 FROM device_last_status
-WHERE unity_running = false AND status = 'ok' AND last_ts >= $1
-ORDER BY last_ts DESC, device_id COLLATE "C" DESC
+WHERE unity_running = false AND status = 'ok' AND heard_at >= $1
+ORDER BY heard_at DESC, device_id COLLATE "C" DESC
 LIMIT $2;
 
 -- name: troubles

@@ -1,4 +1,4 @@
--- Healing device_last_status from the history: rows that are missing, or older than the device's newest heartbeat.
+-- Healing device_last_status from the history: rows that are missing, or older than what the history has.
 
 -- name: heal
 -- $1 from behind this device_no, $2 up to this one (included), $3 how many devices, $4 history from (excluded),
@@ -17,10 +17,18 @@
 -- three each; where all 100,000 are wrong, 1.1 s (rows missing) to 1.4 s (rows too old).
 --
 -- Nothing that is right is touched, and nothing locked: not even a row whose last_ts is equal, since a later heartbeat
--- of the same bucket may have set it, whose own row of the history was dropped as a duplicate.
+-- of the same bucket may have set it, whose own row of the history was dropped as a duplicate. A heartbeat that was
+-- received before the status's own was weighed when that one came.
+--
+-- Of what is wrong, the last 120 rows are looked through (two hours at 60 s, 0.1 ms): whether the clock was set back
+-- after the newest ts, and when the device was last heard. A heartbeat that lacks a section leaves it as it stands.
 WITH looked AS MATERIALIZED (
     SELECT d.device_no, h, s,
-           (h).ts IS NOT NULL AND ((s).last_ts IS NULL OR (s).last_ts < (h).ts) AS behind,
+           (h).ts IS NOT NULL
+           AND ((s).last_ts IS NULL OR (s).heard_at < (h).received_at
+                OR (h).received_at >= (s).received_at
+                   AND newer_content((s).last_ts, (s).received_at, (s).uptime_s, (s).clock_wrong,
+                                     (h).ts, (h).received_at, (h).uptime_s, (h).clock_wrong)) AS behind,
            d.revoked_at IS NOT NULL AND (s).status <> 'revoked' AS unrevoked
     FROM (SELECT device_no, revoked_at FROM devices WHERE device_no > $1 ORDER BY device_no LIMIT $3) d
     LEFT JOIN LATERAL (
@@ -49,17 +57,35 @@ held AS MATERIALIZED (
     ) d
     WHERE $7
 ),
+newest AS MATERIALIZED (
+    SELECT w.device_no, w.device_id, w.revoked, coalesce(r.set_back, w.h) AS h, r.heard_at
+    FROM held w CROSS JOIN LATERAL (
+        SELECT max((c).received_at) AS heard_at,
+               (array_agg(c ORDER BY (c).received_at DESC) FILTER (
+                    WHERE (c).received_at > (w.h).received_at
+                      AND newer_content((w.h).ts, (w.h).received_at, (w.h).uptime_s, (w.h).clock_wrong,
+                                        (c).ts, (c).received_at, (c).uptime_s, (c).clock_wrong)))[1] AS set_back
+        FROM (SELECT c FROM device_heartbeats c
+              WHERE c.device_no = w.device_no
+                AND c.ts > $4 AND c.ts <= $5
+                AND c.bucket > floor(extract(epoch FROM $4::timestamptz))::bigint - 1577836800 - 3600
+                AND c.bucket <= floor(extract(epoch FROM $5::timestamptz))::bigint - 1577836800
+              ORDER BY c.bucket DESC
+              LIMIT 120) last
+    ) r
+    WHERE w.behind
+),
 healed AS (
-    SELECT device_no, device_id, (h).ts, (h).received_at, (h).battery_pct, (h).plugged, (h).temp_c,
+    SELECT n.device_no, n.device_id, (h).ts, (h).received_at, (h).battery_pct, (h).plugged, (h).temp_c,
            nullif(l.network_type, ''), nullif(l.ssid, ''), (h).ip, (h).signal_dbm, (h).uptime_s, (h).ram_used_mb,
            nullif(l.unity_pkg_version, ''), (h).unity_running, nullif(l.agent_version, ''), (h).clock_wrong,
-           CASE WHEN revoked THEN 'revoked' ELSE 'ok' END
-    FROM held LEFT JOIN heartbeat_labels l ON l.label_no = (h).label_no
-    WHERE behind
+           n.heard_at, coalesce(l.sections, 31::smallint), CASE WHEN revoked THEN 'revoked' ELSE 'ok' END
+    FROM newest n LEFT JOIN heartbeat_labels l ON l.label_no = (h).label_no
     UNION ALL
     SELECT device_no, device_id, (s).last_ts, (s).received_at, (s).battery_pct, (s).plugged, (s).temp_c,
            (s).network_type, (s).ssid, (s).ip, (s).signal_dbm, (s).uptime_s, (s).ram_used_mb,
-           (s).unity_pkg_version, (s).unity_running, (s).agent_version, (s).clock_wrong, 'revoked'
+           (s).unity_pkg_version, (s).unity_running, (s).agent_version, (s).clock_wrong,
+           (s).heard_at, (s).sections, 'revoked'
     FROM held
     WHERE NOT behind AND revoked
 ),
@@ -68,26 +94,46 @@ healed AS (
 written AS (
     INSERT INTO device_last_status AS s (
         device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
-        signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, status)
+        signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, heard_at,
+        sections, status)
     SELECT * FROM healed ORDER BY device_no
     ON CONFLICT (device_no) DO UPDATE SET
-        last_ts = excluded.last_ts,
-        received_at = excluded.received_at,
-        battery_pct = excluded.battery_pct,
-        plugged = excluded.plugged,
-        temp_c = excluded.temp_c,
-        network_type = excluded.network_type,
-        ssid = excluded.ssid,
-        ip = excluded.ip,
-        signal_dbm = excluded.signal_dbm,
-        uptime_s = excluded.uptime_s,
-        ram_used_mb = excluded.ram_used_mb,
-        unity_pkg_version = excluded.unity_pkg_version,
-        unity_running = excluded.unity_running,
-        agent_version = excluded.agent_version,
-        clock_wrong = excluded.clock_wrong,
-        status = CASE WHEN 'revoked' IN (s.status, excluded.status) THEN 'revoked' ELSE 'ok' END
-    WHERE excluded.last_ts > s.last_ts
+        heard_at = greatest(s.heard_at, excluded.heard_at),
+        status = CASE WHEN 'revoked' IN (s.status, excluded.status) THEN 'revoked' ELSE 'ok' END,
+        (last_ts, received_at, clock_wrong, sections,
+         battery_pct, plugged, temp_c,
+         network_type, ssid, ip, signal_dbm,
+         ram_used_mb, uptime_s,
+         unity_pkg_version, unity_running,
+         agent_version) = (
+            SELECT CASE WHEN newer THEN excluded.last_ts ELSE s.last_ts END,
+                   CASE WHEN newer THEN excluded.received_at ELSE s.received_at END,
+                   CASE WHEN newer THEN excluded.clock_wrong ELSE s.clock_wrong END,
+                   CASE WHEN newer THEN excluded.sections ELSE s.sections END,
+                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.battery_pct ELSE s.battery_pct END,
+                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.plugged ELSE s.plugged END,
+                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.temp_c ELSE s.temp_c END,
+                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.network_type ELSE s.network_type END,
+                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.ssid ELSE s.ssid END,
+                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.ip ELSE s.ip END,
+                   CASE WHEN newer AND (has & 2 <> 0 OR excluded.signal_dbm IS NOT NULL)
+                        THEN excluded.signal_dbm ELSE s.signal_dbm END,
+                   CASE WHEN newer AND has & 4 <> 0 THEN excluded.ram_used_mb ELSE s.ram_used_mb END,
+                   CASE WHEN newer AND has & 8 <> 0 THEN excluded.uptime_s ELSE s.uptime_s END,
+                   CASE WHEN newer AND has & 16 <> 0 THEN excluded.unity_pkg_version ELSE s.unity_pkg_version END,
+                   CASE WHEN newer AND (has & 16 <> 0 OR excluded.unity_running IS NOT NULL)
+                        THEN excluded.unity_running ELSE s.unity_running END,
+                   CASE WHEN newer AND excluded.agent_version IS NOT NULL
+                        THEN excluded.agent_version ELSE s.agent_version END
+            FROM (SELECT excluded.received_at >= s.received_at
+                         AND newer_content(s.last_ts, s.received_at, s.uptime_s, s.clock_wrong, excluded.last_ts,
+                                           excluded.received_at, excluded.uptime_s, excluded.clock_wrong) AS newer,
+                         excluded.sections AS has
+                  OFFSET 0) decided)
+    WHERE excluded.heard_at > s.heard_at
+       OR excluded.received_at >= s.received_at
+          AND newer_content(s.last_ts, s.received_at, s.uptime_s, s.clock_wrong, excluded.last_ts,
+                            excluded.received_at, excluded.uptime_s, excluded.clock_wrong)
        OR (excluded.last_ts = s.last_ts AND excluded.status = 'revoked' AND s.status <> 'revoked')
     RETURNING 1
 )

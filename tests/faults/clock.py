@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from nexhb import cli, daemon
+from nexhb.clock import DatabaseClock
 
 
 class Stepped:
@@ -26,7 +27,7 @@ class Stepped:
 
 def main() -> None:
     """Run nexhb by that clock."""
-    clock = Stepped(Path(sys.argv.pop(1)))
+    clock = DatabaseClock(Stepped(Path(sys.argv.pop(1))))
     setattr(daemon, "running", partial(daemon.running, now=clock))  # noqa: B010 - mypy: it is a function there
     cli.main()
 

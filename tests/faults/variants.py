@@ -20,7 +20,7 @@ from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.wire import Heartbeat
 from nexhb.writer import Writer, _InDoubt
 
-_ONLY_NEWER = "WHERE excluded.last_ts > s.last_ts"
+_ONLY_NEWER = "SELECT newer_content("
 
 
 def _say_written(intake: Intake, tickets: list[Ticket]) -> None:
@@ -116,7 +116,7 @@ def _status_moves_back() -> None:
     """Whatever comes last is the last status, however old."""
     statement = writer._Q["upsert_last_status"]
     assert _ONLY_NEWER in statement
-    broken = statement.replace(_ONLY_NEWER, _ONLY_NEWER.replace("WHERE", "WHERE true OR"))
+    broken = statement.replace(_ONLY_NEWER, _ONLY_NEWER.replace("SELECT", "SELECT true OR"))
     writer._Q = {**writer._Q, "upsert_last_status": broken}
 
 

@@ -90,9 +90,9 @@ async def test_beside_live_writes_no_status_goes_back(fleet: Connection, jobs: J
         async with database.connected(application="test writer") as conn:
             while not done.is_set():
                 await conn.execute(
-                    """INSERT INTO device_last_status AS s (device_no, device_id, last_ts, received_at)
-                    SELECT n, 'kiosk-' || n, $1, $1 FROM generate_series(1, 3000) n
-                    ON CONFLICT (device_no) DO UPDATE SET last_ts = excluded.last_ts
+                    """INSERT INTO device_last_status AS s (device_no, device_id, last_ts, received_at, heard_at)
+                    SELECT n, 'kiosk-' || n, $1, $1, $1 FROM generate_series(1, 3000) n
+                    ON CONFLICT (device_no) DO UPDATE SET last_ts = excluded.last_ts, received_at = excluded.last_ts
                     WHERE excluded.last_ts > s.last_ts""",
                     NOW + rounds * timedelta(seconds=1),
                 )

@@ -207,7 +207,7 @@ async def test_revoked_devices_are_neither_offline_nor_down_nor_counted(
 ) -> None:
     agents = [await nexhb.agent(f"kiosk-{number}") for number in range(3)]
     for agent in agents:
-        assert (await agent.send(now - timedelta(hours=1), unity_process_running=False)).status == 200
+        assert (await agent.live(now - timedelta(hours=1), unity_process_running=False)).status == 200
     await nexhb.agent("never-seen")
 
     async def told() -> tuple[dict[str, Any], list[str], list[str]]:

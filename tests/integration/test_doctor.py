@@ -45,8 +45,9 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert [line for line in found.values() if not line.good] == []
     assert doctor.shown(list(found.values()))["good"] is True
     assert set(found) == {
-        "database", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "late heartbeats",
-        "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags", "shared tokens",
+        "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive",
+        "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
+        "shared tokens",
     }  # fmt: skip
 
 
@@ -88,11 +89,11 @@ async def no_drill(house: House) -> None:
 
 async def cold_updates(house: House) -> None:
     await house.conn.execute("SELECT pg_stat_force_next_flush()")
-    await house.conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) "
-                             "SELECT n, n::text, now(), now() FROM generate_series(1, 3000) n")  # fmt: skip
+    await house.conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at) "
+                             "SELECT n, n::text, now(), now(), now() FROM generate_series(1, 3000) n")  # fmt: skip
     for hours in range(5):
         await house.conn.execute(
-            "UPDATE device_last_status SET last_ts = last_ts + make_interval(hours => $1)", hours + 1
+            "UPDATE device_last_status SET heard_at = heard_at - make_interval(hours => $1)", hours + 1
         )
     await house.conn.execute("SELECT pg_stat_force_next_flush()")
 

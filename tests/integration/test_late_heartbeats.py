@@ -171,9 +171,9 @@ async def test_an_inactive_device_is_listed_not_counted_as_offline_and_comes_bac
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
     agent = await nexhb.agent()
-    assert (await agent.send(now - timedelta(hours=1))).status == 200
+    assert (await agent.live(now - timedelta(hours=1))).status == 200
     assert (await nexhb.get("/v1/devices/offline"))["count"] == 1
-    await conn.execute("UPDATE device_last_status SET last_ts = $1", now - timedelta(days=91))
+    await conn.execute("UPDATE device_last_status SET heard_at = $1", now - timedelta(days=91))
     assert (await run_nightly(nexhb))["inactivated"] == 1
     fleet = await nexhb.get("/v1/fleet")
     assert (fleet["devices"], fleet["online"], fleet["offline"], fleet["inactive"]) == (1, 0, 0, 1)

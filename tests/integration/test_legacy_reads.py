@@ -31,21 +31,28 @@ async def fleet(nexhb: Nexhb, now: datetime) -> list[str]:
         "rev",
         "back",
         "ahead",
+        "slow",
+        "set-back",
         *(f"s{n}" for n in range(5)),
     ]
     agents = {name: await nexhb.agent(name) for name in names}
     minute = timedelta(minutes=1)
-    sent: tuple[tuple[str, timedelta, dict[str, Any]], ...] = (
-        ("on", 0 * minute, {}), ("off", 11 * minute, {}), ("off", 90 * minute, {"battery": {"pct": 3.0}}),
-        ("down", minute, {"unity_process_running": False}), ("down", 3 * minute, {}),
-        ("down-old", 25 * 60 * minute, {"unity_process_running": False}), ("rev", 60 * minute, {}),
-        ("back", 30 * minute, {}), ("ahead", -4 * minute, {}), ("late", 5 * minute, {}),
-        ("late", 3 * 1440 * minute, {}),
-        ("bare", 40 * minute, {"network": None, "app_versions": None, "app_version": None, "battery": None}),
-        *((f"s{n}", (20 + n) * minute, {"unity_process_running": bool(n % 2)}) for n in range(5)),
+    # Made so long ago, received as it was made or so long ago.
+    sent: tuple[tuple[str, timedelta, timedelta | None, dict[str, Any]], ...] = (
+        ("on", 0 * minute, None, {}), ("off", 11 * minute, None, {}),
+        ("off", 90 * minute, 11 * minute, {"battery": {"pct": 3.0}}),
+        ("down", minute, None, {"unity_process_running": False}), ("down", 3 * minute, minute, {}),
+        ("down-old", 25 * 60 * minute, None, {"unity_process_running": False}), ("rev", 60 * minute, None, {}),
+        ("back", 30 * minute, None, {}), ("ahead", -4 * minute, 0 * minute, {}), ("late", 5 * minute, None, {}),
+        ("late", 3 * 1440 * minute, 5 * minute, {}), ("slow", 25 * minute, minute, {}),
+        ("set-back", 3 * minute, None, {"system": {"uptime_seconds": 600.0}}),
+        ("set-back", 42 * minute, 2 * minute, {"battery": {"pct": 4.0}, "system": {"uptime_seconds": 660.0}}),
+        ("bare", 40 * minute, None, {"network": None, "app_versions": None, "app_version": None, "battery": None}),
+        *((f"s{n}", (20 + n) * minute, None, {"unity_process_running": bool(n % 2)}) for n in range(5)),
     )  # fmt: skip
-    for name, age, changes in sent:
-        assert (await agents[name].send(now - age, **changes)).status == 200
+    for name, made, received, changes in sent:
+        answer = await agents[name].live(now - made, None if received is None else now - received, **changes)
+        assert answer.status == 200
     async with nexhb.database.connected(application="test") as conn:
         for name in ("rev", "back"):
             await devices.revoke(conn, name, now)
@@ -97,8 +104,8 @@ async def test_who_is_silent_for_longer_than_the_retention_is_inactive_both_ways
     kept = config.Partitions(retention_days=7)
     nexhb = await start_daemon(now=now, partitions=kept, reads=LEGACY)
     agent = await nexhb.agent("gone")
-    await agent.send(now - timedelta(days=7) + timedelta(minutes=1))
-    await (await nexhb.agent("still")).send(now - timedelta(days=6))
+    await agent.live(now - timedelta(days=7) + timedelta(minutes=1))
+    await (await nexhb.agent("still")).live(now - timedelta(days=6))
     nexhb.clock.fixed = now + timedelta(hours=1)
     assert [row["device_id"] for row in (await nexhb.get(LISTS[0]))["devices"]] == ["still"]
     assert (await nexhb.get("/v1/devices/gone"))["status"] == "inactive"
@@ -109,7 +116,7 @@ async def test_a_row_far_ahead_of_every_clock_is_not_believed(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
     nexhb = await start_daemon(reads=LEGACY)
-    await (await nexhb.agent("kiosk")).send(now - timedelta(hours=1))
+    await (await nexhb.agent("kiosk")).live(now - timedelta(hours=1))
     ahead = now + timedelta(days=3)
     await partitions.ensure(conn, [ahead.date()])
     await conn.execute(
@@ -128,12 +135,12 @@ async def test_slow_reads_from_the_history_are_in_nobodys_way(
     reads = Reads(legacy_pool_size=1, from_last_status=False)
     nexhb = await start_daemon(database=config.Database(url=url, read_pool_size=1), reads=reads)
     agent = await nexhb.agent()
-    await agent.send(now - timedelta(minutes=2))
+    await agent.live(now - timedelta(minutes=2))
     async with conn.transaction():
         await conn.execute("LOCK TABLE heartbeat_labels IN ACCESS EXCLUSIVE MODE")  # only the history is read with it
         slow = [asyncio.create_task(either(nexhb, path)) for path in LISTS * 2]
         for minutes in range(2):
-            assert (await agent.send(now - timedelta(minutes=minutes))).status == 200
+            assert (await agent.live(now - timedelta(minutes=minutes))).status == 200
         assert (await nexhb.get("/v1/fleet"))["online"] == 1
         assert not slow[0].done()
     assert 200 in [await read for read in slow]  # those for which the pool had no connection within 5 s: 503

@@ -426,8 +426,9 @@ async def test_closed_days_are_frozen_once_and_counted_until_nothing_can_come(ho
 async def test_a_device_silent_for_longer_than_the_retention_is_inactive(house: House) -> None:
     await house.fill(NOW.date(), devices=2)
     await house.conn.execute(
-        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, status)
-           VALUES (1, 'device 1', $1, $1, 'ok'), (2, 'device 2', $2, $2, 'ok'), (3, 'device 3', $1, $1, 'revoked')""",
+        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at, status)
+           VALUES (1, 'device 1', $1, $1, $1, 'ok'), (2, 'device 2', $2, $2, $2, 'ok'),
+                  (3, 'device 3', $1, $1, $1, 'revoked')""",
         NOW - timedelta(days=90, minutes=1),
         NOW - timedelta(days=90),
     )

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from nexhb import config, devices, flags, log, partitions, perfdiff, reads
-from nexhb.config import Reads, Settings
+from nexhb.config import Ingest, Partitions, Reads, Settings
 from nexhb.db import Connection, Database
 from nexhb.flags import Flags
 from nexhb.jobs import board
@@ -24,17 +24,17 @@ from tests.integration.test_legacy_reads import either
 from tests.proxy import Proxy
 
 ALWAYS = Reads(perf_diff=True, perf_diff_percent=100)
-RETENTION = timedelta(days=90)
 MINUTE = timedelta(minutes=1)
-OFFLINE, UNITY_DOWN = Offline(10 * MINUTE, 10_000), UnityDown(10_000)
+OFFLINE, UNITY_DOWN = Offline(10 * MINUTE, 10_000), UnityDown(10 * MINUTE, 10_000)
 LIST = "/v1/devices/offline"
+SHORT = Settings(partitions=Partitions(retention_days=4), ingest=Ingest(accept_past=timedelta(days=3)))
 
 
 async def all_questions(conn: Connection, now: datetime, names: list[str]) -> dict[str, Comparison]:
     """Every question asked both ways."""
-    questions: list[Question] = [OFFLINE, UNITY_DOWN, *map(OneDevice, names)]
+    questions: list[Question] = [OFFLINE, UNITY_DOWN, *(OneDevice(name, 10 * MINUTE) for name in names)]
     return {
-        getattr(question, "device_id", question.name): await perfdiff.compare(conn, question, now, RETENTION, 10)
+        getattr(question, "device_id", question.name): await perfdiff.compare(conn, question, now, Settings())
         for question in questions
     }
 
@@ -48,7 +48,7 @@ async def fleet(start_daemon: StartDaemon, now: datetime) -> Nexhb:
         ("gone", 5 * 1440 * MINUTE, {}),
     )  # fmt: skip
     for name, age, changes in ages:
-        assert (await (await nexhb.agent(name)).send(now - age, **changes)).status == 200
+        assert (await (await nexhb.agent(name)).live(now - age, **changes)).status == 200
     return nexhb
 
 
@@ -67,13 +67,16 @@ async def test_a_right_fleet_is_the_same_both_ways(fleet: Nexhb, conn: Connectio
 # ---- what is wrong is found -----------------------------------------------------------------------------------------
 
 STATUS = "UPDATE device_last_status SET {} WHERE device_id = '{}'"
+MOVED = "last_ts = last_ts {0}, received_at = received_at {0}, heard_at = heard_at {0}"
 WRONG = {
     "a value that nobody sent": (STATUS.format("battery_pct = 1", "off"), {"offline", "off"}),
-    "a status that is behind": (STATUS.format("last_ts = last_ts - interval '1 hour'", "on"), {"offline", "on"}),
-    "a status that is ahead": (STATUS.format("last_ts = last_ts + interval '55 minutes'", "off"), {"offline", "off"}),
+    "a status that is behind": (STATUS.format(MOVED.format("- interval '1 hour'"), "on"), {"offline", "on"}),
+    "a status that is ahead": (STATUS.format(MOVED.format("+ interval '55 minutes'"), "off"), {"offline", "off"}),
     "a status from before the retention": (
-        STATUS.format("last_ts = last_ts - interval '200 days'", "on"), {"offline", "on"},
+        STATUS.format(MOVED.format("- interval '200 days'"), "on"), {"offline", "on"},
     ),
+    "content from an hour ago": (STATUS.format("last_ts = last_ts - interval '1 hour'", "on"), {"on"}),
+    "a device that was not heard": (STATUS.format("heard_at = heard_at - interval '1 hour'", "on"), {"offline", "on"}),
     "Unity that came back only here": (STATUS.format("unity_running = true", "down"), {"unity_down", "down"}),
     "a status that is missing": ("DELETE FROM device_last_status WHERE device_id = 'gone'", {"offline", "gone"}),
     "one of a device that sent nothing": (
@@ -102,7 +105,7 @@ async def two_heartbeats_of_one_bucket(nexhb: Nexhb, conn: Connection, now: date
     agent = await nexhb.agent()
     for ms, pct in ((0, 10.0), (9_000, 20.0)):
         made = (now - 60 * MINUTE).replace(second=0, microsecond=0) + timedelta(milliseconds=ms)
-        assert (await agent.send(made, battery={"pct": pct}, unity_process_running=ms == 0)).status == 200
+        assert (await agent.live(made, battery={"pct": pct}, unity_process_running=ms == 0)).status == 200
 
 
 async def a_revoked_device(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
@@ -180,8 +183,8 @@ async def test_who_is_silent_beyond_the_retention_may_be_marked_or_not(
 ) -> None:
     for status in ("ok", "inactive"):
         await conn.execute(STATUS.format(f"status = '{status}'", "gone"))
-        for question in (OFFLINE, OneDevice("gone")):
-            found = await perfdiff.compare(conn, question, now, timedelta(days=5) - MINUTE, 10)
+        for question in (OFFLINE, OneDevice("gone", 10 * MINUTE)):
+            found = await perfdiff.compare(conn, question, now, SHORT)
             assert found.differ == []
 
 
@@ -191,13 +194,13 @@ async def test_what_is_written_between_the_two_queries_differs_not(
     plain = reads.FromHistory.ask
 
     async def ask_after_a_heartbeat(self: Any, *args: Any) -> Any:
-        assert (await (await fleet.agent()).send(now - 60 * MINUTE)).status == 200
+        assert (await (await fleet.agent()).live(now - 60 * MINUTE)).status == 200
         return await plain(self, *args)
 
     monkeypatch.setattr(reads.FromHistory, "ask", ask_after_a_heartbeat)
-    found = await perfdiff.compare(conn, OFFLINE, now, RETENTION, 10)
+    found = await perfdiff.compare(conn, OFFLINE, now, Settings())
     assert (found.fast_rows, found.legacy_rows, found.differ, found.excused) == (2, 2, [], 0)
-    assert (await perfdiff.compare(conn, OFFLINE, now, RETENTION, 10)).fast_rows == 3
+    assert (await perfdiff.compare(conn, OFFLINE, now, Settings())).fast_rows == 3
 
 
 # ---- in the daemon --------------------------------------------------------------------------------------------------
@@ -215,7 +218,7 @@ async def test_each_comparison_is_an_event_a_row_and_a_metric(start_daemon: Star
     nexhb = await start_daemon(reads=ALWAYS)
     same = 'nexhb_perf_diff_comparisons_total{query="offline",result="same"}'
     before = await nexhb.metric(same)
-    await (await nexhb.agent()).send(now - 60 * MINUTE)
+    await (await nexhb.agent()).live(now - 60 * MINUTE)
     log.setup("info", lines := io.StringIO())
     row = (await compared(nexhb, 1))[0]
     assert (row["query"], row["fast_rows"], row["legacy_rows"], row["rows_differ"]) == ("offline", 1, 1, 0)
@@ -233,7 +236,7 @@ async def test_each_comparison_is_an_event_a_row_and_a_metric(start_daemon: Star
 async def test_too_many_mismatches_turn_the_fast_reads_off_loudly(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb, other = [await start_daemon(reads=ALWAYS) for _ in range(2)]
     before = await nexhb.metric("nexhb_perf_diff_turned_off_total")
-    await (await nexhb.agent("kiosk")).send(now - 60 * MINUTE)
+    await (await nexhb.agent("kiosk")).live(now - 60 * MINUTE)
     await nexhb.rows("UPDATE device_last_status SET battery_pct = 1")
     log.setup("info", lines := io.StringIO())
     rows = await compared(nexhb, 3)
@@ -262,7 +265,7 @@ async def test_too_many_mismatches_turn_the_fast_reads_off_loudly(start_daemon: 
 
 async def test_mismatches_of_hours_ago_are_not_counted(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon(reads=ALWAYS)
-    await (await nexhb.agent("kiosk")).send(now - 60 * MINUTE)
+    await (await nexhb.agent("kiosk")).live(now - 60 * MINUTE)
     for _ in range(10):
         await nexhb.rows(
             """INSERT INTO perf_diff_comparisons (query, compared_at, fast_ms, legacy_ms, fast_rows, legacy_rows,
@@ -279,7 +282,7 @@ async def test_one_is_compared_at_a_time_and_the_others_are_counted(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
     nexhb = await start_daemon(reads=ALWAYS)
-    await (await nexhb.agent()).send(now - 60 * MINUTE)
+    await (await nexhb.agent()).live(now - 60 * MINUTE)
     dropped = 'nexhb_perf_diff_comparisons_total{query="offline",result="dropped"}'
     await compared(nexhb, 1)
     async with conn.transaction():

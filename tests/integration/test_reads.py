@@ -24,9 +24,9 @@ ADMIN_ROUTES = [
 async def test_the_fleet_is_counted_and_listed(nexhb: Nexhb, now: datetime) -> None:
     online, offline, down, never, revoked = [await nexhb.agent(name) for name in ("on", "off", "down", "never", "rev")]
     await online.send(now)
-    await offline.send(now - timedelta(minutes=11))
+    await offline.live(now - timedelta(minutes=11))
     await down.send(now, unity_process_running=False)
-    await revoked.send(now - timedelta(hours=2), unity_process_running=False)
+    await revoked.live(now - timedelta(hours=2), unity_process_running=False)
     conn = await nexhb.database.connect(application="test")
     await devices.revoke(conn, "rev", now)
     await conn.close()
@@ -57,7 +57,7 @@ async def test_moments_are_read_as_they_were_written_whatever_the_databases_defa
     )
     nexhb = await start_daemon()
     made = now.replace(microsecond=micros) - timedelta(hours=1)
-    await (await nexhb.agent("kiosk-1")).send(made)
+    await (await nexhb.agent("kiosk-1")).live(made)
     for path in ("/v1/devices/offline", "/v1/devices"):
         [row] = (await nexhb.get(path))["devices"]
         assert row["last_ts"] == shown(made)
@@ -72,7 +72,7 @@ async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None
     nexhb = await start_daemon(now=noon)
     made = {f"s{seconds}": noon - timedelta(seconds=seconds) for seconds in (0, 299, 300, 301, 599, 600, 601, 3600)}
     for name, moment in made.items():
-        await (await nexhb.agent(name)).send(moment)
+        await (await nexhb.agent(name)).live(moment)
     found = await nexhb.get("/v1/devices/offline?minutes=10")
     assert [row["device_id"] for row in found["devices"]] == ["s3600", "s601"]
     assert [row["offline_seconds"] for row in found["devices"]] == [3600, 601]
@@ -88,7 +88,7 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
     nexhb = await start_daemon(now=noon)
     minutes = {"b": 61, "e": 20, "a": 61, "d": 62, "c": 300, "f": 21}
     for name, ago in minutes.items():
-        await (await nexhb.agent(name)).send(noon - timedelta(minutes=ago), unity_process_running=False)
+        await (await nexhb.agent(name)).live(noon - timedelta(minutes=ago), unity_process_running=False)
     orders = {"offline": ["c", "d", "a", "b", "f", "e"], "unity-down": ["e", "f", "b", "a", "d", "c"]}
     for source in ("last_status", "legacy"):
         wanted = {"read_from_last_status": source == "last_status"}
@@ -103,8 +103,8 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
 
 async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, now: datetime) -> None:
     old, fresh, unknown = [await nexhb.agent() for _ in range(3)]
-    await old.send(now - timedelta(hours=25), unity_process_running=False)
-    await fresh.send(now - timedelta(hours=23), unity_process_running=False)
+    await old.live(now - timedelta(hours=25), unity_process_running=False)
+    await fresh.live(now - timedelta(hours=23), unity_process_running=False)
     await unknown.send(now, unity_process_running=None, monitored_foreground_recent_s=-1)
     found = await nexhb.get("/v1/devices/unity-down")
     assert [row["device_id"] for row in found["devices"]] == [fresh.device_id]
@@ -197,8 +197,8 @@ async def test_history_is_from_included_to_excluded_newest_first(nexhb: Nexhb, n
     agent = await nexhb.agent()
     made = [now.replace(second=0, microsecond=0) - timedelta(minutes=minute) for minute in range(5)]
     for moment in made:
-        await agent.send(moment)
-    await agent.send(now - timedelta(days=3))
+        await agent.live(moment)
+    await agent.live(now - timedelta(days=3))
     path = f"/v1/devices/{agent.device_id}/heartbeats"
     start, end = (f"{moment:%Y-%m-%dT%H:%M:%SZ}" for moment in (made[3], made[1]))
     found = await nexhb.get(f"{path}?from={start}&to={end}")
@@ -300,11 +300,11 @@ async def test_a_heavy_read_does_not_hold_up_ingest(
     url = SecretStr(database.dsn)
     nexhb = await start_daemon(database=DatabaseSettings(url=url, read_pool_size=1, read_timeout_seconds=1))
     agent = await nexhb.agent()
-    await agent.send(now - timedelta(minutes=2))  # its facts are known: the next one touches device_last_status only
+    await agent.live(now - timedelta(minutes=2))  # its facts are known: the next one touches device_last_status only
     async with conn.transaction():
         await conn.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")  # the reads hang behind it
         reads = [asyncio.create_task(nexhb.get("/v1/fleet", 503)) for _ in range(5)]
-        assert (await agent.send(now - timedelta(minutes=1))).status == 200
+        assert (await agent.live(now - timedelta(minutes=1))).status == 200
         assert not any(read.done() for read in reads)
         for read in reads:
             assert "detail" in await read

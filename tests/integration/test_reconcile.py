@@ -26,9 +26,10 @@ MINUTE = timedelta(minutes=1)
 ALL = 1_000_000  # more repairs than any fleet here needs
 
 STATUS = """last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm, uptime_s,
-    ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong"""
+    ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, heard_at"""
 THESE = "device_no IN (SELECT n FROM (SELECT device_no AS n FROM devices) d WHERE {which})"
-NEWEST = f"""SELECT DISTINCT ON (device_no) device_no, device_id, {STATUS.replace("last_ts", "ts AS last_ts")}
+OF_HISTORY = STATUS.replace("last_ts", "ts AS last_ts").replace("heard_at", "received_at AS heard_at")
+NEWEST = f"""SELECT DISTINCT ON (device_no) device_no, device_id, {OF_HISTORY}
     FROM heartbeat_history WHERE ts > $1 AND ts <= $2 ORDER BY device_no, ts DESC"""
 
 
@@ -484,9 +485,10 @@ async def watcher(database: Database) -> Any:
     conn.terminate()
 
 
-UPSERT = """INSERT INTO device_last_status AS s (device_no, device_id, last_ts, received_at)
-    SELECT n, 'kiosk-' || n, ts, ts FROM unnest($1::int[], $2::timestamptz[]) u (n, ts)
-    ON CONFLICT (device_no) DO UPDATE SET last_ts = excluded.last_ts, received_at = excluded.received_at
+UPSERT = """INSERT INTO device_last_status AS s (device_no, device_id, last_ts, received_at, heard_at)
+    SELECT n, 'kiosk-' || n, ts, ts, ts + interval '1 second' FROM unnest($1::int[], $2::timestamptz[]) u (n, ts)
+    ON CONFLICT (device_no) DO UPDATE SET last_ts = excluded.last_ts, received_at = excluded.received_at,
+        heard_at = excluded.heard_at
     WHERE excluded.last_ts > s.last_ts"""
 
 
@@ -722,8 +724,8 @@ async def _store(conn: Connection, fleet: Sequence[Device]) -> None:
     )
     await conn.execute("SET session_replication_role = replica")  # so that a status may be wrong
     await conn.executemany(
-        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, battery_pct, status)
-        VALUES ($1, 'kiosk-' || $1::int, $2, $2, 100, $3)""",
+        """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at, battery_pct, status)
+        VALUES ($1, 'kiosk-' || $1::int, $2, $2, $2, 100, $3)""",
         [(device.number, moment(device.status[0]), device.status[1]) for device in fleet if device.status],
     )
     await conn.execute("RESET session_replication_role")

@@ -13,7 +13,8 @@ from nexhb.db import Connection, Database
 from tests.conftest import SOON_S, Agent, Nexhb
 
 HOUR = timedelta(hours=1)
-BEGIN = "INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) VALUES (1, 'kiosk-1', $1, $1)"
+BEGIN = """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at)
+    VALUES (1, 'kiosk-1', $1, $1, $1)"""
 
 
 async def listed(nexhb: Nexhb) -> list[str | None]:
@@ -23,7 +24,7 @@ async def listed(nexhb: Nexhb) -> list[str | None]:
 
 async def test_a_name_given_before_the_first_heartbeat_is_listed(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
     agent = Agent(nexhb, "kiosk-1", await devices.add(conn, "kiosk-1", "Store 1"))
-    assert (await agent.send(now - HOUR, alias=None)).status == 200
+    assert (await agent.live(now - HOUR, alias=None)).status == 200
     assert await listed(nexhb) == ["Store 1"]
 
 
@@ -31,9 +32,9 @@ async def test_a_new_name_is_listed_whoever_gives_it(
     nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path
 ) -> None:
     agent = await nexhb.agent("kiosk-1")
-    assert (await agent.send(now - HOUR, alias="by heartbeat")).status == 200
+    assert (await agent.live(now - HOUR, alias="by heartbeat")).status == 200
     assert await listed(nexhb) == ["by heartbeat"]
-    assert (await agent.send(now - HOUR / 2, alias="by the next")).status == 200
+    assert (await agent.live(now - HOUR / 2, alias="by the next")).status == 200
     assert await listed(nexhb) == ["by the next"]
     table = tmp_path / "devices.csv"
     table.write_text(f"device_id,alias,token\nkiosk-1,by import,{devices.new_token()}\n")
@@ -47,10 +48,10 @@ async def test_a_new_name_is_listed_whoever_gives_it(
 
 async def test_only_a_devices_first_heartbeat_pays_for_it(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
     agent = await nexhb.agent("kiosk-1")
-    await agent.send(now - 2 * HOUR)
+    await agent.live(now - 2 * HOUR)
     locked_by = await conn.fetchval("SELECT xmax FROM devices")
     assert locked_by != 0
-    assert (await agent.send(now - HOUR)).status == 200
+    assert (await agent.live(now - HOUR)).status == 200
     assert await conn.fetchval("SELECT xmax FROM devices") == locked_by
 
 
@@ -58,7 +59,7 @@ async def test_only_a_devices_first_heartbeat_pays_for_it(nexhb: Nexhb, conn: Co
 async def test_a_revocation_by_hand_takes_it_from_the_lists_and_back(
     nexhb: Nexhb, conn: Connection, now: datetime, was: str
 ) -> None:
-    await (await nexhb.agent("kiosk-1")).send(now - HOUR)
+    await (await nexhb.agent("kiosk-1")).live(now - HOUR)
     await conn.execute("UPDATE device_last_status SET status = $1", was)
     await conn.execute("UPDATE devices SET revoked_at = now()")
     assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
@@ -105,8 +106,8 @@ async def test_aliases_and_revocations_that_were_there_come_over_with_the_migrat
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
     """The migration's own statements, on a status of before it."""
-    await (await nexhb.agent("kiosk-1")).send(now - HOUR, alias="Store 1")
-    await (await nexhb.agent("kiosk-2")).send(now - HOUR, alias="Store 2")
+    await (await nexhb.agent("kiosk-1")).live(now - HOUR, alias="Store 1")
+    await (await nexhb.agent("kiosk-2")).live(now - HOUR, alias="Store 2")
     await conn.execute(
         """DROP TRIGGER devices_tell_last_status ON devices; DROP FUNCTION tell_last_status();
         DROP TRIGGER last_status_asks_device ON device_last_status; DROP FUNCTION ask_device();

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nexhb.db import Connection, Database
+from nexhb.presence import Presence
 from nexhb.reads import FromStatus, Offline, UnityDown
 
 NOW = datetime.now(UTC)
@@ -41,19 +42,19 @@ async def _revoke(conn: Connection, device_ids: list[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("question", [Offline(timedelta(minutes=10), LIMIT), UnityDown(LIMIT)])
+@pytest.mark.parametrize("question", [Offline(timedelta(minutes=10), LIMIT), UnityDown(timedelta(minutes=10), LIMIT)])
 @pytest.mark.parametrize("revoked", [(["a", "b"], []), ([], ["a", "b"]), (["a", "b", "c"], []), ([], ["a", "b", "c"])])
 async def test_count_and_rows_agree_whatever_comes_between_two_statements(
     conn: Connection, database: Database, question: Offline | UnityDown, revoked: tuple[list[str], ...]
 ) -> None:
     await conn.execute(
         """WITH made AS (INSERT INTO devices (device_id) VALUES ('a'), ('b'), ('c') RETURNING device_no, device_id)
-        INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, unity_running)
-        SELECT device_no, device_id, $1, $1, false FROM made""",
+        INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at, unity_running)
+        SELECT device_no, device_id, $1, $1, $1, false FROM made""",
         NOW - timedelta(hours=1),
     )
     async with database.connected(application="test") as other:
         for _ in range(3):
-            found = await FromStatus().ask(_Restless(conn, other, cycle(revoked)), question, NOW)  # type: ignore[arg-type]
+            found = await FromStatus().ask(_Restless(conn, other, cycle(revoked)), question, Presence(NOW, None))  # type: ignore[arg-type]
             assert len(found.rows) == min(found.count, LIMIT)
             await _revoke(other, [])

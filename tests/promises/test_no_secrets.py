@@ -29,6 +29,7 @@ ALLOWED = {
     "admin-key-of-the-tests-0123456789": "of the daemons that tests start",
     "admin-key-of-the-fault-machine": "of the daemons that the fault machine starts",
     "at-least-32-random-characters-please": "what config.example.toml asks for",
+    "token-of-an-old-system-0123456789": "of a file that a test reads",
     "the-secret-of-these-tests": "of the S3 server that tests start",
     "SignatureDoesNotMatch": "what S3 answers to a wrong key",
     "xk7-very-secret-0123456789": "a test looks for it in what is printed",

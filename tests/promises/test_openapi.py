@@ -212,7 +212,7 @@ async def test_schemathesis_finds_nothing_that_is_not_as_it_says(
     /ops/nightly and /ops/reconcile are run for real: on a database as small as this one they take 20 ms."""
     tokens = await tokens_of(open_house)
     silent = await open_house.agent("kiosk-3")
-    assert (await silent.send(now - timedelta(hours=2), unity_process_running=False)).status == 200
+    assert (await silent.live(now - timedelta(hours=2), unity_process_running=False)).status == 200
     for call in (Call("GET", "/v1/devices/offline"), Call("GET", "/v1/devices/unity-down")):
         assert b'"device_id":"kiosk-3"' in (await ask(open_house, call, ADMIN)).body
     (tmp_path / "openapi.yaml").write_text(yaml.safe_dump(CLOSED))

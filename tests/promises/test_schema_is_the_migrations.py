@@ -72,8 +72,8 @@ async def test_the_comparison_sees_the_whole_schema(conn: Connection) -> None:
     counts = {kind: len(await catalog(conn, kind)) for kind in CATALOG}
     assert {kind for kind, count in counts.items() if not count} == {"types", "comments"}
     columns = await catalog(conn, "columns")
-    generated = "generated s default (floor((EXTRACT(epoch FROM (last_ts AT TIME ZONE 'UTC'::text))"
-    assert [line.partition(" ")[0] for line in columns if generated in line] == ["device_last_status.last_slot"]
+    generated = "generated s default (floor((EXTRACT(epoch FROM (heard_at AT TIME ZONE 'UTC'::text))"
+    assert [line.partition(" ")[0] for line in columns if generated in line] == ["device_last_status.heard_slot"]
     assert any("fillfactor=85" in line for line in await catalog(conn, "relations"))
 
 

@@ -135,8 +135,8 @@ async def _last_status(world: World) -> Check:
         record = found.get(number)
         if record is None or row_of_record(record)[:-1] != row_of(newest)[:-1]:
             wrong.append(f"{newest.device_id}: {record and dict(record)}, newest is {newest}")
-        elif record["status"] not in _statuses(newest.ts, since, world.inactive_before):
-            wrong.append(f"{newest.device_id} is {record['status']}, last heard {newest.ts}")
+        elif record["status"] not in _statuses(world.ledger.heard[number], since, world.inactive_before):
+            wrong.append(f"{newest.device_id} is {record['status']}, last heard {world.ledger.heard[number]}")
     inactive = sum(record["status"] == "inactive" for record in found.values())
     return Check("the last status is the newest heartbeat", f"{len(found)} devices, {inactive} inactive", wrong)
 

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 
 from nexhb.archive.manifest import COLUMNS
+from nexhb.batch import is_newer
 from nexhb.intake import Outcome
 from nexhb.wire import Heartbeat
 
@@ -73,6 +74,7 @@ class Ledger:
     def __init__(self) -> None:
         self.rows: dict[Key, list[Row]] = {}  # what was acknowledged as written; see `again`
         self.newest: dict[int, Heartbeat] = {}  # duplicates too: they move a status
+        self.heard: dict[int, datetime] = {}  # when a device was last heard
         self.written = self.deduplicated = self.failed = 0
         self.again = 0  # acknowledged as written though the key had been: its day was gone, nobody could know
         self._doubtful: dict[Key, list[Row]] = {}  # answered 503: they may be in
@@ -98,5 +100,7 @@ class Ledger:
         else:
             raise Broken(f"{heartbeat} was refused.")
         known = self.newest.get(heartbeat.device_no)
-        if known is None or heartbeat.ts > known.ts:
+        if known is None or is_newer(known, heartbeat):
             self.newest[heartbeat.device_no] = heartbeat
+        heard = self.heard.get(heartbeat.device_no, heartbeat.received_at)
+        self.heard[heartbeat.device_no] = max(heard, heartbeat.received_at)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -15,6 +16,7 @@ from nexhb.batch import HISTORY_COLUMNS, Key, RecentKeys, key_of
 from nexhb.wire import Heartbeat, Label, pack_moment, unpack_moment
 from tests.unit.beats import FACTS, LABEL, NOON, beat
 
+DIGEST_OF_FACTS = -976_026_567
 MIDNIGHT = NOON.replace(hour=0)
 EPOCH = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -63,25 +65,28 @@ def test_a_plan_is_what_the_model_says(arrived: list[Heartbeat], data: st.DataOb
         assert [one for one, _ in entries] == [key_of(*key(arrived[index])) for _, index in entries]
         assert [key(arrived[index]) for _, index in entries] == sorted(key(arrived[index]) for _, index in entries)
 
-    assert [h.device_no for h in plan.newest] == sorted({h.device_no for h in arrived})
-    for newest in plan.newest:
-        theirs = [h for h in arrived if h.device_no == newest.device_no]
-        latest = max(h.ts for h in theirs)
-        assert newest is [h for h in theirs if h.ts == latest][-1]  # of two at one moment, the one that came last
+    for statuses in plan.rounds:
+        assert [h.device_no for h in statuses] == sorted({h.device_no for h in statuses})
+    written = [h for statuses in plan.rounds for h in statuses]
+    for device_no in {h.device_no for h in arrived}:
+        theirs = [h for h in arrived if h.device_no == device_no]
+        newest = max(h.ts for h in theirs)
+        assert any(h.ts == newest for h in written if h.device_no == device_no)
+        assert plan.heard.get(device_no, newest) == max(h.received_at for h in theirs)
 
 
 def test_the_first_of_a_bucket_is_the_row_and_the_newest_is_the_status_though_it_is_a_duplicate() -> None:
     arrived = [beat(ts=NOON + timedelta(seconds=second), battery_pct=50 + second) for second in (3, 8, 1)]
     plan = batch.make(arrived, RecentKeys(10))
     assert plan.rows == {date(2026, 11, 24): [(key_of(1, arrived[0].bucket), 0)]}
-    assert (plan.duplicates, plan.newest) == ({1, 2}, [arrived[1]])
+    assert (plan.duplicates, plan.rounds) == ({1, 2}, [[arrived[1]], [arrived[2]]])
 
 
 def test_a_bucket_that_is_stored_already_gets_no_row_and_still_moves_the_status() -> None:
     stored = beat()
     plan = batch.make([beat(ts=NOON + timedelta(seconds=5))], recent_of([key_of(1, stored.bucket)]))
     assert (plan.rows, plan.duplicates) == ({}, {0})
-    assert [h.ts for h in plan.newest] == [NOON + timedelta(seconds=5)]
+    assert [[h.ts for h in statuses] for statuses in plan.rounds] == [[NOON + timedelta(seconds=5)]]
 
 
 def test_nothing_comes_of_nothing() -> None:
@@ -147,8 +152,10 @@ def test_the_status_columns_are_one_sequence_a_column_and_unknown_texts_are_null
     ]  # fmt: skip
     assert [column[0] for column in columns] == [
         1, "kiosk-1", pack_moment(one.ts), pack_moment(one.received_at), 87, True, 31.5, "wifi", "Store-42", one.ip,
-        -67, 12_345_678, 1837, "2.1.0", True, "1.0.9", False,
+        -67, 12_345_678, 1837, "2.1.0", True, "1.0.9", False, pack_moment(one.received_at), 31, DIGEST_OF_FACTS,
     ]  # fmt: skip
+    later = one.received_at + timedelta(seconds=3)
+    assert [*batch.status_columns([one, two], {2: later})[17]] == [pack_moment(one.received_at), pack_moment(later)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -177,10 +184,91 @@ def test_a_heartbeats_day_is_its_buckets(ts: datetime, bucket_seconds: int) -> N
     assert batch.day_of(made) == ts.date()
 
 
-def test_facts_are_written_only_where_they_changed() -> None:
-    same, renamed, new = beat(1), beat(2, facts=FACTS._replace(alias="Store 43")), beat(3)
-    known = {1: hash(FACTS), 2: hash(FACTS)}
-    assert batch.changed_facts([same, renamed, new], known) == [renamed, new]
+def test_facts_are_written_for_the_devices_that_are_asked_for() -> None:
+    one, two = beat(1), beat(2, facts=FACTS._replace(alias="Store 43"))
+    assert batch.facts_columns([one, two], {2}) == tuple((value,) for value in (2, two.ts, *two.facts))
+
+
+def test_a_digest_of_facts_changes_with_each_of_them_and_is_the_same_in_every_process() -> None:
+    facts = [FACTS] + [FACTS._replace(**{name: None}) for name in FACTS._fields]
+    facts += [FACTS._replace(alias="Store 4"), FACTS._replace(alias="", android_version="Store 42")]
+    assert len({batch.facts_digest(one) for one in facts}) == len(facts)
+    assert batch.facts_digest(FACTS) == DIGEST_OF_FACTS
+    assert batch.facts_digest(wire.DeviceFacts(None, None, None, None, None, None, None)) is None
+
+
+# ---- what is newer ----------------------------------------------------------------------------------------------
+
+
+def live(seconds: float, clock_ahead_s: float = 0, *, booted: float = -1_000, **changes: object) -> Heartbeat:
+    """A heartbeat that is received as it is made, so many seconds after noon, by a device whose clock is ahead."""
+    received_at = NOON + timedelta(seconds=seconds)
+    made = structs.replace(beat(ts=received_at + timedelta(seconds=clock_ahead_s)), received_at=received_at)
+    return structs.replace(made, **({"uptime_s": round(seconds - booted)} | changes))
+
+
+def queued(made: Heartbeat, seconds: float) -> Heartbeat:
+    """The same, received only then."""
+    return structs.replace(made, received_at=NOON + timedelta(seconds=seconds))
+
+
+@pytest.mark.parametrize(
+    ("known", "new", "newer"),
+    [
+        (live(0), live(60), True),
+        (live(0), live(60, -1_500), True),  # its clock was set back by 25 minutes
+        (live(0, 240), live(60), True),  # and to the right time
+        (live(0), live(60, -1_500, uptime_s=None), False),  # without an uptime, ts decides
+        (live(0, uptime_s=None), live(60, -1_500), False),
+        (live(0), live(120, -1_500, booted=-1_060), True),  # a minute's difference at the most
+        (live(0), live(120, -1_500, booted=-1_061), False),
+        (live(0), live(120, -1_500, booted=-939), False),
+        (live(0), queued(live(-600), 1), False),  # a queue of the same boot
+        (live(0), queued(live(-30), 1), False),  # made half a minute before: within the tolerance, but not later
+        (live(0, booted=-10), queued(live(-3_600, booted=-90_000), 1), False),  # of the boot before
+        (live(0), live(0), False),  # the very same
+        (live(40 * 86_400, clock_wrong=True), live(60), True),  # taken by a daemon that was 40 days ahead
+        (live(40 * 86_400), live(60), True),
+        (live(0), live(-3 * 86_400, clock_wrong=True, uptime_s=1), False),  # the receipt's clock is three days behind
+        (live(0), queued(live(-4 * 86_400), -3 * 86_400), False),  # and what was queued a day before it
+        (
+            live(0, clock_wrong=True),
+            live(-3 * 86_400, clock_wrong=True, uptime_s=1),
+            True,
+        ),  # a clock that is never right
+        (live(90_000), live(0, booted=0), False),  # 25 hours, and no more
+    ],
+)
+def test_what_is_newer(known: Heartbeat, new: Heartbeat, newer: bool) -> None:
+    assert batch.is_newer(known, new) is newer
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(-400, 0), st.booleans(), st.booleans()), min_size=1))
+def test_rounds_come_to_what_one_heartbeat_after_the_other_comes_to(said: list[tuple[int, int, bool, bool]]) -> None:
+    """Whatever of it is one batch: fields that a heartbeat leaves out stay as the one before it said."""
+    arrived = [
+        structs.replace(
+            live(at, ahead),
+            battery_pct=at % 101 if battery else None,
+            label=LABEL._replace(sections=31 if battery else 30),
+            facts=FACTS._replace(alias=f"Store {at}" if alias else None),
+        )
+        for at, ahead, battery, alias in sorted(said)
+    ]
+    one_by_one = wrote([[h] for h in arrived])
+    assert wrote(batch.make(arrived, RecentKeys(10)).rounds) == one_by_one
+
+
+def wrote(rounds: list[list[Heartbeat]]) -> tuple[datetime, int | None, str | None]:
+    """What upsert_last_status makes of them, in the fields that the test changes."""
+    known, battery, alias = rounds[0][0], rounds[0][0].battery_pct, rounds[0][0].facts.alias
+    for [new] in rounds[1:]:
+        if batch.is_newer(known, new):
+            known = new
+            battery = new.battery_pct if new.label.sections & wire.BATTERY else battery
+            alias = new.facts.alias or alias
+    return known.ts, battery, alias
 
 
 def test_unknown_labels_are_named_once_and_sorted() -> None:

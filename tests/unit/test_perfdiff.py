@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import pytest
 
 from nexhb import partitions, perfdiff, wire
@@ -17,11 +18,12 @@ RETENTION = 7 * DAY
 SINCE = NOW - RETENTION
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct):
     """A device in a list."""
 
     device_id: str
     battery_pct: int
+    heard_at: datetime = NOW
 
 
 def found(*rows: tuple[str, int], count: int | None = None) -> Found:
@@ -39,6 +41,13 @@ def test_rows_that_are_missing_or_not_the_same_differ() -> None:
 def test_of_lists_that_were_cut_only_the_rows_in_both_are_compared() -> None:
     fast, legacy = found(("a", 1), ("b", 2), count=3), found(("b", 3), ("c", 4), count=3)
     assert perfdiff.differing(fast, legacy) == ["b"]
+
+
+def test_presence_is_told_from_content() -> None:
+    one, heard, other = Row("a", 1), Row("a", 1, NOW + SECOND), Row("a", 2)
+    assert perfdiff.same_content("a", Found(1, [one]), Found(1, [heard]))
+    assert not perfdiff.same_content("a", Found(1, [one]), Found(1, [other]))
+    assert perfdiff.same_content("a", Found(1, [one]), Found(0, []))  # listed one way only: its presence decides
 
 
 def attached(*days: int, **changes: Any) -> list[Partition]:
@@ -68,12 +77,16 @@ def standing(
     *,
     late: bool = False,
     clock_wrong: bool = False,
+    partial: bool = False,
     received: timedelta = 0 * SECOND,
+    heard: timedelta = 0 * SECOND,
 ) -> dict[str, Any]:
-    """A status and a newest row of the history; `received`: by how much later the status' heartbeat arrived."""
+    """A status and a newest row of the history; `received`, `heard`: by how much later the status' heartbeat arrived,
+    and the device was last heard as the status has it."""
     return {
         "status_ts": status, "status_received_at": status and NOW + received,
-        "history_ts": history, "history_received_at": history and NOW,
+        "history_ts": history, "history_received_at": history and NOW, "partial": partial,
+        "status_heard_at": status and NOW + heard, "history_heard_at": history and NOW,
         "history_bucket": history and wire.bucket_of(history, 10), "late": late,
         "clock_wrong": clock_wrong if status else None,
     }  # fmt: skip
@@ -103,7 +116,15 @@ MINUTE_AGO = NOW - 60 * SECOND
         (standing(SINCE - SECOND, SINCE - DAY), "beyond_history"),
         (standing(None, SINCE - DAY), "beyond_history"),
         (standing(SINCE + SECOND, None, late=True), "late"),
+        (standing(MINUTE_AGO, MINUTE_AGO - 10 * SECOND, partial=True), "partial"),
     ],
 )
 def test_what_is_excused_and_what_is_not(one: dict[str, Any], excused: str | None) -> None:
-    assert perfdiff.excuse(one, SINCE, 10) == excused
+    assert perfdiff.excuse(one, SINCE, 10, same=False) == excused
+
+
+def test_a_device_may_have_been_heard_again_by_a_duplicate_and_never_less_late() -> None:
+    again, before = standing(MINUTE_AGO, MINUTE_AGO, heard=SECOND), standing(MINUTE_AGO, MINUTE_AGO, heard=-SECOND)
+    assert perfdiff.excuse(again, SINCE, 10, same=True) == "heard_again"
+    assert perfdiff.excuse(again, SINCE, 10, same=False) is None
+    assert perfdiff.excuse(before, SINCE, 10, same=True) is None

@@ -60,7 +60,7 @@ def test_the_agents_example_becomes_what_it_says() -> None:
 def test_a_body_with_nothing_but_its_time_has_nothing_but_its_time() -> None:
     heartbeat = parse({})
     assert heartbeat.ts == MADE
-    assert heartbeat.label == wire.Label("", "", "", "")
+    assert heartbeat.label == wire.Label("", "", "", "", 0)
     assert heartbeat.facts == wire.DeviceFacts(None, None, None, None, None, None, None)
     values = (
         heartbeat.battery_pct, heartbeat.plugged, heartbeat.temp_c, heartbeat.ip, heartbeat.signal_dbm,
@@ -228,10 +228,30 @@ def test_a_text_takes_its_length_and_no_nul(path: str, longest: int) -> None:
         assert (caught.status, [error.path for error in caught.errors]) == (422, [path])
 
 
+SECTIONS = {
+    "battery": wire.BATTERY, "network": wire.NETWORK, "memory": wire.MEMORY, "system": wire.SYSTEM,
+    "app_versions": wire.APPS,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [0, wire.ALL_SECTIONS, *range(1, wire.ALL_SECTIONS, 3)])
+@pytest.mark.parametrize("absent", ["left out", "null"])
+def test_the_sections_that_are_present_are_known_however_little_they_say(given: int, absent: str) -> None:
+    """`"battery": {}` states that nothing is known of the battery; no battery at all states nothing."""
+    said: dict[str, Any] = {name: {} for name, bit in SECTIONS.items() if given & bit}
+    if absent == "null":
+        said |= {name: None for name, bit in SECTIONS.items() if not given & bit}
+    assert parse(said).label.sections == given
+
+
 def test_an_empty_text_is_nothing() -> None:
     heartbeat = parse({"alias": "", "network": {"ssid": "", "transport": "", "ip": ""}, "system": {"model": ""}})
     assert (heartbeat.facts.alias, heartbeat.facts.model) == (None, None)
-    assert (heartbeat.label, heartbeat.ip, heartbeat.dropped) == (wire.Label("", "", "", ""), None, ())
+    assert (heartbeat.label, heartbeat.ip, heartbeat.dropped) == (
+        wire.Label("", "", "", "", wire.NETWORK | wire.SYSTEM),
+        None,
+        (),
+    )
 
 
 def test_another_device_id_is_noted_and_the_tokens_own_is_not() -> None:

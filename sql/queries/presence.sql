@@ -1,0 +1,29 @@
+-- Whether nexhb takes heartbeats, and when it did not: what silence is counted by.
+
+-- name: hold
+-- The row that every ready daemon renews, locked until the transaction's end, so that one daemon at a time finds a gap.
+SELECT since, renewed_at FROM taking_heartbeats FOR UPDATE;
+
+-- name: renew
+-- $1 since, $2 renewed_at.
+INSERT INTO taking_heartbeats (since, renewed_at) VALUES ($1, $2)
+ON CONFLICT (one) DO UPDATE SET since = excluded.since, renewed_at = excluded.renewed_at;
+
+-- name: add_blackout
+-- $1 began_at, $2 ended_at.
+INSERT INTO blackouts (began_at, ended_at) VALUES ($1, $2) ON CONFLICT DO NOTHING;
+
+-- name: forget
+-- $1: blackouts that ended before.
+DELETE FROM blackouts WHERE ended_at < $1;
+
+-- name: presence
+-- $1 now, $2 how many blackouts at most. Since when heartbeats are taken, when that was last confirmed, and the blackouts
+-- that began before now, newest first. Nulls and empty arrays where there are none.
+WITH recent AS (
+    SELECT began_at, ended_at FROM blackouts WHERE began_at < $1 ORDER BY began_at DESC LIMIT $2
+)
+SELECT (SELECT since FROM taking_heartbeats) AS since,
+       (SELECT renewed_at FROM taking_heartbeats) AS renewed_at,
+       (SELECT coalesce(array_agg(began_at ORDER BY began_at DESC), '{}') FROM recent) AS began,
+       (SELECT coalesce(array_agg(ended_at ORDER BY began_at DESC), '{}') FROM recent) AS ended;
