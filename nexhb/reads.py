@@ -46,11 +46,23 @@ Conn = Connection | PoolConnectionProxy
 # ---- what can be asked both ways ------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where a page of a list ends: the last one on it."""
+
+    heard_at: datetime
+    device_id: str
+
+
+_BEFORE_ALL = Place(datetime(1970, 1, 1, tzinfo=UTC), "")
+_BEHIND_ALL = Place(datetime(2200, 1, 1, tzinfo=UTC), "")
+
+
 class Offline(NamedTuple):
     """Who has been silent for longer than that; the longest silent first."""
 
     silent_for: timedelta
     limit: int
+    after: Place | None = None
     name: str = "offline"
 
 
@@ -59,6 +71,7 @@ class UnityDown(NamedTuple):
 
     online_within: timedelta
     limit: int
+    after: Place | None = None
     name: str = "unity_down"
 
 
@@ -80,6 +93,7 @@ class Found:
 
     count: int
     rows: list[Any]
+    following: Place | None = None  # the last of them, where there are more
 
 
 @dataclass(frozen=True)
@@ -95,25 +109,38 @@ class FromStatus:
         if isinstance(question, Offline):
             silent = known.silent(question.silent_for)
             who = (silent.before, silent.multirange)
-            count, records = await _first(conn, _Q["offline_all"], _Q["offline"], who, question.limit)
-            return Found(count, _silent(records, known))
+            count, records = await _first(conn, _Q["offline_all"], _Q["offline"], who, question)
+            return _page(question, count, _silent(records, known))
         since = known.now - SEEN_WITHIN
-        count, records = await _first(
-            conn, _Q["unity_down_all"], _Q["unity_down"], (since,), question.limit, newest_first=True
-        )
-        return Found(count, _there(records, known, question.online_within))
+        count, records = await _first(conn, _Q["unity_down_all"], _Q["unity_down"], (since,), question)
+        return _page(question, count, _there(records, known, question.online_within))
 
 
 async def _first(
-    conn: Conn, whole: str, cut: str, who: tuple[object, ...], limit: int, *, newest_first: bool = False
+    conn: Conn, whole: str, cut: str, who: tuple[object, ...], question: Offline | UnityDown
 ) -> tuple[int, list[asyncpg.Record]]:
-    """How many there are of a list, and the first of them in its order, up to its limit; both of one moment."""
-    records = await conn.fetch(whole, *who, limit)
-    if len(records) < limit:
-        records.sort(key=itemgetter("heard_at", "device_id"), reverse=newest_first)
-        return len(records), records
-    records = await conn.fetch(cut, *who, limit)
+    """How many there are of a list, and of those behind its place the first in its order, one more than its limit; both
+    of one moment."""
+    most = question.limit + 1
+    if question.after is None:
+        records = await conn.fetch(whole, *who, most)
+        if len(records) < most:
+            records.sort(key=itemgetter("heard_at", "device_id"), reverse=isinstance(question, UnityDown))
+            return len(records), records
+    records = await conn.fetch(cut, *who, most, *_place(question))
     return _total(records), records
+
+
+def _place(question: Offline | UnityDown) -> Place:
+    """From where on: nothing is before the longest silent, nor behind the newest."""
+    return question.after or (_BEFORE_ALL if isinstance(question, Offline) else _BEHIND_ALL)
+
+
+def _page(question: Offline | UnityDown, count: int, rows: list[Any]) -> Found:
+    """As many as were asked for, of what may be one more."""
+    more = len(rows) > question.limit
+    rows = rows[: question.limit]
+    return Found(count, rows, Place(rows[-1].heard_at, rows[-1].device_id) if more else None)
 
 
 @dataclass(frozen=True)
@@ -133,12 +160,15 @@ class FromHistory:
         if isinstance(question, Offline):
             silent = known.silent(question.silent_for)
             records = await conn.fetch(
-                _LEGACY["list_offline"], silent.before, silent.multirange, until, known_since, question.limit
-            )
-            return Found(_total(records), _silent(records, known))
+                _LEGACY["list_offline"], silent.before, silent.multirange, until, known_since, question.limit + 1,
+                *_place(question),
+            )  # fmt: skip
+            return _page(question, _total(records), _silent(records, known))
         since = now - SEEN_WITHIN
-        records = await conn.fetch(_LEGACY["list_unity_down"], since, until, since - QUEUED_FOR, question.limit)
-        return Found(_total(records), _there(records, known, question.online_within))
+        records = await conn.fetch(
+            _LEGACY["list_unity_down"], since, until, since - QUEUED_FOR, question.limit + 1, *_place(question)
+        )
+        return _page(question, _total(records), _there(records, known, question.online_within))
 
 
 def _total(records: list[asyncpg.Record]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from datetime import datetime, timedelta
+import re
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 
 import msgspec
@@ -14,10 +16,11 @@ from nexhb.http import query
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem, answer
 from nexhb.presence import Presence
-from nexhb.reads import Found, Offline, OneDevice, Question, UnityDown
+from nexhb.reads import Found, Offline, OneDevice, Place, Question, UnityDown
 
 PAGE_MOST = 1_000
 LIST_MOST = 10_000
+_PLACE = re.compile(r"((?:19[7-9]|2[01]\d)\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)/(.+)", re.ASCII | re.DOTALL)
 
 
 def _device_id(request: web.Request) -> str:
@@ -59,13 +62,13 @@ async def get_offline(request: web.Request) -> web.Response:
     minutes = query.number(request, "minutes", 0, 1, 525_600)
     silent_for = timedelta(minutes=minutes) if minutes else _offline_after(request.app[PARTS])
     limit = query.number(request, "limit", LIST_MOST, 1, LIST_MOST)
-    return await _list(request, Offline(silent_for, limit))
+    return await _list(request, Offline(silent_for, limit, _after(request)))
 
 
 async def get_unity_down(request: web.Request) -> web.Response:
     """Devices heard within 24 h whose Unity app does not run, and which of them are online."""
     limit = query.number(request, "limit", LIST_MOST, 1, LIST_MOST)
-    return await _list(request, UnityDown(_offline_after(request.app[PARTS]), limit))
+    return await _list(request, UnityDown(_offline_after(request.app[PARTS]), limit, _after(request)))
 
 
 async def get_device(request: web.Request) -> web.Response:
@@ -81,12 +84,29 @@ async def get_device(request: web.Request) -> web.Response:
     return answer({**_at(known), **msgspec.structs.asdict(found.rows[0]), **troubles})
 
 
+def _after(request: web.Request) -> Place | None:
+    """The `next` of the page before: when its last device was last heard, and its id."""
+    text = query.text(request, "after", longest=150)
+    if not text:
+        return None
+    found = _PLACE.fullmatch(text)
+    with suppress(ValueError):
+        if found:
+            return Place(datetime.fromisoformat(found[1]), found[2])
+    raise query.bad("after", "takes the next of the page before")
+
+
+def _next(found: Found) -> str | None:
+    last = found.following
+    return last and f"{last.heard_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}/{last.device_id}"
+
+
 async def _list(request: web.Request, question: Offline | UnityDown) -> web.Response:
     now = request.app[PARTS].now()
     # By request, since a list has no device: a caller that wants the same way again repeats its x-request-id.
     key = request.headers.get("x-request-id") or str(random.random())  # noqa: S311 - no secret
     source, known, found = await _ask(request, question, key, now)
-    return answer({"count": found.count, **_at(known), "source": source, "devices": found.rows})
+    return answer({"count": found.count, **_at(known), "source": source, "devices": found.rows, "next": _next(found)})
 
 
 async def _ask(request: web.Request, question: Question, key: str, now: datetime) -> tuple[str, Presence, Found]:

@@ -16,7 +16,8 @@ _RUNS = re.compile(r"[a-z_]{1,50}:[0-9]{1,15}(,[a-z_]{1,50}:[0-9]{1,15})*", re.A
 _LATEST = datetime(2080, 1, 1, tzinfo=UTC)
 
 
-def _bad(name: str, message: str) -> Problem:
+def bad(name: str, message: str) -> Problem:
+    """A 400 Problem that names the parameter."""
     return Problem(400, f"The parameter {name} is not valid.", errors=[FieldError(name, message)])
 
 
@@ -41,7 +42,7 @@ def number(request: web.Request, name: str, default: int, low: int, high: int) -
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
-        raise _bad(name, f"takes a whole number from {low} to {high}")
+        raise bad(name, f"takes a whole number from {low} to {high}")
     return int(text)
 
 
@@ -52,7 +53,7 @@ def runs(request: web.Request, name: str) -> dict[str, int] | None:
     if not text:
         return None
     if len(text) > 1_000 or not _RUNS.fullmatch(text):
-        raise _bad(name, "takes the next of the page before")
+        raise bad(name, "takes the next of the page before")
     return {job: int(number) for job, _, number in (part.partition(":") for part in text.split(","))}
 
 
@@ -65,20 +66,20 @@ def moment(request: web.Request, name: str, default: datetime) -> datetime:
         # A "+" of an offset arrives as a space where the caller did not escape it.
         moment = datetime.fromisoformat(text.replace(" ", "+") if "T" in text else text)
         if moment.tzinfo is None:
-            raise _bad(name, "needs a time zone: 2026-11-24T00:00:00Z")
+            raise bad(name, "needs a time zone: 2026-11-24T00:00:00Z")
         # "Everything" is often written as year 1 or 9999, which PostgreSQL's arithmetic and ours do not reach.
         return min(max(moment.astimezone(UTC), _EARLIEST), _LATEST)
     except OverflowError:  # year 1 or 9999, with an offset
         return _EARLIEST if moment.year == 1 else _LATEST
     except ValueError:
-        raise _bad(name, "takes an ISO 8601 time with zone: 2026-11-24T00:00:00Z") from None
+        raise bad(name, "takes an ISO 8601 time with zone: 2026-11-24T00:00:00Z") from None
 
 
-def text(request: web.Request, name: str) -> str:
-    """Up to 100 characters. Raises a 400 Problem that names the parameter."""
+def text(request: web.Request, name: str, longest: int = 100) -> str:
+    """Up to `longest` characters. Raises a 400 Problem that names the parameter."""
     text = request.query.get(name, "")
-    if len(text) > 100 or "\0" in text:
-        raise _bad(name, "takes up to 100 characters")
+    if len(text) > longest or "\0" in text:
+        raise bad(name, f"takes up to {longest} characters")
     return text
 
 
@@ -86,5 +87,5 @@ def switch(request: web.Request, name: str) -> bool:
     """`?name`, `?name=true` or `?name=1`; false where it is not there. Raises a 400 Problem for anything else."""
     given = request.query.get(name, "false").lower()
     if given not in ("", "1", "true", "0", "false"):
-        raise _bad(name, "takes true or false")
+        raise bad(name, "takes true or false")
     return given in ("", "1", "true")

@@ -38,6 +38,8 @@ ORDER BY last_ts DESC;
 -- $1 last heard before, $2 but not within (a tstzmultirange as text), $3 history to (included): past it lie only rows of
 -- a daemon whose clock was wrong, $4 history from: who is silent for longer than the retention is inactive, $5 how many.
 -- The longest silent first; total counts the others too.
+-- From behind the one that was last heard at $6 with the device_id $7.
+SELECT * FROM (
 SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
        nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
@@ -59,12 +61,16 @@ JOIN device_heartbeats c
 LEFT JOIN heartbeat_labels l ON l.label_no = c.label_no
 WHERE h.nth = 1 AND h.heard_at < $1 AND NOT h.heard_at <@ $2::text::tstzmultirange AND h.heard_at >= $4
   AND d.revoked_at IS NULL
-ORDER BY h.heard_at, d.device_id COLLATE "C"
+) x
+WHERE (x.heard_at, x.device_id COLLATE "C") > ($6::timestamptz, $7::text)
+ORDER BY x.heard_at, x.device_id COLLATE "C"
 LIMIT $5;
 
 -- name: list_unity_down
 -- $1 heard since, $2 history to (included), $3 history from: eight days before $1, as a queue may be a week old, $4 how
 -- many. The last heard first.
+-- From behind the one that was last heard at $5 with the device_id $6.
+SELECT * FROM (
 SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
        nullif(l.unity_pkg_version, '') AS unity_pkg_version, nullif(l.agent_version, '') AS agent_version,
@@ -86,7 +92,9 @@ JOIN device_heartbeats c
   ON c.device_no = h.device_no AND c.ts = coalesce(b.ts, h.ts) AND c.bucket = coalesce(b.bucket, h.bucket)
 LEFT JOIN heartbeat_labels l ON l.label_no = c.label_no
 WHERE h.nth = 1 AND h.heard_at >= $1 AND c.unity_running = false AND d.revoked_at IS NULL
-ORDER BY h.heard_at DESC, d.device_id COLLATE "C" DESC
+) x
+WHERE (x.heard_at, x.device_id COLLATE "C") < ($5::timestamptz, $6::text)
+ORDER BY x.heard_at DESC, x.device_id COLLATE "C" DESC
 LIMIT $4;
 
 -- name: device

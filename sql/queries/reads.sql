@@ -53,7 +53,8 @@ ORDER BY heard_slot
 LIMIT $3;
 
 -- name: offline
--- $1, $2 as above, $3 how many of them: the longest silent, first. One slot after another is sorted, and no more of them
+-- $1, $2 as above, $3 how many of them: the longest silent, first, from behind the one that was last heard at $4 with the
+-- device_id $5. One slot after another is sorted, and no more of them
 -- than it takes. total counts the others too, in the same moment.
 SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, agent_version,
@@ -64,6 +65,8 @@ FROM device_last_status
 WHERE status = 'ok'
   AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
   AND heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange
+  AND heard_slot >= floor(extract(epoch FROM $4::timestamptz) / 300)::int
+  AND (heard_at, device_id COLLATE "C") > ($4::timestamptz, $5::text)
 ORDER BY heard_slot, heard_at, device_id COLLATE "C"
 LIMIT $3;
 
@@ -77,13 +80,15 @@ ORDER BY device_no
 LIMIT $2;
 
 -- name: unity_down
--- $1 heard since, $2 how many of them: the newest, first; total as above.
+-- $1 heard since, $2 how many of them: the newest, first, from behind the one that was last heard at $3 with the device_id
+-- $4; total as above.
 SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, unity_pkg_version, agent_version,
        (SELECT count(*) FROM device_last_status
         WHERE unity_running = false AND status = 'ok' AND heard_at >= $1) AS total
 FROM device_last_status
 WHERE unity_running = false AND status = 'ok' AND heard_at >= $1
+  AND (heard_at, device_id COLLATE "C") < ($3::timestamptz, $4::text)
 ORDER BY heard_at DESC, device_id COLLATE "C" DESC
 LIMIT $2;
 

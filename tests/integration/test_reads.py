@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr
@@ -99,6 +100,15 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
                 found = await nexhb.get(f"/v1/devices/{which}?limit={limit}")
                 assert (found["source"], found["count"]) == (source, 6)
                 assert [row["device_id"] for row in found["devices"]] == order[:limit]
+                seen = [row["device_id"] for row in found["devices"]]
+                while found["next"] is not None:
+                    found = await nexhb.get(f"/v1/devices/{which}?limit={limit}&after={quote(found['next'])}")
+                    assert found["count"] == 6, "all of them, not those that are left"
+                    seen += [row["device_id"] for row in found["devices"]]
+                assert seen == order
+            for wrong in ("a", "2026-11-24T02:00:00Z", "2026-11-24T02:00:00/a", "x/a", "0001-01-01T00:00:00Z/a"):
+                problem = await nexhb.get(f"/v1/devices/{which}?after={quote(wrong)}", 400)
+                assert problem["errors"][0]["path"] == "after"
 
 
 async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, now: datetime) -> None:

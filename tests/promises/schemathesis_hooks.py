@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import schemathesis
@@ -11,6 +12,11 @@ from nexhb.texts import unfit
 from nexhb.wire import INT16_MAX, INT32_MAX
 
 schemathesis.openapi.format("printable", st.text().filter(lambda text: not unfit(text)))
+
+_MOMENTS = st.datetimes(min_value=datetime(2020, 1, 1), max_value=datetime(2030, 1, 1))  # noqa: DTZ001 - it is written as UTC
+_IDS = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=100)
+_PLACES = st.builds(lambda moment, device_id: f"{moment:%Y-%m-%dT%H:%M:%S.%fZ}/{device_id}", _MOMENTS, _IDS)
+schemathesis.openapi.format("place", st.just("") | _PLACES)
 
 _GOOD = b'{"timestamp_utc":"2026-11-24T02:00:00Z"}'
 _LINES = st.lists(st.sampled_from([_GOOD, b'{"timestamp_utc":"2026-11-24T02:0', b"", b"7"])).map(

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 import pytest
 
-from nexhb import partitions, sql, wire
+from nexhb import partitions, reads, sql, wire
 from nexhb.db import Connection
 
 QUERIES = sql.queries("reads")
@@ -188,9 +188,11 @@ async def test_the_newest_few_of_a_day_read_only_those(fleet: Connection) -> Non
 @pytest.mark.parametrize("query", ["offline_all", "offline"])
 async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connection, query: str) -> None:
     cutoff = NOW - timedelta(minutes=10)
-    plan = await plan_of(fleet, QUERIES[query], cutoff, NO_RANGE, 10_000)
+    place = () if query == "offline_all" else reads._BEFORE_ALL
+    plan = await plan_of(fleet, QUERIES[query], cutoff, NO_RANGE, 10_000, *place)
     settled = await settled_plan_of(
-        fleet, QUERIES[query], "timestamptz, text, bigint", [quoted(cutoff), "'{}'", "10000"]
+        fleet, QUERIES[query], "timestamptz, text, bigint" + (", timestamptz, text" if place else ""),
+        [quoted(cutoff), "'{}'", "10000"] + ([quoted(place.heard_at), "''"] if place else []),
     )  # fmt: skip
     pages = await fleet.fetchval("SELECT pg_relation_size('device_last_status') / 8192")
     assert pages > 60
@@ -204,19 +206,31 @@ async def test_offline_comes_from_the_slots_and_reads_few_pages(fleet: Connectio
 
 async def test_counting_the_offline_comes_from_the_slots_too(fleet: Connection) -> None:
     """However few of them are asked for."""
-    plan = await plan_of(fleet, QUERIES["offline"], NOW - timedelta(minutes=10), NO_RANGE, 1)
+    plan = await plan_of(fleet, QUERIES["offline"], NOW - timedelta(minutes=10), NO_RANGE, 1, *reads._BEFORE_ALL)
     assert plan.rows == 1
     assert plan.indexes == {"device_last_status_slot"}
     assert "Seq Scan" not in plan.scans("device_last_status")
     assert plan.buffers < 4 * OFFLINE + 5  # each one's row
 
 
+async def test_a_later_page_of_the_offline_begins_at_its_slot(fleet: Connection) -> None:
+    """And not with those that were on the pages before."""
+    cutoff = NOW - timedelta(minutes=10)
+    rows = await fleet.fetch(QUERIES["offline"], cutoff, NO_RANGE, OFFLINE, *reads._BEFORE_ALL)
+    last = rows[-2]
+    plan = await plan_of(fleet, QUERIES["offline"], cutoff, NO_RANGE, 10, last["heard_at"], last["device_id"])
+    assert plan.rows == 1
+    assert "Seq Scan" not in plan.scans("device_last_status")
+
+
 @pytest.mark.parametrize("query", ["unity_down_all", "unity_down"])
 async def test_unity_down_comes_from_its_own_index_and_reads_few_pages(fleet: Connection, query: str) -> None:
     since = NOW - timedelta(hours=24)
-    plan = await plan_of(fleet, QUERIES[query], since, 10_000)
+    place = () if query == "unity_down_all" else reads._BEHIND_ALL
+    plan = await plan_of(fleet, QUERIES[query], since, 10_000, *place)
     settled = await settled_plan_of(
-        fleet, QUERIES[query], "timestamptz, bigint", [quoted(since), "10000"]
+        fleet, QUERIES[query], "timestamptz, bigint" + (", timestamptz, text" if place else ""),
+        [quoted(since), "10000"] + ([quoted(place.heard_at), "''"] if place else []),
     )  # fmt: skip
     for one in (plan, settled):
         assert one.rows == DOWN
@@ -346,6 +360,6 @@ async def test_the_seeds_own_way_finds_the_same_devices(fleet: Connection) -> No
     await fleet.execute("UPDATE device_last_status SET heard_at = heard_at - interval '1 minute', "
                         "last_ts = last_ts - interval '1 minute' WHERE device_no <= 3")  # fmt: skip
     old = await fleet.fetch(sql.legacy()["offline"], cutoff)
-    new = await fleet.fetch(QUERIES["offline"], cutoff, NO_RANGE, 10_000)
+    new = await fleet.fetch(QUERIES["offline"], cutoff, NO_RANGE, 10_000, *reads._BEFORE_ALL)
     assert {(row["device_id"], row["last_ts"]) for row in old} == {(row["device_id"], row["last_ts"]) for row in new}
     assert len(old) == 3
