@@ -91,7 +91,7 @@ def test_the_command_is_nexhb(wheel: Path, unpacked: Path) -> None:
     scripts = configparser.ConfigParser()
     with ZipFile(wheel) as archive:
         scripts.read_string(archive.read(f"nexhb-{nexhb.__version__}.dist-info/entry_points.txt").decode())
-    assert dict(scripts["console_scripts"]) == {"nexhb": "nexhb.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"nexhb": "nexhb.__main__:main"}
     call = "import sys; sys.argv = ['nexhb', '--version']; from nexhb.cli import main; main()"
     assert python(unpacked, "-c", call) == f"nexhb {nexhb.__version__}"
 

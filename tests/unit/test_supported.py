@@ -33,7 +33,7 @@ def test_the_caps_are_those_of_pyproject() -> None:
 
 @pytest.mark.parametrize("library", sorted(supported.SUPPORTED))
 def test_every_command_ends_with_that_sentence_where_a_library_is_too_new(library: str) -> None:
-    program = f"import {library}; {library}.__version__ = '99.1'; from nexhb.cli import main; main()"
+    program = f"import {library}; {library}.__version__ = '99.1'; from nexhb.__main__ import main; main()"
     found = subprocess.run(
         [sys.executable, "-c", program, "status"], capture_output=True, text=True, check=False, timeout=60
     )
