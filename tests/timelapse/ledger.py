@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import msgspec
 
 from nexhb.archive.manifest import COLUMNS
 from nexhb.batch import is_newer
@@ -68,6 +69,14 @@ def key_of(row: Row) -> Key:
     return row[-2], row[-1]
 
 
+def _with_what_stays(known: Heartbeat | None, newer: Heartbeat) -> Heartbeat:
+    """What is known of a device once `newer` came: an app_version that it does not say stays."""
+    if known is None or newer.label.agent_version:
+        return newer
+    label = newer.label._replace(agent_version=known.label.agent_version)
+    return msgspec.structs.replace(newer, label=label)
+
+
 class Ledger:
     """Every acknowledged heartbeat, by key, and the newest of each device."""
 
@@ -101,6 +110,6 @@ class Ledger:
             raise Broken(f"{heartbeat} was refused.")
         known = self.newest.get(heartbeat.device_no)
         if known is None or is_newer(known, heartbeat):
-            self.newest[heartbeat.device_no] = heartbeat
+            self.newest[heartbeat.device_no] = _with_what_stays(known, heartbeat)
         heard = self.heard.get(heartbeat.device_no, heartbeat.received_at)
         self.heard[heartbeat.device_no] = max(heard, heartbeat.received_at)
