@@ -7,7 +7,9 @@ import ipaddress
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from bench.fleet import BUCKET_US, MICROS, UNITY_PACKAGE, Device, body_us
@@ -15,6 +17,7 @@ from bench.fleet import BUCKET_US, MICROS, UNITY_PACKAGE, Device, body_us
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BUCKETS_FROM_S = 1_577_836_800  # 2020-01-01
 _RECENT_S = 600
+PHASE_US = 300 * MICROS  # how long a device is as it is: this, or up to six times as long
 COLUMNS = (
     "device_id", "ts", "clock_wrong", "battery_pct", "plugged", "temp_c", "network_type", "ssid", "ip", "signal_dbm",
     "uptime_s", "ram_used_mb", "unity_pkg_version", "unity_running", "agent_version",
@@ -47,7 +50,17 @@ def beat_at(fleet: Sequence[Device], device: int, at: datetime) -> Beat:
 
 def body_of(fleet: Sequence[Device], beat: Beat) -> bytes:
     """What is sent; the same bytes each time."""
-    return body_us(fleet[beat.device], beat.ts_us, beat.ts_us // BUCKET_US)
+    device = _as_of(fleet[beat.device], beat.ts_us // (PHASE_US * (1 + beat.device % 6)))
+    return body_us(device, beat.ts_us, beat.ts_us // BUCKET_US)
+
+
+@lru_cache(maxsize=4096)
+def _as_of(device: Device, phase: int) -> Device:
+    """The device in this stretch of its time, in which its network has a name of its own."""
+    template = device.template
+    if device.ssid is not None:
+        template = template.replace(b'","ip"', b" %d" % (phase % 1000) + b'","ip"', 1)
+    return replace(device, template=template)
 
 
 def row_of(fleet: Sequence[Device], beat: Beat) -> Row:

@@ -40,6 +40,7 @@ class Words:
     turned_away: list[tuple[Beat, str]] = field(default_factory=list)
     duplicates_from_nothing: list[Beat] = field(default_factory=list)
     stories: dict[Beat, list[str]] = field(default_factory=dict)
+    attempts: dict[Beat, list[tuple[float, float]]] = field(default_factory=dict)  # acknowledged: sent, and heard
 
     def story(self, beat: Beat) -> str:
         """Its way, shortened in the middle."""
@@ -52,6 +53,7 @@ def words_of(path: Path) -> Words:
     words = Words()
     open_since: Counter[Beat] = Counter()  # attempts of each that might have written it
     began = None
+    sent_s: dict[Beat, float] = {}  # the last attempt of each
     for entry in read(path):
         began = entry.at_s if began is None else began
         beat, what = entry.beat, entry.what
@@ -59,6 +61,7 @@ def words_of(path: Path) -> Words:
         if what is What.SENT:
             words.sent.add(beat)
             open_since[beat] += 1
+            sent_s[beat] = entry.at_s
         elif what is What.REFUSED:
             open_since[beat] -= 1
         elif what is What.UNKNOWN:
@@ -69,6 +72,7 @@ def words_of(path: Path) -> Words:
             if what is What.DEDUPLICATED and open_since[beat] == 1:
                 words.duplicates_from_nothing.append(beat)
             words.acknowledged.add(beat)
+            words.attempts.setdefault(beat, []).append((sent_s[beat], entry.at_s))
     for beat in words.sent:  # one whose answer the end of the run cut off
         if beat not in words.acknowledged and open_since[beat] > 0:
             words.unknown.add(beat)
@@ -79,12 +83,13 @@ async def check(world: World) -> list[Violation]:
     """Everything that does not hold."""
     words = words_of(world.record.path)
     async with world.connection() as conn:
-        found = await stored.read(conn, world.fleet, world.archive)
+        found = await stored.read(conn, world.fleet, world.archive, world.bucket.settings)
         audits = [await audit.audit(conn, day) for day in found.days]
     return [
+        *(Violation("wrong", -1, None, f"an archive cannot be read: {why}") for why in found.damaged),
         *_ledger(found, audits),
-        *_history(world.fleet, words, found),
-        *_status(world.fleet, found),
+        *_history(world.fleet, words, found, world.forgiven),
+        *_status(world.fleet, words, found),
         *(_violation("wrong", b, f"a healthy device heard {said}", words) for b, said in words.turned_away),
         *(
             _violation("wrong", b, "called a duplicate at its first attempt", words)
@@ -105,10 +110,18 @@ def _violation(what: str, beat: Beat, why: str, words: Words) -> Violation:
     return Violation(what, beat.device, beat, f"{why}; {words.story(beat)}")
 
 
-def _history(fleet: Sequence[Device], words: Words, found: Stored) -> Iterable[Violation]:
+def _is_forgiven(attempts: Sequence[tuple[float, float]], forgiven: Sequence[tuple[float, float]]) -> bool:
+    """Whether each of its acknowledgements came between a copy of the database and the moment at which the copy took
+    its place: sent before that, and heard behind the copy."""
+    return all(any(heard > copied and sent < swapped for copied, swapped in forgiven) for sent, heard in attempts)
+
+
+def _history(
+    fleet: Sequence[Device], words: Words, found: Stored, forgiven: Sequence[tuple[float, float]]
+) -> Iterable[Violation]:
     sent = {(beat.device, beat.bucket): beat for beat in words.sent}
     for beat in sorted(words.acknowledged):
-        if (beat.device, beat.bucket) not in found.rows:
+        if (beat.device, beat.bucket) not in found.rows and not _is_forgiven(words.attempts[beat], forgiven):
             yield _violation("lost", beat, "acknowledged, and not there", words)
     for key, rows in sorted(found.rows.items()):
         known = sent.get(key)
@@ -133,8 +146,9 @@ def _differences(row: Row, expected: Row) -> str:
     )
 
 
-def _status(fleet: Sequence[Device], found: Stored) -> Iterable[Violation]:
+def _status(fleet: Sequence[Device], words: Words, found: Stored) -> Iterable[Violation]:
     """The last status is the newest heartbeat, in every column; so is what the device says of itself."""
+    sent = {(beat.device, beat.bucket): beat for beat in words.sent}
     newest: dict[int, Key] = {}
     for key in found.rows:
         newest[key[0]] = max(key, newest.get(key[0], key))
@@ -143,7 +157,7 @@ def _status(fleet: Sequence[Device], found: Stored) -> Iterable[Violation]:
         last = found.rows[newest[device]][0] if device in newest else None
         if status != last:
             yield Violation("wrong", device, None, f"its last status is {status}, the newest stored is {last}")
-        if last is not None:
-            said = facts_of(fleet, Beat(device, 0))
+        if last is not None and newest[device] in sent:
+            said = facts_of(fleet, sent[newest[device]])
             if found.facts.get(device) != said:
                 yield Violation("wrong", device, None, f"of itself it said {said}, known is {found.facts.get(device)}")

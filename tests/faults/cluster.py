@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -19,10 +20,13 @@ from nexhb import embedded, migrate
 from nexhb.daemon import utc_now
 from nexhb.db import Database
 from nexhb.errors import NexhbError
+from tests.faults import standby
 from tests.faults.guard import Guard
 from tests.faults.processes import ended
+from tests.faults.standby import Standby
 
 DISK = "768m"
+INODES = 30_000  # of which PostgreSQL with its programs takes 6,000
 START_S = 60.0
 
 
@@ -30,10 +34,12 @@ class Cluster:
     """A running PostgreSQL."""
 
     def __init__(self, folder: Path, guard: Guard, *, small_disk: bool) -> None:
-        self._data_dir = folder / "data"
+        self._folder = folder
+        self.data_dir = folder / "data"
         self.small_disk = small_disk
         self._ballast = folder / "ballast"
-        self._server = embedded.start(self._data_dir)
+        self._files = folder / "files"
+        self._server = embedded.start(self.data_dir)
         self._guard = guard
         guard.tell("postmaster", self._server.pgdata)
         self.dsn = self._server.dsn
@@ -93,6 +99,24 @@ class Cluster:
                 conn.terminate()
         return 0
 
+    def make_standby(self) -> Standby:
+        """A standby beside it. Raises EmbeddedPostgresError."""
+        return standby.make(self._server, self._folder, self._guard)
+
+    async def lose(self) -> None:
+        """The postmaster ends at once, and does not come back until `may_start` or `give_way`."""
+        self._may_start.clear()
+        if pid := self.pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGQUIT)
+            await ended(pid)
+
+    async def give_way(self, to: Standby) -> None:
+        """Once it is lost, the standby takes its place for good."""
+        self._server = await asyncio.to_thread(to.promote)
+        self.data_dir, self.dsn = to.data_dir, self._server.dsn
+        self._may_start.set()
+
     def fill_disk(self) -> None:
         """Not a byte is left."""
         file = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -106,6 +130,17 @@ class Cluster:
         """There is room again."""
         self._ballast.unlink(missing_ok=True)
 
+    def fill_inodes(self) -> None:
+        """Not a file more can be made."""
+        self._files.mkdir(exist_ok=True)
+        with suppress(OSError):
+            for number in range(INODES):
+                os.close(os.open(self._files / f"{number}", os.O_WRONLY | os.O_CREAT, 0o600))
+
+    def free_inodes(self) -> None:
+        """Files can be made again."""
+        shutil.rmtree(self._files, ignore_errors=True)
+
     async def _keep(self) -> None:
         while True:
             if pid := self.pid:
@@ -113,8 +148,11 @@ class Cluster:
             self.up.clear()
             await self._may_start.wait()
             with suppress(NexhbError, OSError):
+                if self._server.alive:  # another one has taken its place
+                    self.up.set()
+                    continue
                 await asyncio.to_thread(self._server.stop)
-                self._server = await asyncio.to_thread(embedded.start, self._data_dir, start_timeout_s=START_S)
+                self._server = await asyncio.to_thread(embedded.start, self.data_dir, start_timeout_s=START_S)
                 self.starts += 1
                 self.up.set()
                 async with self._start:
@@ -145,7 +183,7 @@ def _mount(folder: Path) -> bool:
     if os.geteuid() != 0:
         return False
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=711", "nexhb-faults", folder],
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK},nr_inodes={INODES},mode=711", "nexhb-faults", folder],
         check=False,
         capture_output=True,
     )

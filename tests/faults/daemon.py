@@ -27,6 +27,7 @@ SETTINGS = {
     "NEXHB_AUTH__ADMIN_KEY": ADMIN_KEY,
     "NEXHB_JOBS__NIGHTLY": "",
     "NEXHB_JOBS__RECONCILE": "",
+    "NEXHB_AUTH__FAILURES_PER_MINUTE": "100000",  # one address has them all
     "NEXHB_INGEST__ANSWER_WITHIN_SECONDS": "3",  # 10, scaled as the devices' patience is
     "NEXHB_INGEST__DEVICE_PER_MINUTE": "1000000",  # a device's minute lasts a tenth of a second
     "NEXHB_SERVER__SHUTDOWN_TIMEOUT_SECONDS": "5",
@@ -41,6 +42,7 @@ class Daemon:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / "daemon.log"
+        self.logs_to = self.log_path  # its stderr, from the next start on
         self.commands_log_path = folder / "commands.log"
         self.command = command
         self.starts = 0
@@ -64,6 +66,11 @@ class Daemon:
     def is_running(self) -> bool:
         """Whether there is a process."""
         return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """Its process; 0 where there is none."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else 0
 
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[Daemon]:
@@ -157,7 +164,7 @@ class Daemon:
         """A command beside it, started."""
         with self.commands_log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "nexhb", "--config", str(self.folder / "nexhb.toml"), *words],
+                [sys.executable, *self.command, "--config", str(self.folder / "nexhb.toml"), *words],
                 env=self._environment | settings, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         self._guard.tell("child", process.pid)
@@ -180,7 +187,7 @@ class Daemon:
     def _spawn(self) -> None:
         self._expected = False
         self.starts += 1
-        with self.log_path.open("ab") as log:
+        with self.logs_to.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, *self.command, "--config", str(self.folder / "nexhb.toml"), "serve"],
                 env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

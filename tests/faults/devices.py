@@ -25,6 +25,7 @@ BACKOFF = Backoff(base_s=0.05, cap_s=1.0)  # the agent: 2 s, 300 s
 OLDEST_US = 24 * 3600 * MICROS
 LIST_DEVICES = 8  # every so many-th drains its queue as lists
 LIST_MOST = 40
+REPEATED = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Kiosk:
         self._rng = random.Random(f"nexhb faults:{seed}:{number}")  # noqa: S311 - a simulation
         self._queue: deque[Beat] = deque()
         self._aside: list[Beat] = []
+        self._deleted: deque[Beat] = deque(maxlen=REPEATED)
         self._clock = datetime.now(UTC) - timedelta(hours=self._rng.uniform(*habits.back_h))
         self._attempt = 0
         self._stopped = asyncio.Event()
@@ -91,6 +93,12 @@ class Kiosk:
         self._aside.clear()
         self._more.set()
 
+    def repeat(self) -> None:
+        """Send the last ones that were acknowledged once more: it died before it had deleted them."""
+        self._queue.extendleft(beat for beat in reversed(self._deleted) if beat not in self._queue)
+        self._deleted.clear()
+        self._more.set()
+
     async def send(self, port: int) -> None:
         """Send what is queued, oldest first, until cancelled."""
         line = Line(self._fleet[self.number], port)
@@ -119,18 +127,22 @@ class Kiosk:
         beats = [self._queue[place] for place in range(min(many, len(self._queue)))]
         heard = await self._ask(line, beats)
         if heard.what is What.ACKNOWLEDGED:
-            for _ in beats:
-                self._queue.popleft()
+            self._deleted.extend(beats)
+            self._delete(beats)
             self._attempt = 0
             self.acknowledged += len(beats)
             if self._rng.random() < self._habits.again:
                 await self._ask(line, beats)  # it died before it had deleted them
             return
         if self._rng.random() < self._habits.forgotten:
-            gone = [self._queue.popleft() for _ in beats]
-            await self._record.add(gone, What.GIVEN_UP)
+            self._delete(beats)
+            await self._record.add(beats, What.GIVEN_UP)
         await asyncio.sleep(BACKOFF.delay_s(self._attempt, 0.0, self._rng))
         self._attempt += 1
+
+    def _delete(self, beats: list[Beat]) -> None:
+        for beat in beats:  # another may be the oldest meanwhile
+            self._queue.remove(beat)
 
     async def _ask(self, line: Line, beats: list[Beat]) -> Heard:
         """One request, written down before and after."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from tests.faults.nemesis import Fault, Kind, Unable
 from tests.faults.world import World
@@ -100,13 +101,14 @@ def _commit(trick: Trick) -> Act:
 
 
 def _both(lane: str, pick: Pick, whose: str, there: str, back: str) -> tuple[Kind, ...]:
-    return (
+    kinds = (
         Kind(f"{whose} line cut", lane, (0.0, 0.1), _now(pick, Relay.cut)),
         Kind(f"{whose} line reset", lane, (0.0, 0.1), _now(pick, Relay.reset)),
         Kind(f"{whose} line slow", lane, (0.5, 2.0), _slow(pick)),
         Kind(there, lane, (1.0, 2.0), _half(pick, Way.THERE)),
         Kind(back, lane, (1.0, 2.0), _half(pick, Way.BACK)),
     )
+    return tuple(replace(kind, parts=pick is _database) for kind in kinds)
 
 
 DATABASE = (
@@ -121,8 +123,8 @@ DATABASE = (
 )
 DEVICES = (
     *_both("device line", _devices, "devices'", "half a request", "half an answer"),
-    Kind("devices' line stalled", "device line", (0.5, 6.0), _stalled(_devices)),
-    Kind("daemon unreachable", "device line", (0.2, 1.5), _away(_devices)),
-    Kind("answers swallowed", "device line", (0.0, 0.1), _now(_devices, Relay.deafen), weight=3),
+    Kind("devices' line stalled", "device line", (0.5, 6.0), _stalled(_devices), parts=False),
+    Kind("daemon unreachable", "device line", (0.2, 1.5), _away(_devices), parts=False),
+    Kind("answers swallowed", "device line", (0.0, 0.1), _now(_devices, Relay.deafen), weight=3, parts=False),
 )
 KINDS = DATABASE + DEVICES

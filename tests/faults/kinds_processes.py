@@ -22,7 +22,7 @@ READY_S = 15.0  # what the next fault on the lane waits for; whether it is ready
 
 
 async def _kill(world: World, _fault: Fault) -> None:
-    await _hit(world.daemons[0], signal.SIGKILL)
+    await hit(world.daemons[0], signal.SIGKILL)
 
 
 async def _kill_in_transaction(world: World, fault: Fault) -> None:
@@ -45,7 +45,7 @@ async def _freeze(world: World, fault: Fault) -> None:
 
 
 async def _stop(world: World, _fault: Fault) -> None:
-    await _hit(world.daemons[0], signal.SIGTERM)
+    await hit(world.daemons[0], signal.SIGTERM)
 
 
 async def _stop_in_transaction(world: World, fault: Fault) -> None:
@@ -58,7 +58,8 @@ async def _stop_in_transaction(world: World, fault: Fault) -> None:
     await daemon.comes_back(starts, READY_S)
 
 
-async def _hit(daemon: Daemon, number: signal.Signals) -> None:
+async def hit(daemon: Daemon, number: signal.Signals) -> None:
+    """Send it that signal, and wait until it is back and ready."""
     starts = daemon.starts
     if not daemon.send_signal(number):
         raise Unable("the daemon does not run")
@@ -80,14 +81,15 @@ async def _second(world: World, fault: Fault) -> None:
         await second.stop(signal.SIGKILL if fault.dice < 0.5 else signal.SIGTERM)
 
 
-def _cluster(world: World) -> Cluster:
+def own_cluster(world: World) -> Cluster:
+    """The run's own PostgreSQL."""
     assert world.cluster is not None  # such kinds are drawn only where there is one
     return world.cluster
 
 
 async def _kill_backend(world: World, _fault: Fault) -> None:
     """PostgreSQL takes it for a crash and starts anew, with every other backend."""
-    if not (pid := await _cluster(world).backend()):
+    if not (pid := await own_cluster(world).backend()):
         raise Unable("the writer has no backend")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -95,13 +97,13 @@ async def _kill_backend(world: World, _fault: Fault) -> None:
 
 
 async def _kill_postmaster(world: World, _fault: Fault) -> None:
-    _cluster(world).kill()
+    own_cluster(world).kill()
     await world.daemons[0].ready(READY_S)
 
 
 async def _kill_at_commit(world: World, fault: Fault) -> None:
     """Nothing of the transaction is on disk, and PostgreSQL gives its number to the next who wants one: to others."""
-    cluster, proxy = _cluster(world), world.proxies[0]
+    cluster, proxy = own_cluster(world), world.proxies[0]
     starts = cluster.starts
     proxy.played.clear()
     proxy.trick = Trick.CUT_BEFORE
@@ -128,18 +130,18 @@ async def _step_clock(world: World, fault: Fault) -> None:
     file = world.folder / "clock"
     daemon.command = ("-m", "tests.faults.clock", str(file))
     try:
-        await _hit(daemon, signal.SIGTERM)
+        await hit(daemon, signal.SIGTERM)
         for hours in random.Random(fault.dice).sample((90.0, 3.0, -3.0, -14.0), 3):  # noqa: S311 - a simulation
             file.write_text(f"{hours}")
             await asyncio.sleep(fault.lasts_s / 3)
     finally:
         file.write_text("0")
         daemon.command = REAL
-    await _hit(daemon, signal.SIGTERM)
+    await hit(daemon, signal.SIGTERM)
 
 
 async def _restart(world: World, fault: Fault) -> None:
-    cluster = _cluster(world)
+    cluster = own_cluster(world)
     cluster.stop()
     try:
         await asyncio.sleep(fault.lasts_s)
@@ -150,7 +152,7 @@ async def _restart(world: World, fault: Fault) -> None:
 
 async def _fill_disk(world: World, fault: Fault) -> None:
     """The tables cannot grow; with the next segment of the WAL due, PostgreSQL panics and cannot recover either."""
-    cluster = _cluster(world)
+    cluster = own_cluster(world)
     try:
         await asyncio.to_thread(cluster.fill_disk)
         if fault.dice < 0.5:

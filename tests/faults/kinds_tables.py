@@ -45,17 +45,29 @@ def _called(path: str) -> Act:
 
 
 SENT_AWAY = "days sent away"
+HOSTILE = "hostile store"
+SENDING_S = 20.0
 SHORT = {"NEXHB_PARTITIONS__RETENTION_DAYS": "1", "NEXHB_INGEST__ACCEPT_PAST": "1d"}
 
 
 async def _send_away(world: World, _fault: Fault) -> None:
     """An operator with a shorter retention in mind: days that still fill are detached, archived and dropped."""
-    await send_days_away(world, 20.0)
+    await send_days_away(world, SENDING_S)
 
 
-async def send_days_away(world: World, bound_s: float) -> int | None:
+async def _hostile_store(world: World, fault: Fault) -> None:
+    """Such a run, and the store answers anything but what it was asked: no day may go that is not there as it was."""
+    with world.bucket.hostile():
+        await send_days_away(world, SENDING_S, **world.bucket.environment)
+        if fault.dice < 0.3:  # what it did to the days that came before, and an honest store
+            await send_days_away(world, SENDING_S, **world.bucket.environment)
+    if fault.dice > 0.7:
+        await send_days_away(world, SENDING_S, **world.bucket.environment)
+
+
+async def send_days_away(world: World, bound_s: float, **settings: str) -> int | None:
     """A nightly run by such a command; its exit code, None where it had to be killed."""
-    process = world.daemons[0].run("nightly", **SHORT)
+    process = world.daemons[0].run("nightly", **SHORT, **settings)
     try:
         async with asyncio.timeout(bound_s):
             await ended(process.pid)
@@ -69,6 +81,7 @@ async def send_days_away(world: World, bound_s: float) -> int | None:
 
 KINDS = (
     Kind(SENT_AWAY, "tables", (1.0, 2.0), _send_away, own_cluster=True),
+    Kind(HOSTILE, "tables", (2.0, 3.0), _hostile_store, own_cluster=True),
     Kind("last status locked", "tables", (0.3, 5.0), _locked(lambda: "device_last_status")),
     Kind("the day's partition locked", "tables", (0.3, 5.0), _locked(_day)),
     Kind("backend terminated in mid-transaction", "tables", (0.5, 1.0), _terminate, weight=3),

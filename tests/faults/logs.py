@@ -29,6 +29,10 @@ _LINE = (
 )
 
 
+# The same, or what a store or a full disk below the spool says.
+_STORE = rf"{_LINE}|OSError|(nexhb\.errors\.)?(StoreError|Object\w+|ArchiveDamaged)"
+
+
 class Allowed(NamedTuple):
     """An event that faults explain, and why."""
 
@@ -40,10 +44,19 @@ ALLOWED = {
     "writer.not_ready": Allowed("The database is away: the writer says so once, until it is ready again.", _LINE),
     "partition.create_failed": Allowed("The database went away, or the disk is full, while a day was made.", _LINE),
     "job.failed": Allowed("The database went away while a job ran; the run is written down as failed.", _LINE),
-    "nightly.failed": Allowed("A run of which a step failed: each step has said why."),
+    "job.metrics_not_read": Allowed("The database was away; the next look is a minute later.", _LINE),
+    "job.not_run": Allowed("The database was away when a job was due; the next look is soon.", _LINE),
+    "partition.ensure_failed": Allowed("The database was away; days stand ahead for two weeks.", _LINE),
+    "adoption.failed": Allowed("The database was away while a token was looked for.", _LINE),
+    "nightly_maintenance.failed": Allowed("A run of which a step failed: each step has said why."),
+    "nightly_maintenance.step_failed": Allowed(
+        "The database or the store went away, or a disk is full.", rf"$|{_STORE}"
+    ),
+    "batch.failed_unexpectedly": Allowed("There was no memory for it.", "MemoryError"),
     "reconciliation.failed": Allowed("A run that the database left: job.failed has said why."),
     "archive.failed": Allowed("A day could not be archived: the database or its lock was lost."),
     "library.log": Allowed("asyncpg's own future of a connection that is lost, and for which nobody waits.", _LINE),
+    "database.older": Allowed("A copy or a lagging standby took the database's place, and is known to be older."),
     "daemon.not_started": Allowed("A start that met a database that was away for longer than it waits."),
 }
 
@@ -60,7 +73,7 @@ class Entry(NamedTuple):
     def error(self) -> str:
         """What it names as the cause: its `error`, or the last line of its traceback."""
         trace = str(self.said.get("exception", "")).strip()
-        return trace.rpartition("\n")[2] if trace else str(self.said.get("error", self.said.get("reason", "")))
+        return trace.rpartition("\n")[2] if trace else str(self.said.get("error", ""))
 
     @property
     def is_severe(self) -> bool:

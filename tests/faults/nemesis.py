@@ -18,12 +18,13 @@ class Kind:
     """One way to break something. Of one lane a fault at a time; lanes run side by side."""
 
     name: str
-    lane: str  # processes · database line · device line · tables
+    lane: str  # processes · database line · device line · tables · operators
     lasts_s: tuple[float, float]
     act: Callable[[World, Fault], Awaitable[None]]
     weight: int = 1
     own_cluster: bool = False  # only where the database is the run's own
     small_disk: bool = False
+    parts: bool = True  # daemon and database may not hear each other while it lasts
 
 
 class Fault(NamedTuple):
@@ -94,10 +95,15 @@ async def _lane(world: World, faults: Sequence[Fault]) -> list[Struck]:
         await asyncio.sleep(fault.pause_s)
         began, counts, waiting = time.monotonic(), world.record.counts.copy(), world.waiting
         failed = ""
+        world.apart += fault.kind.parts
         try:
             await fault.kind.act(world, fault)
         except Unable as error:
             failed = str(error)
+        finally:
+            world.apart -= fault.kind.parts
+            if fault.kind.parts:
+                world.together_since_s = time.monotonic()
         await asyncio.sleep(GRACE_S)
         now = world.record.counts
         struck.append(

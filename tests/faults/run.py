@@ -10,21 +10,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from tests.faults import kinds_lines, kinds_processes, kinds_tables, logs
+from tests.faults import (
+    kinds_databases,
+    kinds_limits,
+    kinds_lines,
+    kinds_processes,
+    kinds_sessions,
+    kinds_tables,
+    kinds_tokens,
+    logs,
+)
 from tests.faults.check import Violation, check
 from tests.faults.cluster import until_up
-from tests.faults.kinds_tables import SENT_AWAY, send_days_away
+from tests.faults.kinds_tables import HOSTILE, SENT_AWAY, send_days_away
 from tests.faults.nemesis import Kind, Struck, schedule, unleash
 from tests.faults.record import What
 from tests.faults.world import World
 
-KINDS: tuple[Kind, ...] = (*kinds_processes.KINDS, *kinds_lines.KINDS, *kinds_tables.KINDS)
+KINDS: tuple[Kind, ...] = (
+    *kinds_processes.KINDS,
+    *kinds_lines.KINDS,
+    *kinds_tables.KINDS,
+    *kinds_sessions.KINDS,
+    *kinds_limits.KINDS,
+    *kinds_databases.KINDS,
+    *kinds_tokens.KINDS,
+)
 FIRST_S = 60.0  # for the first start
 READY_S = 15.0  # from the healing until the daemon can commit
 STILL_S = 15.0  # a device that holds heartbeats, and for so long hears of none that it is in, is stuck
 DRAIN_S = 120.0  # from then until no device holds anything; 1 to 5 s where the machine has nothing else to do
 NIGHT_S = 30.0  # a nightly run, when all is well again
 LOOK_S = 0.02
+_SEND_DAYS_AWAY = (SENT_AWAY, HOSTILE, kinds_limits.FULL_SPOOL)
 _SETTLED = ("hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total", "nexhb_heartbeats_failed_total")
 
 
@@ -65,9 +83,14 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS, quie
     began = time.monotonic()
     outcome.struck = await unleash(world, schedule(world.seed, possible(world, kinds), seconds))
     outcome.seconds = time.monotonic() - began
+    outcome.violations += [Violation(what, -1, None, why) for what, why in world.blamed]
     await _heal(world, outcome)
     healed_at = datetime.now(UTC)
     if not outcome.violations:
+        if world.forgiven:
+            await kinds_databases.accept(world)
+        for device, why in await world.guests.settled():
+            outcome.violations.append(Violation("wrong", device, None, why))
         await asyncio.sleep(quiet_s)
         await _counters(world, outcome)
     quiet = healed_at, datetime.now(UTC)
@@ -75,8 +98,8 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS, quie
         code = await daemon.stop(signal.SIGTERM)
         if code != 0:
             _stuck(outcome, f"the daemon was told to stop and ended with {code}")
-    if any(one.fault.kind.name == SENT_AWAY for one in outcome.struck):
-        code = await send_days_away(world, NIGHT_S)
+    if any(one.fault.kind.name in _SEND_DAYS_AWAY for one in outcome.struck):
+        code = await send_days_away(world, NIGHT_S, **world.bucket.reading)
         if code != 0:
             _stuck(outcome, f"a nightly run behind the healing ended with {code}")
     outcome.violations += await check(world)

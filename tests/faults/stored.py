@@ -15,6 +15,7 @@ from nexhb.archive import catalog, verify
 from nexhb.archive.manifest import COLUMNS as ARCHIVED_COLUMNS
 from nexhb.archive.store import open_store
 from nexhb.config import Archive
+from nexhb.errors import NexhbError
 from tests.faults.beats import COLUMNS, Row, float32
 
 Key = tuple[int, int]  # the device's number in the fleet, and the bucket
@@ -31,6 +32,7 @@ class Stored:
     rows: dict[Key, list[Row]]
     statuses: dict[int, Row]
     facts: dict[int, Row]
+    damaged: list[str]  # archives that are not what the catalog says, and why
 
     @property
     def days(self) -> list[date]:
@@ -53,22 +55,27 @@ _OF_TEXT: dict[str, Callable[[str], Any]] = {
 }
 
 
-async def _archived(conn: asyncpg.Connection, archive: str) -> AsyncIterator[tuple[str, int, Row]]:
+async def _archived(
+    conn: asyncpg.Connection, archive: str, settings: Archive, damaged: list[str]
+) -> AsyncIterator[tuple[str, int, Row]]:
     """What lies in archives and nowhere else: device_id, bucket and row."""
     attached = {one.name for one in await partitions.attached(conn)}
-    async with open_store(f"file://{archive}", Archive()) as store:
+    async with open_store(f"file://{archive}", settings) as store:
         for one in await catalog.every(conn):
             if one.partition in attached:
                 continue
-            manifest = await verify.load(store, store.name_of(one.url), one.sha256)
-            async for rows in verify.rows(store, manifest):
-                for texts in rows:
-                    said = dict(zip(ARCHIVED_COLUMNS, texts, strict=True))
-                    row = tuple(_OF_TEXT.get(name, str)(said[name]) if said[name] else None for name in COLUMNS)
-                    yield said["device_id"], int(said["bucket"]), row
+            try:
+                manifest = await verify.load(store, store.name_of(one.url), one.sha256)
+                async for rows in verify.rows(store, manifest):
+                    for texts in rows:
+                        said = dict(zip(ARCHIVED_COLUMNS, texts, strict=True))
+                        row = tuple(_OF_TEXT.get(name, str)(said[name]) if said[name] else None for name in COLUMNS)
+                        yield said["device_id"], int(said["bucket"]), row
+            except NexhbError as error:
+                damaged.append(f"{one.partition} in {one.url}: {error}")
 
 
-async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str) -> Stored:
+async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str, settings: Archive) -> Stored:
     """Everything: the days, what came late for days that are gone, and the archives."""
     numbers = {device.device_id: number for number, device in enumerate(fleet)}
     rows: dict[Key, list[Row]] = {}
@@ -77,9 +84,10 @@ async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str) 
             rows.setdefault((numbers[record["device_id"]], record["bucket"]), []).append(_row(record))
         statuses = {numbers[record["device_id"]]: _row(record) for record in await conn.fetch(_STATUS)}
         facts = {numbers[record["device_id"]]: tuple(record)[1:] for record in await conn.fetch(_FACTS)}
-    async for device_id, bucket, row in _archived(conn, archive):
+    damaged: list[str] = []
+    async for device_id, bucket, row in _archived(conn, archive, settings, damaged):
         rows.setdefault((numbers[device_id], bucket), []).append(row)
-    return Stored(rows, statuses, facts)
+    return Stored(rows, statuses, facts, damaged)
 
 
 def _row(record: asyncpg.Record) -> Row:

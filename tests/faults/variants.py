@@ -10,12 +10,21 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
 
-from nexhb import cli, daemon, log, writer
+import asyncpg
+import structlog
+
+from nexhb import cli, daemon, identity, log, writer
+from nexhb.archive import verify
+from nexhb.archive.store import Store
 from nexhb.daemon import State
 from nexhb.db import Connection
-from nexhb.devices import DeviceStore
+from nexhb.devices import Device, DeviceStore
 from nexhb.intake import WRITTEN, Intake, Ticket, Verdict
+from nexhb.jobs import nightly
+from nexhb.jobs.plan import Step
 from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.wire import Heartbeat
 from nexhb.writer import Writer, _InDoubt
@@ -105,9 +114,50 @@ class NeverListensAgain(DeviceStore):
             await asyncio.sleep(1)
 
 
+class BelievesAWarning(Writer):
+    """Takes a COMMIT that no longer waits for its standby for one that the standby has."""
+
+    def _note_warning(self, _conn: object, message: asyncpg.PostgresLogMessage) -> None:
+        """See Writer."""
+
+
+class KeepsItsMemory(Writer):
+    """What it learned on one connection it believes on the next, whichever database that leads to."""
+
+    def _forget(self) -> None:
+        return None
+
+
+class DiesOfACancel(DeviceStore):
+    """Takes a statement that somebody cancelled for an error that nobody knows."""
+
+    async def _read_all(self, conn: Connection, why: str) -> None:
+        try:
+            await super()._read_all(conn, why)
+        except asyncpg.QueryCanceledError as error:
+            raise NotImplementedError from error
+
+
+class KeepsTheRevoked(DeviceStore):
+    """Hears nothing of what becomes of tokens that it knows."""
+
+    async def run(self) -> None:
+        """See DeviceStore."""
+        await asyncio.Event().wait()
+
+
+class TurnsAwayTheNew(KeepsTheRevoked):
+    """Nor asks the database for those that it does not know."""
+
+    async def find(self, token_hash: bytes) -> Device | None:
+        """See DeviceStore."""
+        return self.known(token_hash)
+
+
 def _put(kind: type[Writer | DeviceStore]) -> Callable[[], None]:
     def patch() -> None:
-        setattr(daemon, kind.__mro__[1].__name__, kind)  # an import there, and no export
+        base = Writer if issubclass(kind, Writer) else DeviceStore
+        setattr(daemon, base.__name__, kind)  # an import there, and no export
 
     return patch
 
@@ -118,6 +168,44 @@ def _status_moves_back() -> None:
     assert _ONLY_NEWER in statement
     broken = statement.replace(_ONLY_NEWER, _ONLY_NEWER.replace("SELECT", "SELECT true OR"))
     writer._Q = {**writer._Q, "upsert_last_status": broken}
+
+
+def _turns_away_the_forgotten() -> None:
+    """Takes an older copy for all that there is to know."""
+    setattr(identity.Lives, "older", "")  # noqa: B010 - mypy: it is a property there
+
+
+def _dies_of_its_log() -> None:
+    """A line that cannot be written is an error like any other."""
+    setup = log.setup
+
+    def patched(level: str = "info", stream: TextIO | None = None) -> None:
+        setup(level, stream)
+        structlog.configure(logger_factory=structlog.PrintLoggerFactory(stream or sys.stderr))
+
+    log.setup = patched
+
+
+def _believes_the_store() -> None:
+    """Reads nothing back: what the store calls stored is stored."""
+
+    async def verified(_store: Store, _name: str, _sha256: str, _spool: Path | None = None) -> None:
+        return None
+
+    setattr(verify, "verify", verified)  # noqa: B010 - mypy: it is a function there
+
+
+def _goes_on_without_an_archive() -> None:
+    """A day that could not be archived is dropped with the others."""
+    archive = nightly.Night._archive
+
+    async def patched(self: nightly.Night, step: Step) -> None:
+        try:
+            await archive(self, step)
+        except Exception:
+            await self._conn.execute(f"DROP TABLE {step.target}")
+
+    nightly.Night._archive = patched  # type: ignore[method-assign]
 
 
 def _forgets() -> None:
@@ -141,6 +229,15 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "status-moves-back": _status_moves_back,
     "forgets-at-the-stop": _forgets,
     "stumbles-in-doubt": _put(StumblesInDoubt),
+    "keeps-the-revoked": _put(KeepsTheRevoked),
+    "turns-away-the-new": _put(TurnsAwayTheNew),
+    "keeps-its-memory": _put(KeepsItsMemory),
+    "turns-away-the-forgotten": _turns_away_the_forgotten,
+    "believes-a-warning": _put(BelievesAWarning),
+    "dies-of-its-log": _dies_of_its_log,
+    "believes-the-store": _believes_the_store,
+    "goes-on-without-an-archive": _goes_on_without_an_archive,
+    "dies-of-a-cancel": _put(DiesOfACancel),
     "never-listens-again": _put(NeverListensAgain),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import random
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -16,10 +17,12 @@ import asyncpg
 
 from bench.fleet import Device, make_fleet, write_csv
 from nexhb import devices as store
+from tests.faults.bucket import Bucket
 from tests.faults.cluster import Cluster
 from tests.faults.daemon import Daemon
 from tests.faults.devices import Habits, Kiosk
 from tests.faults.guard import Guard
+from tests.faults.guests import GUESTS, Guests
 from tests.faults.record import Record
 from tests.proxy import Proxy, Relay, Streams
 
@@ -55,12 +58,33 @@ class World:
     front: Front
     proxies: list[Proxy]
     daemons: list[Daemon]  # the second one runs only now and then
-    process_lane: asyncio.Lock = field(default_factory=asyncio.Lock)
+    guests: Guests
+    guard: Guard
+    bucket: Bucket  # an S3 beside the folder
+    blamed: list[tuple[str, str]] = field(default_factory=list)  # what a fault found broken: by which word, and how
+    # From a copy of the database until it took the place of its original: what was acknowledged between may be gone.
+    forgiven: list[tuple[float, float]] = field(default_factory=list)
+    apart: int = 0  # faults under way in which daemon and database may not hear each other
+    together_since_s: float = 0.0  # the end of the last of them, on the machine's monotonic clock
 
     @property
     def archive(self) -> str:
         """The folder of the archives."""
         return f"{self.folder}/archive"
+
+    @property
+    def port(self) -> int:
+        """Where devices send."""
+        return self.front.port
+
+    @property
+    def together_s(self) -> float:
+        """Since when daemon and database hear each other; infinity while they may not."""
+        return math.inf if self.apart else self.together_since_s
+
+    def blame(self, what: str, why: str) -> None:
+        """Write down what does not hold while something is broken, and should."""
+        self.blamed.append((what, why))
 
     @property
     def waiting(self) -> int:
@@ -98,7 +122,7 @@ async def living(
     """A world for the block: its devices are known and send, its daemon serves."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-"))
     guard.tell("folder", folder)
-    fleet = make_fleet(devices, seed)
+    fleet = make_fleet(devices + GUESTS, seed)
     rng = random.Random(f"nexhb front:{seed}")  # noqa: S311 - a simulation
     async with AsyncExitStack() as stack:
         front = await stack.enter_async_context(Front(rng).serving())
@@ -112,16 +136,18 @@ async def living(
             daemons.append(await stack.enter_async_context(daemon.kept()))
         front.daemons = daemons
         kiosks = [Kiosk(fleet, number, record, habits or Habits(), seed) for number in range(devices)]
-        world = World(seed, folder, dsn, cluster, fleet, kiosks, record, front, proxies, daemons)
+        bucket = await stack.enter_async_context(Bucket(rng).serving())
+        guests = Guests(fleet, devices, record, seed)
+        world = World(seed, folder, dsn, cluster, fleet, kiosks, record, front, proxies, daemons, guests, guard, bucket)
         await _make_known(world)
         daemons[0].want()
-        async with _sending(world):
+        async with _sending(world), guests.sending(world):
             yield world
 
 
 async def _make_known(world: World) -> None:
     text = io.StringIO()
-    write_csv(world.fleet, text)
+    write_csv([*world.fleet[: len(world.kiosks)], *world.guests.known], text)
     file = world.folder / "fleet.csv"
     file.write_text(text.getvalue())
     async with world.connection() as conn:

@@ -1,0 +1,177 @@
+"""A small S3 of a run's own, which can be told to be hostile: what it answers then is anything but what was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from aiohttp import web
+
+from nexhb.config import Archive
+
+TIMEOUT_S = 4.0  # how long who asks has patience for an object; the hostile store has more
+URL = "s3://faults/archive"
+_BOMB = bytes(1 << 20)
+_BOMB_TIMES = 32
+
+Answer = Callable[["Bucket", web.Request, bytes], Awaitable[web.StreamResponse]]
+
+
+class Bucket:
+    """Objects by key, over HTTP on loopback."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.endpoint = ""
+        self.played = 0  # hostile answers so far
+        self._rng = rng
+        self._hostile = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command archives there with."""
+        return {
+            "NEXHB_ARCHIVE__URL": URL,
+            "NEXHB_ARCHIVE__ENDPOINT_URL": self.endpoint,
+            "NEXHB_ARCHIVE__REGION": "us-east-1",
+            "NEXHB_ARCHIVE__TIMEOUT_SECONDS": f"{TIMEOUT_S:.0f}",
+            **CREDENTIALS,
+        }
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """What a command that archives elsewhere reads there with."""
+        return {name: value for name, value in self.environment.items() if name != "NEXHB_ARCHIVE__URL"}
+
+    @property
+    def settings(self) -> Archive:
+        """The same for whoever reads."""
+        return Archive(url=URL, endpoint_url=self.endpoint, region="us-east-1")
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[Bucket]:
+        """Listen for the block; from then on this process has the credentials, to read what lies there."""
+        os.environ |= CREDENTIALS
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{key:.*}", self._answer)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    @contextmanager
+    def hostile(self) -> Iterator[None]:
+        """For the block every other answer is one of those below."""
+        self._hostile = True
+        try:
+            yield
+        finally:
+            self._hostile = False
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        if self._hostile and self._rng.random() < 0.5:
+            self.played += 1
+            return await self._rng.choice(_HOSTILE[request.method])(self, request, body)
+        return await _honest(self, request, body)
+
+    def some(self) -> bytes:
+        """Anything."""
+        return self._rng.randbytes(self._rng.randint(1, 5000))
+
+    def other(self, key: str) -> bytes:
+        """Another object than that."""
+        return next((data for other, data in self.objects.items() if other != key), b"")
+
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "faults", "AWS_SECRET_ACCESS_KEY": "faults", "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+}  # fmt: skip
+
+
+def _error(status: int, code: str) -> web.Response:
+    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
+    return web.Response(status=status, text=text, content_type="application/xml")
+
+
+async def _honest(bucket: Bucket, request: web.Request, body: bytes) -> web.StreamResponse:
+    key = request.match_info["key"]
+    if request.method == "PUT":
+        if request.headers.get("If-None-Match") and key in bucket.objects:
+            return _error(412, "PreconditionFailed")
+        bucket.objects[key] = body
+        return web.Response(headers={"ETag": '"x"'})
+    if key not in bucket.objects:
+        return _error(404, "NoSuchKey")
+    return web.Response(body=bucket.objects[key], content_type="application/octet-stream")
+
+
+async def _busy(_bucket: Bucket, _request: web.Request, _body: bytes) -> web.StreamResponse:
+    return _error(503, "SlowDown")
+
+
+async def _internal(_bucket: Bucket, _request: web.Request, _body: bytes) -> web.StreamResponse:
+    return _error(500, "InternalError")
+
+
+async def _slow(bucket: Bucket, request: web.Request, body: bytes) -> web.StreamResponse:
+    await asyncio.sleep(TIMEOUT_S + 1.0)
+    return await _honest(bucket, request, body)
+
+
+async def _garbage(bucket: Bucket, request: web.Request, _body: bytes) -> web.StreamResponse:
+    if request.method == "PUT":  # said to be stored, and is something else
+        bucket.objects[request.match_info["key"]] = bucket.some()
+        return web.Response(headers={"ETag": '"x"'})
+    return web.Response(body=bucket.some())
+
+
+async def _truncated(bucket: Bucket, request: web.Request, body: bytes) -> web.StreamResponse:
+    key = request.match_info["key"]
+    if request.method == "PUT":
+        bucket.objects[key] = body[: len(body) // 2]
+        return web.Response(headers={"ETag": '"x"'})
+    data = bucket.objects.get(key, b"")
+    return web.Response(body=data[: len(data) // 2])
+
+
+async def _cut_off(bucket: Bucket, request: web.Request, _body: bytes) -> web.StreamResponse:
+    data = bucket.objects.get(request.match_info["key"], b"") + b"more"
+    answer = web.StreamResponse(headers={"Content-Length": str(len(data))})
+    await answer.prepare(request)
+    await answer.write(data[: len(data) // 2])
+    if request.transport is not None:
+        request.transport.abort()
+    return answer
+
+
+async def _oversized(bucket: Bucket, request: web.Request, _body: bytes) -> web.StreamResponse:
+    answer = web.StreamResponse(headers={"Content-Length": str(len(_BOMB) * _BOMB_TIMES)})
+    await answer.prepare(request)
+    for _ in range(_BOMB_TIMES):
+        await answer.write(_BOMB)
+    return answer
+
+
+async def _other(bucket: Bucket, request: web.Request, _body: bytes) -> web.StreamResponse:
+    return web.Response(body=bucket.other(request.match_info["key"]))
+
+
+async def _forgets(_bucket: Bucket, _request: web.Request, _body: bytes) -> web.StreamResponse:
+    return web.Response(headers={"ETag": '"x"'}, text="<html>it works</html>", content_type="text/html")
+
+
+_HOSTILE: dict[str, tuple[Answer, ...]] = {
+    "PUT": (_garbage, _truncated, _forgets, _busy, _slow),  # most say that it is stored
+    "HEAD": (_busy, _internal, _slow),
+    "GET": (_busy, _internal, _slow, _garbage, _truncated, _cut_off, _oversized, _other, _forgets),
+}
