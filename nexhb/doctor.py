@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import textwrap
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from typing import Any
 from asyncpg import Record
 
 from nexhb import clock, db, disk, flags, identity, migrate, numbers, partitions, perfdiff, sql
+from nexhb.archive import adopt, marker
+from nexhb.archive.store import open_store
 from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
+from nexhb.jobs.runner import CLOCKS_DIFFER
 from nexhb.locks import Lock
 from nexhb.texts import shown as shown_text
 
@@ -23,6 +27,7 @@ AHEAD_MOST = timedelta(minutes=5)
 LATE_FOR = timedelta(days=2)  # late heartbeats are carried away nightly
 DRILL_WITHIN = timedelta(days=8)
 FIRST_RUN_WITHIN = timedelta(minutes=2)  # of the first start, and jobs.jitter_seconds; both jobs are due at once
+STORE_NAMES_MOST, STORE_TIMEOUT_S = 20_000, 20  # what one visit asks of the archive's store
 DRIFT_MOST = 0.01
 LOCK_MOST_S = 6 * 3600  # one of our own jobs
 STRANGER_MOST_S = 10  # anybody else, as long as heartbeats or jobs wait for them
@@ -153,17 +158,40 @@ async def _old_days(visit: Visit) -> Line:
     return Line("archive", not old, f"{len(old)} days are older than the retention", "nexhb nightly")
 
 
+async def _store(visit: Visit) -> Line:
+    """By the names of the first objects; none is read but the marker."""
+    settings = visit.settings
+    async with asyncio.timeout(STORE_TIMEOUT_S), open_store(settings.archive_url, settings.archive) as store:
+        if not await marker.is_right(visit.conn, store):
+            return Line(
+                "archive store", False, f"{marker.place_of(store)} lacks the marker that this database knows",
+                "mount it, or correct archive.url; where it was moved: nexhb archive adopt",
+            )  # fmt: skip
+        found = await adopt.differences(visit.conn, store, STORE_NAMES_MOST)
+    looked_at = f"of its first {found.looked_at:,} objects, " if found.looked_at == STORE_NAMES_MOST else ""
+    said = [
+        f"{looked_at}{len(names)} {what}, {names[0]} first"
+        for what, names in (
+            ("archives are of days that the catalog lacks", found.lacking),
+            ("are other archives of days that the catalog has", found.others),
+        )
+        if names
+    ]
+    good = f"{looked_at}all archives are in the catalog"
+    return Line("archive store", not said, "; ".join(said) or good, "nexhb archive adopt --dry-run")
+
+
 async def _late(visit: Visit) -> Line:
     row = await visit.conn.fetchrow(_Q["late"])
     assert row is not None  # noqa: S101 - an aggregate has one row
-    old = row["since"] is not None and visit.now - row["since"] > LATE_FOR
+    old = row["since"] is not None and abs(visit.now - row["since"]) > LATE_FOR
     return Line("late heartbeats", not old, f"{row['rows']} wait for the nightly run", "nexhb nightly")
 
 
 def _job(name: str) -> Callable[[Visit], Awaitable[Line]]:
     async def ask(visit: Visit) -> Line:
         cron: str = getattr(visit.settings.jobs, name)
-        row = await visit.conn.fetchrow(_Q["last_good"], name)
+        row = await visit.conn.fetchrow(_Q["last_good"], name, visit.now + CLOCKS_DIFFER)
         assert row is not None  # noqa: S101 - a SELECT without FROM has one row
         if not cron:
             return Line(
@@ -186,7 +214,7 @@ def _first_is_due(visit: Visit, row: Record) -> bool:
 
 
 async def _drill(visit: Visit) -> Line:
-    row = await visit.conn.fetchrow(_Q["drills"])
+    row = await visit.conn.fetchrow(_Q["drills"], visit.now + CLOCKS_DIFFER)
     assert row is not None  # noqa: S101 - an aggregate has one row
     if not row["archives"]:
         return Line("restore drill", True, "nothing is archived yet")
@@ -270,7 +298,7 @@ async def _flags(visit: Visit) -> Line:
     mend = "nexhb perf-diff report; nexhb reconcile, or nexhb backfill; then nexhb flags set read_from_last_status=on"
     if off := await visit.conn.fetchval(_Q["turned_off"]):
         return Line("flags", False, f"perf_diff turned the fast reads off {_at(off)}: they were wrong", mend)
-    if wrong := await perfdiff.mismatches(visit.conn, visit.now - MISMATCHES_OVER):
+    if wrong := await perfdiff.mismatches(visit.conn, visit.now - MISMATCHES_OVER, visit.now + CLOCKS_DIFFER):
         return Line("flags", False, f"{said}; {wrong} comparisons of the last day differ", mend)
     # Whoever set one in the configuration may think that it counts. A default that was switched since is no surprise.
     written = {"from_last_status": "read_from_last_status"}
@@ -302,7 +330,8 @@ def _at(moment: datetime | None) -> str:
 _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
     "database": _database, "clock": _clock, "schema": _schema, "database copy": _copy, "numbers": _numbers,
     "days ahead": _days_ahead, "detaches": _pending,
-    "archive": _old_days, "late heartbeats": _late, "nightly": _job("nightly"), "reconcile": _job("reconcile"),
+    "archive": _old_days, "archive store": _store, "late heartbeats": _late,
+    "nightly": _job("nightly"), "reconcile": _job("reconcile"),
     "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk, "flags": _flags,
     "shared tokens": _shared,
 }  # fmt: skip

@@ -98,6 +98,10 @@ class DayMissing(NexhbError):
     sentence = "The table of this day is not there any more."
 
 
+class DayAttached(BadInput):
+    """A day that is to be restored is there."""
+
+
 class PartitionBusy(NexhbError):
     sentence = "Somebody holds the table."
 
@@ -116,6 +120,10 @@ class ObjectExists(StoreError):
 
 class ObjectMissing(StoreError):
     sentence = "An object is not in the archive store."
+
+
+class WrongStore(StoreError):
+    sentence = "The archive store is not the one that the database knows."
 
 
 class ArchiveDamaged(NexhbError):

@@ -234,7 +234,7 @@ class PerfDiff:
         return found.legacy_ms / 1000
 
     async def _hold_against_the_budget(self, conn: Connection, found: Comparison) -> None:
-        wrong = await mismatches(conn, found.at - BUDGET_OVER)
+        wrong = await mismatches(conn, found.at - BUDGET_OVER, found.at + LOOKS_AHEAD)
         budget = self._settings.reads.perf_diff_budget
         if wrong < budget or not self._flags.current.read_from_last_status:
             return
@@ -267,9 +267,10 @@ class PerfDiff:
 # ---- what was found -------------------------------------------------------------------------------------------------
 
 
-async def mismatches(conn: Connection, since: datetime) -> int:
-    """Comparisons that differed since then, and since the fast reads were last switched on; of all daemons."""
-    return int(await conn.fetchval(_Q["mismatches"], since))
+async def mismatches(conn: Connection, since: datetime, until: datetime) -> int:
+    """Comparisons that differed since then, and since the fast reads were last switched on; of all daemons. What lies
+    after `until` was written by a clock that was ahead, and counts as none."""
+    return int(await conn.fetchval(_Q["mismatches"], since, until))
 
 
 async def report(conn: Connection, since: datetime) -> Row:

@@ -402,6 +402,20 @@ CREATE TABLE archive_supplements (
 );
 CREATE INDEX archive_supplements_partition ON archive_supplements (partition_name);
 
+-- Which object at an archive's place says that it is the very place: without it nothing is archived there, and nothing
+-- dropped. A folder that is not mounted, a bucket that was emptied and a wrong prefix lack it.
+CREATE TABLE archive_markers (
+    place     text PRIMARY KEY,                            -- its url, up to the objects' names
+    marker    text NOT NULL,                               -- the object's name
+    marked_at timestamptz NOT NULL
+);
+
+-- Manifests whose rows a later archive of the same day has: they stay in the store, and the catalog lacks nothing.
+CREATE TABLE archive_superseded (
+    archive_url   text PRIMARY KEY,
+    superseded_at timestamptz NOT NULL
+);
+
 -- What was committed of each day (UTC, of ts), added up in the very transaction that commits it: held against the day's
 -- partition or archive by `nexhb audit`. A row a day and backend, so that no daemon waits for another; the nightly run
 -- folds those of past days into slot 0. fillfactor: a row that is updated with every batch stays on its page.

@@ -31,9 +31,21 @@ class OddS3:
             response = await self._put(request)
             self.puts.append((path, response.status))
             return response
+        if "list-type" in request.query:
+            return self._list(path.strip("/"), request)
         if path not in self.objects:
             return web.Response(status=404) if request.method == "HEAD" else error(404, "NoSuchKey")
         return web.Response(body=self.objects[path])
+
+    def _list(self, bucket: str, request: web.Request) -> web.Response:
+        """Two keys a page: the number of the page is its token."""
+        prefix, page = f"/{bucket}/{request.query.get('prefix', '')}", int(request.query.get("continuation-token", "0"))
+        keys = sorted(path.removeprefix(f"/{bucket}/") for path in self.objects if path.startswith(prefix))
+        shown, more = keys[page * 2 : page * 2 + 2], len(keys) > page * 2 + 2
+        contents = "".join(f"<Contents><Key>{key}</Key><Size>1</Size></Contents>" for key in shown)
+        after = f"<NextContinuationToken>{page + 1}</NextContinuationToken>" if more else ""
+        text = f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{contents}{after}</ListBucketResult>"
+        return web.Response(text=text, content_type="application/xml")
 
     async def _put(self, request: web.Request) -> web.Response:
         for header, (status, code) in self.refuses.items():

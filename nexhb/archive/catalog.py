@@ -63,6 +63,8 @@ async def record(conn: Connection, manifest: Manifest, sha256: str, url: str, no
     restore brought them into the day's table."""
     async with conn.transaction():
         name = manifest.partition
+        await conn.execute(_Q["supersede_day"], name, url, now)
+        await conn.execute(_Q["not_superseded"], url)
         await conn.execute(_P["archived"], name, manifest.rows, manifest.bytes, sha256, url, now)
         await conn.execute(_Q["forget_supplements"], name)
 

@@ -129,7 +129,7 @@ async def _store_manifest(manifest: Manifest, store: Store, spool: Path, at: Cal
     raw = encode(manifest)
     digest = hashlib.sha256(raw)
     name = manifest_name(manifest.partition, manifest.kind, digest.hexdigest())
-    async with _spooled(spool) as file:
+    async with spooled(spool) as file:
         file.write(raw)
         file.flush()
         await put(store, name, Path(file.name), digest.digest())
@@ -160,7 +160,8 @@ async def _holds(store: Store, name: str, size: int, sha256: bytes) -> bool:
 
 
 @asynccontextmanager
-async def _spooled(folder: Path) -> AsyncIterator[BinaryIO]:
+async def spooled(folder: Path) -> AsyncIterator[BinaryIO]:
+    """A file in `folder`, for the block."""
     file = await asyncio.to_thread(_open_spool, folder)
     try:
         yield file

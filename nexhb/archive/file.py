@@ -69,6 +69,11 @@ class FolderStore:
             # Not waited for: where a read hangs, closing waits for it.
             asyncio.get_running_loop().run_in_executor(None, reading.close)
 
+    async def names(self, most: int) -> AsyncGenerator[str, None]:
+        """See Store. A folder that is not there has none."""
+        for name in await self._in_time("list", self.folder, self._deadline(), lambda: _names(self.folder, most)):
+            yield name
+
     def url(self, name: str) -> str:
         """See Store."""
         return f"file://{self._path(name)}"
@@ -101,6 +106,29 @@ def _said(operation: str, path: Path, error: OSError) -> StoreError:
     # The error names the file at fault where a call took a name: the body, say, or a folder on the way.
     where = f"{error.filename}: " if error.filename and str(error.filename) != str(path) else ""
     return StoreError(f"{operation} {path}: {where}{reason}.")
+
+
+def _names(root: Path, most: int) -> list[str]:
+    found: list[str] = []
+    folders = [""]
+    while folders and len(found) < most:
+        folder = folders.pop()
+        try:
+            entries = os.scandir(root / folder)
+        except FileNotFoundError:
+            continue
+        with entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                if not entry.is_dir(follow_symlinks=False):
+                    found.append(name)
+                elif not folder:  # an object lies in a folder of the store, no deeper
+                    folders.append(f"{name}/")
+                if len(found) == most:
+                    break
+    return found
 
 
 def _create(path: Path) -> BinaryIO:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
@@ -40,8 +40,8 @@ async def supplement(
     late = await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)
     keys = [(row["device_no"], row["bucket"]) for row in late]
     beats = [_beat(row["device_id"], row["device_no"], row["bucket"]) for row in late]
-    known = await _known(store, archives, set(beats), spool)
-    new = [key for key, beat in zip(keys, beats, strict=True) if beat not in known]
+    there = await known(store, archives, set(beats), spool)
+    new = [key for key, beat in zip(keys, beats, strict=True) if beat not in there]
     await conn.execute(_Q["late_day"])
     await conn.execute(_Q["clear_late_day"])
     await conn.execute(_Q["fill_late_day"], *_columns(new))
@@ -75,19 +75,38 @@ def _beat(device_id: str | None, device_no: int, bucket: int) -> Beat:
     return device_id or f"\0{device_no}", bucket
 
 
-async def _known(store: Store, archives: list[Archived], beats: set[Beat], spool: Path) -> set[Beat]:
-    """Those of `beats` that the day's archives have."""
+async def known(store: Store, archives: list[Archived], beats: set[Beat], spool: Path) -> set[Beat]:
+    """Those of `beats` that the day's archives have. Raises ArchiveDamaged or StoreError."""
     found: set[Beat] = set()
     theirs = {"", *(whose for whose, _ in beats)}
     for archived in archives:
-        manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
-        async with aclosing(verify.rows(store, manifest, ("device_id", theirs), spool)) as pieces:
-            async for rows in pieces:
-                try:
-                    found |= beats & {_beat(row[0], int(row[-2]), int(row[-1])) for row in rows}
-                except ValueError as error:
-                    raise ArchiveDamaged(f"{archived.url} has a row that cannot be read: {error}.") from error
+        async with aclosing(_beats(store, archived, ("device_id", theirs), spool)) as pieces:
+            async for piece in pieces:
+                found |= beats & piece
     return found
+
+
+async def beats_of(store: Store, archived: Archived, spool: Path) -> set[Beat]:
+    """Those of a supplement. Raises ArchiveDamaged, for more than a supplement has too, or StoreError."""
+    found: set[Beat] = set()
+    async with aclosing(_beats(store, archived, None, spool)) as pieces:
+        async for piece in pieces:
+            found |= piece
+            if len(found) > KEYS_AT_ONCE:
+                raise ArchiveDamaged(f"{archived.url} has more than {KEYS_AT_ONCE:,} rows.")
+    return found
+
+
+async def _beats(
+    store: Store, archived: Archived, where: tuple[str, Container[str]] | None, spool: Path
+) -> AsyncGenerator[set[Beat], None]:
+    manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
+    async with aclosing(verify.rows(store, manifest, where, spool)) as pieces:
+        async for rows in pieces:
+            try:
+                yield {_beat(row[0], int(row[-2]), int(row[-1])) for row in rows}
+            except ValueError as error:
+                raise ArchiveDamaged(f"{archived.url} has a row that cannot be read: {error}.") from error
 
 
 def _columns(keys: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

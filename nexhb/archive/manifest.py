@@ -125,20 +125,22 @@ def _out_of_bounds(found: Manifest) -> Iterator[str]:
             yield f"object {number} named {one.name[:200]!r}"
 
 
+MANIFEST_NAME = re.compile(r"[^/.\0][^/\0]*/(day|late)-manifest-([0-9a-f]{16})\.json")
 _HASH = re.compile("[0-9a-f]{64}")
 
 
 def object_name(partition: str, kind: str, number: int, sha256: str) -> str:
     """The name of an object, by what is in it."""
-    return f"{_folder(partition)}/{kind}-{number:04d}-{sha256[:16]}.csv.zst"
+    return f"{folder_of(partition)}/{kind}-{number:04d}-{sha256[:16]}.csv.zst"
 
 
 def manifest_name(partition: str, kind: str, sha256: str) -> str:
     """The name of a manifest, by what is in it."""
-    return f"{_folder(partition)}/{kind}-manifest-{sha256[:16]}.json"
+    return f"{folder_of(partition)}/{kind}-manifest-{sha256[:16]}.json"
 
 
-def _folder(partition: str) -> str:
-    """A table may have any name; a folder has one part, and is not hidden. What is in it says whose it is."""
+def folder_of(partition: str) -> str:
+    """Where a day's objects lie. A table may have any name; a folder has one part, and is not
+    hidden. What is in it says whose it is."""
     name = partition.replace("/", "_")
     return f"_{name}" if name.startswith(".") else name

@@ -18,7 +18,7 @@ from nexhb.archive.export import select
 from nexhb.archive.manifest import STREAM_COLUMNS, Manifest
 from nexhb.archive.store import Store
 from nexhb.db import Connection
-from nexhb.errors import ArchiveDamaged, BadInput
+from nexhb.errors import ArchiveDamaged, BadInput, DayAttached
 from nexhb.partitions import quoted
 
 _Q = sql.queries("archive")
@@ -67,7 +67,7 @@ async def restore_day(
     day = archives[0]
     attached = await partitions.attached(conn)
     if any(p.start < day.end and p.end > day.start for p in attached):
-        raise BadInput(f"{day.partition} is attached: there is nothing to restore.")
+        raise DayAttached(f"{day.partition} is attached: there is nothing to restore.")
     async with conn.transaction():
         await conn.execute("SET LOCAL lock_timeout = '30s'")
         if not await partitions.present(conn, day.partition):
@@ -90,6 +90,7 @@ async def _bring_back(
     scratch = _SCRATCH.qualified
     rows = await _fill(conn, store, archives, _SCRATCH, spool)
     await conn.execute(_Q["restore_devices"].replace("$table", scratch))
+    await conn.execute(_Q["restore_strangers"].replace("$table", scratch))
     await conn.execute(_Q["restore_labels"].replace("$table", scratch))
     done = await conn.execute(_Q["restore_rows"].replace("$table", quoted(table)).replace("$plain", scratch))
     if int(done.rpartition(" ")[2]) != rows:

@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from nexhb import log
 from nexhb.archive import s3_errors
 from nexhb.archive.names import below, checked
-from nexhb.archive.store import CHUNK, Store
+from nexhb.archive.store import CHUNK, ListedStore
 from nexhb.config import Archive
 from nexhb.errors import ObjectExists, StoreError
 
@@ -28,6 +28,7 @@ _log = log.get("archive")
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 3
+LISTED = "*"  # how a message names all of the objects
 
 # Headers of a put that not every store knows; one that does not answers 400 or 501 (Backblaze B2 and others). Without
 # the checksum the read-back is what proves the bytes; without the condition, the question before the put is what keeps
@@ -37,7 +38,7 @@ CONDITION = "If-None-Match"
 
 
 @asynccontextmanager
-async def open_bucket(url: str, settings: Archive) -> AsyncIterator[Store]:
+async def open_bucket(url: str, settings: Archive) -> AsyncIterator[ListedStore]:
     """The Store at `s3://bucket/prefix`, open for the block. Credentials come the AWS way: environment, files, role.
 
     Raises StoreError where the AWS configuration is not usable; the bucket is not asked before the first put or get.
@@ -128,6 +129,22 @@ class Bucket:
                 if not chunk:
                     return
                 yield chunk
+
+    async def names(self, most: int) -> AsyncGenerator[str, None]:
+        """See Store. A thousand at a time."""
+        left, deadline, where = most, self._deadline(), dict[str, str]()
+        while left > 0:
+            async with self._in_time("list", LISTED, deadline):
+                page = await self.client.list_objects_v2(
+                    Bucket=self.bucket, Prefix=self.prefix, MaxKeys=min(left, 1_000), **where
+                )
+            for one in page.get("Contents", [])[:left]:
+                left -= 1
+                yield one["Key"].removeprefix(self.prefix)
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or not token or where.get("ContinuationToken") == token:
+                return
+            where = {"ContinuationToken": token}
 
     def url(self, name: str) -> str:
         """See Store."""

@@ -37,13 +37,20 @@ class Store(Protocol):
         """The name that `url` (as written down) has in this store. Raises StoreError where it lies elsewhere."""
 
 
+class ListedStore(Store, Protocol):
+    """A Store that says what is in it."""
+
+    def names(self, most: int) -> AsyncGenerator[str, None]:
+        """The names of the objects that are there, `most` of them at most; of hidden files none. Raises StoreError."""
+
+
 @asynccontextmanager
-async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
+async def open_store(url: str, settings: Archive) -> AsyncIterator[ListedStore]:
     """The store at `url` (Settings.archive_url), open for the block; it reads archives that were written down elsewhere
     too. Touches nothing before the first put or get; one that cannot be opened says so then: what needs no store goes
     on without it."""
     async with AsyncExitStack() as stack:
-        store: Store
+        store: ListedStore
         try:
             store = await stack.enter_async_context(_open(url, settings))
         except StoreError as error:
@@ -52,7 +59,7 @@ async def open_store(url: str, settings: Archive) -> AsyncIterator[Store]:
 
 
 @asynccontextmanager
-async def _open(url: str, settings: Archive) -> AsyncIterator[Store]:
+async def _open(url: str, settings: Archive) -> AsyncIterator[ListedStore]:
     if url.startswith("file://"):
         from nexhb.archive.file import FolderStore  # noqa: PLC0415 - only the one that is used is loaded
 
@@ -80,6 +87,12 @@ class _Closed:
             raise self._why
         yield b""
 
+    async def names(self, most: int) -> AsyncGenerator[str, None]:
+        """Raises why."""
+        if most:
+            raise self._why
+        yield ""
+
     def url(self, name: str) -> str:
         """Raises why."""
         raise self._why
@@ -93,10 +106,10 @@ class _Everywhere:
     """The store in use; and, to read only, those that were in use before archive.url was changed. A name there is the
     whole url."""
 
-    def __init__(self, store: Store, stack: AsyncExitStack, settings: Archive) -> None:
+    def __init__(self, store: ListedStore, stack: AsyncExitStack, settings: Archive) -> None:
         self._store, self._stack, self._settings = store, stack, settings
-        self._former: dict[str, Store] = {}
-        self.put, self.url = store.put, store.url
+        self._former: dict[str, ListedStore] = {}
+        self.put, self.url, self.names = store.put, store.url, store.names
 
     def name_of(self, url: str) -> str:
         """The name in the store in use, else the url itself. Raises StoreError for what is no archive's address."""
@@ -111,7 +124,7 @@ class _Everywhere:
 
     async def get(self, name: str) -> AsyncGenerator[bytes, None]:
         """See Store."""
-        store = self._store
+        store: Store = self._store
         if "://" in name:
             root, folder, last = name.rsplit("/", 2)
             if root not in self._former:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import date, datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Annotated, Any
 
+import asyncpg
 import typer
 from rich.console import Console
 
-from nexhb import cli, daemon
-from nexhb.archive import catalog, get, restore, verify
+from nexhb import cli, daemon, partitions
+from nexhb.archive import adopt, catalog, get, restore, verify
 from nexhb.archive.catalog import Archived
 from nexhb.archive.manifest import COLUMNS
-from nexhb.archive.store import Store, open_store
-from nexhb.cli import tables
+from nexhb.archive.store import ListedStore, open_store
+from nexhb.cli import progress, tables
 from nexhb.db import Connection
-from nexhb.errors import BadInput, NexhbError
+from nexhb.errors import BadInput, DayAttached, NexhbError
 from nexhb.jobs.runner import LOCK_TIMEOUT_MS, STATEMENT_TIMEOUT_S
 from nexhb.locks import Lock, held
 
 _commands = typer.Typer(no_args_is_help=True, help="Archived days.")
 cli.app.add_typer(_commands, name="archive")
 
-Day = Annotated[datetime, typer.Argument(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")]
+MOST_DAYS = 3_660  # of a range: a typing error is no order
 
 
 @dataclass(frozen=True)
 class _House:
     conn: Connection
-    store: Store
+    store: ListedStore
+    spool: Path
 
 
 @asynccontextmanager
@@ -46,7 +49,7 @@ async def _house() -> AsyncIterator[_House]:
             application="nexhb archive", command_timeout_s=STATEMENT_TIMEOUT_S, lock_timeout=f"{LOCK_TIMEOUT_MS}"
         ) as conn,
     ):
-        yield _House(conn, store)
+        yield _House(conn, store, settings.data_dir / "spool")
 
 
 def _busy(what: str) -> Any:
@@ -118,7 +121,7 @@ def verify_archives(
 async def _verified(house: _House, archived: Archived) -> dict[str, Any]:
     found: dict[str, Any] = {"day": f"{archived.start:%Y-%m-%d}", "url": archived.url, "rows": None, "error": None}
     try:
-        manifest = await verify.verify(house.store, house.store.name_of(archived.url), archived.sha256)
+        manifest = await verify.verify(house.store, house.store.name_of(archived.url), archived.sha256, house.spool)
     except NexhbError as error:
         return found | {"error": str(error)}
     await catalog.verified(house.conn, archived.url, daemon.utc_now())
@@ -127,15 +130,20 @@ async def _verified(house: _House, archived: Archived) -> dict[str, Any]:
 
 @_commands.command(
     name="restore",
-    help="Bring a day back. It is not archived again until it is released. Exit code 3: the nightly run is at work.",
+    help="""
+    Bring a day back, or each day of a range. It is not archived again until it is released. Exit code 1: some day could
+    not be restored; the others were. Exit code 3: the nightly run is at work.
+    """,
 )
-def restore_day(
-    day: Day,
+def restore_days(
+    days: Annotated[
+        str, typer.Argument(metavar="DAY|FROM..TO", help="A UTC day, or a range of days: 2026-11-01..2026-11-24.")
+    ],
     into: Annotated[
-        str | None, typer.Option(help="A table to make, with device_id and every column; the day stays as it is.")
+        str | None, typer.Option(help="A table to make, with device_id and every column; the days stay as they are.")
     ] = None,
     release: Annotated[
-        bool, typer.Option("--release", help="The opposite: the next nightly run may archive the day again.")
+        bool, typer.Option("--release", help="The opposite: the next nightly run may archive the days again.")
     ] = False,
     as_json: cli.Json = False,
 ) -> None:
@@ -143,32 +151,130 @@ def restore_day(
         raise BadInput("restore takes --into or --release, not both.")
     if into is not None and not into.strip():
         raise BadInput("--into takes the name of a table.")
+    wanted = parsed_days(days)
 
-    async def work() -> dict[str, Any]:
+    async def work() -> list[dict[str, Any]]:
         async with _house() as house, held(house.conn, Lock.NIGHTLY, wait=False):
-            if release:
-                return {"day": day.date(), "released": await catalog.release(house.conn, day.date())}
-            return await _restore(house, day.date(), into)
+            if into:
+                return [await _restore_into(house, wanted, into)]
+            do = _released if release else _restored
+            if len(wanted) == 1:
+                return [await do(house, wanted[0])]
+            return [await _one_of_many(do, house, day) for day in wanted]
 
     with _busy("Restoring …"):
         done = cli.run(work())
+    failed = [one for one in done if one.get("error")]
     if as_json:
-        cli.show(done)
-    elif release:
-        typer.echo(f"{done['released']} will be archived again by the next nightly run.")
+        cli.show(done[0] if len(wanted) == 1 or into else {"days": done, "failed": len(failed)})
     else:
-        typer.echo(f"{done['rows']:,} rows of {done['day']} are in {done['table']}.")
+        for one in done:
+            typer.echo(_told(one))
+        if len(wanted) > 1 and not into:
+            typer.echo(f"{len(done)} days, {len(failed)} failed.")
+    raise typer.Exit(cli.EXIT_FAILED if failed else 0)
 
 
-async def _restore(house: _House, day: date, into: str | None) -> dict[str, Any]:
-    if into:
-        archives = await catalog.find(house.conn, day)
-        rows = await restore.restore_into(house.conn, house.store, archives, into)
-        return {"day": day, "table": into, "rows": rows}
+def _told(one: dict[str, Any]) -> str:
+    if said := one.get("error") or one.get("unchanged"):
+        return f"{one['day']}: {said}"
+    if "released" in one:
+        return f"{one['released']} will be archived again by the next nightly run."
+    return f"{one['rows']:,} rows of {one['day']} are in {one['table']}."
+
+
+def parsed_days(text: str) -> list[date]:
+    """The days that `2026-11-24`, `20261124` or `2026-11-01..2026-11-24` names. Raises BadInput."""
+    first, several, last = text.partition("..")
+    ends = [_parsed_day(first), _parsed_day(last if several else first)]
+    days = (ends[1] - ends[0]).days + 1
+    if not 0 < days <= MOST_DAYS:
+        raise BadInput(f"{text} is no range of 1 to {MOST_DAYS:,} days.", hint="The first day comes first.")
+    return partitions.days_between(*ends)
+
+
+def _parsed_day(text: str) -> date:
+    for form in ("%Y-%m-%d", "%Y%m%d"):
+        with suppress(ValueError):
+            return datetime.strptime(text, form).replace(tzinfo=UTC).date()
+    raise BadInput(f"{text!r} is no UTC day.", hint="A day is 2026-11-24, a range 2026-11-01..2026-11-24.")
+
+
+async def _one_of_many(
+    do: Callable[[_House, date], Awaitable[dict[str, Any]]], house: _House, day: date
+) -> dict[str, Any]:
+    """What became of the day: one that fails stops no other. Raises where the connection is lost."""
+    try:
+        return await do(house, day)
+    except DayAttached as error:
+        return {"day": day, "unchanged": str(error)}
+    except NexhbError as error:
+        return {"day": day, "error": str(error)}
+    except asyncpg.PostgresError as error:
+        if house.conn.is_closed():
+            raise
+        return {"day": day, "error": f"The database says: {error}"}
+
+
+async def _released(house: _House, day: date) -> dict[str, Any]:
+    return {"day": day, "released": await catalog.release(house.conn, day)}
+
+
+async def _restore_into(house: _House, days: list[date], into: str) -> dict[str, Any]:
+    found = [one for day in days for one in await catalog.find(house.conn, day)]
+    archives = list({one.url: one for one in found}.values())  # a partition may hold several of the days
+    rows = await restore.restore_into(house.conn, house.store, archives, into, house.spool)
+    return {"day": days[0] if len(days) == 1 else f"{days[0]}..{days[-1]}", "table": into, "rows": rows}
+
+
+async def _restored(house: _House, day: date) -> dict[str, Any]:
     detached = await catalog.find_detached(house.conn, day)
     archives = [detached] if detached else await catalog.find(house.conn, day)
-    rows = await restore.restore_day(house.conn, house.store, archives, daemon.utc_now())
+    rows = await restore.restore_day(house.conn, house.store, archives, daemon.utc_now(), house.spool)
     return {"day": day, "table": archives[0].partition, "rows": rows}
+
+
+@_commands.command(
+    name="adopt",
+    help="""
+    Read the store's manifests into the catalog: of a new database, or of one out of a backup; and take the store for
+    the right one where it was moved. Nothing that the catalog has is overwritten. Exit code 1: a conflict, or a
+    manifest that is damaged. Exit code 3: the nightly run is at work.
+    """,
+)
+def adopt_archives(
+    take: Annotated[
+        list[str] | None,
+        typer.Option(help="Of several archives of one day, the one that counts: its manifest's URL. May be repeated."),
+    ] = None,
+    verify_all: Annotated[bool, typer.Option("--verify", help="Read back every byte before it is adopted.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin anew: though the store has none of the archives known there.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    as_json: cli.Json = False,
+) -> None:
+    wishes = adopt.Wishes(frozenset(take or ()), verify=verify_all, force=force, dry_run=dry_run)
+
+    async def work(tell: adopt.Tell) -> adopt.Report:
+        async with _house() as house, held(house.conn, Lock.NIGHTLY, wait=False):
+            return await adopt.adopt(house.conn, house.store, house.spool, daemon.utc_now(), wishes=wishes, tell=tell)
+
+    with progress.shown("Adopting") as tell:
+        report = cli.run(work(tell))
+    if as_json:
+        cli.show({"dry_run": dry_run, **asdict(report)})
+    else:
+        for verdict in ("adopted", "superseded", "present", "conflicts", "refused"):
+            for one in getattr(report, verdict):
+                said = f": {one['reason']}" if one.get("reason") else ""
+                typer.echo(f"{verdict:10}  {one.get('day', ''):10}  {one['url']}{said}")
+        typer.echo(
+            f"{len(report.adopted)} adopted, {report.known} known, {len(report.superseded)} superseded, "
+            f"{len(report.present)} of days that are here, {len(report.conflicts)} conflicts, "
+            f"{len(report.refused)} refused" + (" (dry run)." if dry_run else ".")
+        )
+    raise typer.Exit(0 if report.good else cli.EXIT_FAILED)
 
 
 @_commands.command(
@@ -184,7 +290,7 @@ def get_device(
     async def work() -> list[dict[str, str | None]]:
         async with _house() as house:
             archives = await catalog.find(house.conn, day.date())
-            return await get.heartbeats_of(house.store, archives, device)
+            return await get.heartbeats_of(house.store, archives, device, house.spool)
 
     with _busy("Reading …"):
         rows = cli.run(work())

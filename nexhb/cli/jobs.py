@@ -29,7 +29,9 @@ def _end(run: Run, as_json: bool) -> None:
     else:
         for step in run.counts.get("plan", []):
             typer.echo(f"{step['step']:9} {step['target']}: {step['reason']}")
-        rest = ", ".join(f"{name} {value}" for name, value in run.counts.items() if name != "plan")
+        if asks := run.counts.get("asks"):
+            typer.echo(f"It would stop and ask: {asks}")
+        rest = ", ".join(f"{name} {value}" for name, value in run.counts.items() if name not in ("plan", "asks"))
         typer.echo(
             f"{run.job}: {run.status}" + (f" ({run.reason})" if run.reason else "") + (f": {rest}" if rest else "")
         )
@@ -40,8 +42,15 @@ def _end(run: Run, as_json: bool) -> None:
 @cli.app.command(
     help="Make days ahead, archive and drop what is old, vacuum. Exit code 3 where somebody else is at it."
 )
-def nightly(dry_run: DryRun = False, as_json: cli.Json = False) -> None:
-    _end(_run(lambda jobs: jobs.nightly(dry_run=dry_run)), as_json)
+def nightly(
+    dry_run: DryRun = False,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Also where it would ask first: most days would leave, or the clock looks wrong."),
+    ] = False,
+    as_json: cli.Json = False,
+) -> None:
+    _end(_run(lambda jobs: jobs.nightly(dry_run=dry_run, yes=yes)), as_json)
 
 
 @cli.app.command(help="Heal device_last_status from the last 24 hours. Exit code 3 where somebody else is at it.")

@@ -44,7 +44,7 @@ ROUTES = (
     Route("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
     Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", "limit", "after")),
     Route("POST", "/ops/enrolment-keys", ops.post_enrolment_key, "admin"),
-    Route("POST", "/ops/nightly", ops.post_nightly, "admin", ("dry_run",)),
+    Route("POST", "/ops/nightly", ops.post_nightly, "admin", ("dry_run", "yes")),
     Route("POST", "/ops/reconcile", ops.post_reconcile, "admin", ("dry_run", "max_rows")),
     Route("GET", "/ops/jobs", ops.get_jobs, "admin", ("limit", "after")),
     Route("GET", "/ops/flags", ops.get_flags, "admin"),

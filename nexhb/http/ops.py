@@ -46,10 +46,11 @@ async def get_metrics(request: web.Request) -> web.StreamResponse:
 
 
 async def post_nightly(request: web.Request) -> web.Response:
-    """The nightly run, now; with dry_run only its plan. A run that failed is answered 500, so that whoever calls it by
-    a timer notices."""
+    """The nightly run, now; with dry_run only its plan, with yes also where it would ask first. A run that failed is
+    answered 500, so that whoever calls it by a timer notices."""
     dry_run = query.switch(request, "dry_run")
-    return _ended(await request.app[PARTS].jobs.nightly(dry_run=dry_run))
+    yes = query.switch(request, "yes")
+    return _ended(await request.app[PARTS].jobs.nightly(dry_run=dry_run, yes=yes))
 
 
 async def post_reconcile(request: web.Request) -> web.Response:

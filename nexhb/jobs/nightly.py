@@ -16,7 +16,7 @@ import asyncpg
 from asyncpg import Record
 
 from nexhb import locks, log, metrics, partitions, sql
-from nexhb.archive import catalog, late, restore, verify
+from nexhb.archive import catalog, late, marker, restore, verify
 from nexhb.archive.export import BUCKET_SECONDS, Source, clean_spool, export
 from nexhb.archive.store import Store
 from nexhb.db import Connection
@@ -32,6 +32,7 @@ _Q = sql.queries("jobs")
 _log = log.get("jobs")
 
 RUNS_KEPT = timedelta(days=366)
+YES = "Set the clock; if the clock is right: `nexhb nightly --yes`, or POST /ops/nightly?yes=true."
 COMPARISONS_KEPT = timedelta(days=8)  # of perf_diff, a week of them is looked at
 
 
@@ -50,6 +51,7 @@ class Means:
     at: Callable[[str], None] = nothing  # hears of each thing that is durable; the tests kill a run there
     bucket_seconds: int = BUCKET_SECONDS  # of the days that are archived, as a rule
     compare_clocks: bool = False  # do nothing where this machine's clock is not the database's
+    yes: bool = False  # somebody said that most of what stands may leave, or that the clock is right
 
 
 def job(means: Means) -> Job:
@@ -77,20 +79,30 @@ def dry_run(means: Means) -> Job:
     """The same, which only says what would be done."""
 
     async def work(conn: Connection, now: datetime) -> Done:
-        steps = plan.nightly(await read_days(conn), now, means.rules)
-        return Done(
-            {"dry_run": True, "plan": [{"step": s.kind, "target": s.target, "reason": s.reason} for s in steps]}
-        )
+        steps, doubt = await _planned(conn, now, means)
+        listed = [{"step": s.kind, "target": s.target, "reason": s.reason} for s in steps]
+        return Done({"dry_run": True, "plan": listed} | ({"asks": f"{doubt} {YES}"} if doubt else {}))
 
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work, dry_run=True)
 
 
-async def read_days(conn: Connection) -> list[Day]:
-    """Every partition that hb_partitions or the catalog knows."""
+async def _planned(conn: Connection, now: datetime, means: Means) -> tuple[list[Step], str | None]:
+    """The steps, and why they are not to be gone without somebody's word."""
+    days = await read_days(conn, now)
+    steps = plan.nightly(days, now, means.rules)
+    last_run: datetime | None = await conn.fetchval(_Q["last_gone_through"], now + CLOCKS_DIFFER)
+    seen = await conn.fetch(_Q["heartbeat_days"], last_run, now)
+    witnesses = plan.Witnesses(last_run, tuple(row["day"] for row in seen))
+    return steps, None if means.yes else plan.doubt(days, steps, now, witnesses)
+
+
+async def read_days(conn: Connection, now: datetime | None = None) -> list[Day]:
+    """Every partition that hb_partitions or the catalog knows. What was done to one after `now`, by a clock that was
+    ahead, was not done."""
     attached = {p.name: p for p in await partitions.attached(conn)}
     late_rows = {row["day"]: row["rows"] for row in await conn.fetch(_P["late"])}
     days = [
-        _known_day(row, attached.get(row["partition_name"]), late_rows)
+        _known_day(row, attached.get(row["partition_name"]), late_rows, now)
         for row in await partitions.known(conn)
         if row["attached"] == (row["partition_name"] in attached)  # else its bounds cannot be read: it is left alone
     ]
@@ -102,7 +114,7 @@ async def read_days(conn: Connection) -> list[Day]:
     ]
 
 
-def _known_day(row: Record, found: Partition | None, late_rows: dict[date, int]) -> Day:
+def _known_day(row: Record, found: Partition | None, late_rows: dict[date, int], now: datetime | None) -> Day:
     """A day as hb_partitions has it; of one that is `found` attached, the catalog's bounds count."""
     start, end = (found.start, found.end) if found else (row["range_start"], row["range_end"])
     return Day(
@@ -114,10 +126,14 @@ def _known_day(row: Record, found: Partition | None, late_rows: dict[date, int])
         present=row["present"],
         detach_pending=found is not None and found.detach_pending,
         restored=row["restored_at"] is not None,
-        counted_at=row["counted_at"],
-        frozen=row["frozen_at"] is not None,
+        counted_at=None if _lies_ahead(row["counted_at"], now) else row["counted_at"],
+        frozen=row["frozen_at"] is not None and not _lies_ahead(row["frozen_at"], now),
         late=sum(n for day, n in late_rows.items() if start.date() <= day < end.date()),
     )
+
+
+def _lies_ahead(moment: datetime | None, now: datetime | None) -> bool:
+    return moment is not None and now is not None and moment > now + CLOCKS_DIFFER
 
 
 def _state(row: Record, found: Partition | None) -> str:
@@ -146,9 +162,13 @@ class Night:
         }  # fmt: skip
 
     async def run(self) -> Done:
-        """Every step of the plan. Raises where the connection, and with it the lock, is lost."""
+        """Every step of the plan. Raises where the connection, and with it the lock, is lost, and before the first step
+        where somebody is to be asked."""
         clean_spool(self._means.spool)
-        for step in plan.nightly(await read_days(self._conn), self._now, self._means.rules):
+        steps, doubt = await _planned(self._conn, self._now, self._means)
+        if doubt:
+            raise JobFailed(doubt, hint=YES)
+        for step in steps:
             if step.needs and (step.needs, step.target) in self._failed:
                 self._failed.add((step.kind, step.target))
                 continue
@@ -216,6 +236,7 @@ class Night:
 
     async def _stored_and_verified(self, day: Day) -> tuple[int, str]:
         means, at = self._means, self._means.at
+        await self._right_store()
         await partitions.detach(self._conn, day.name)
         at("detached")
         await partitions.seal(self._conn, day.name, day.start, day.end)
@@ -230,6 +251,10 @@ class Night:
         at("recorded")
         return manifest.rows, url
 
+    async def _right_store(self) -> None:
+        """Raise WrongStore where the store is not the one that the database knows: nothing goes there."""
+        await marker.ensure(self._conn, self._store, self._means.spool, self._now)
+
     async def _archive_failed(self, name: str, error: Exception) -> None:
         metrics.archive_failures.inc()
         reason = str(error) or type(error).__name__
@@ -239,23 +264,25 @@ class Night:
 
     async def _drop(self, step: Step) -> None:
         day = _day(step)
-        if step.needs is None:  # an earlier run archived it: what that run saw may have rotted since
-            if not await partitions.is_sealed(self._conn, day.name):
-                await self._archive(step)  # somebody let it take rows again
-            try:
+        earlier = step.needs is None  # an earlier run archived it: what that run saw may have rotted since
+        if earlier and not await partitions.is_sealed(self._conn, day.name):
+            await self._archive(step)  # somebody let it take rows again
+        try:
+            await self._right_store()
+            if earlier:
                 for archived in await catalog.find(self._conn, day.start.date()):
                     name, spool = self._store.name_of(archived.url), self._means.spool
                     await verify.verify(self._store, name, archived.sha256, spool)
-            except Exception as error:
-                await self._archive_failed(day.name, error)
-                raise
+        except Exception as error:
+            await self._archive_failed(day.name, error)
+            raise
         await partitions.drop(self._conn, day.name, self._now)
         self._means.at("dropped")
         self._counts["dropped"] += 1
 
     async def _late(self, step: Step) -> None:
         """Where the day stands now, behind this run's own steps, decides where they go."""
-        day = next((d for d in await read_days(self._conn) if d.name == step.target), None)
+        day = next((d for d in await read_days(self._conn, self._now) if d.name == step.target), None)
         if day is None or not day.late:
             return
         gone = day.state == "dropped"  # a table of its name is somebody's own
@@ -263,6 +290,7 @@ class Night:
             self._counts["late_merged"] += await partitions.merge_late(self._conn, day.name, day.start, day.end)
         elif gone or not day.present:
             archives, means = await catalog.find(self._conn, day.start.date()), self._means
+            await self._right_store()
             rows = await late.supplement(
                 self._conn,
                 self._store,

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
+from itertools import pairwise
 
 
 class Kind(enum.StrEnum):
@@ -62,6 +63,46 @@ class Step:
     day: Day | None = None
     make: date | None = None  # of CREATE
     needs: Kind | None = None  # does nothing where such a step on the same target failed in this run
+
+
+FAR = timedelta(days=14)  # a daemon that was off for longer asks before it drops what became old meanwhile
+MANY_DAYS = 7
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """What speaks for it that the time went by which the clock says went by."""
+
+    last_run: datetime | None  # of the runs that were gone through with, whatever failed in them
+    heartbeat_days: tuple[date, ...]  # UTC days since then of which heartbeats were committed
+
+
+def doubt(days: Sequence[Day], steps: Sequence[Step], now: datetime, witnesses: Witnesses) -> str | None:
+    """Why a run with these steps is not to be made unless somebody says that it is; None where all is as usual.
+
+    A clock that is ahead makes every day an old one. Nothing but archiving and dropping cannot be taken back.
+    """
+    leaving = {step.target for step in steps if step.kind in (Kind.ARCHIVE, Kind.DROP)}
+    if not leaving:
+        return None
+    said = f"{len(leaving)} days would be archived and dropped"
+    seen = sorted({*([witnesses.last_run.date()] if witnesses.last_run else []), *witnesses.heartbeat_days})
+    seen = [day for day in seen if day <= now.date()]
+    gaps = [(later - earlier, earlier, later) for earlier, later in pairwise([*seen, now.date()])]
+    gap, earlier, later = max(gaps, default=(timedelta(), now.date(), now.date()))
+    if gap > FAR:
+        return (
+            f"It is {now:%Y-%m-%d %H:%MZ} by this machine's clock, and from {earlier} to {later}, {gap.days} days, "
+            f"there was neither a run nor a heartbeat; {said}."
+        )
+    standing = {day.name for day in days if day.attached and not day.restored}
+    whole = len(leaving & standing)
+    passed = (now.date() - witnesses.last_run.date()).days if witnesses.last_run else 0
+    if whole * 3 > len(standing) and whole - passed > MANY_DAYS:
+        since = f"the last run, {passed} days ago," if witnesses.last_run else "no run at all"
+        said += f", {whole} of the {len(standing)} that are attached"
+        return f"{said}; the time since {since} explains {passed} of them."
+    return None
 
 
 def nightly(days: Sequence[Day], now: datetime, rules: Rules) -> list[Step]:

@@ -94,7 +94,7 @@ class Schedule:
 
 async def show(conn: Connection, now: datetime) -> None:
     """Set the metrics that speak of the database and not of this daemon."""
-    last_good = {row["job"]: row["at"] for row in await conn.fetch(_Q["last_good"])}
+    last_good = {row["job"]: row["at"] for row in await conn.fetch(_Q["last_good"], now + runner.CLOCKS_DIFFER)}
     for job in ("nightly", "reconcile"):
         last_good.setdefault(job, None)
     for job, at in last_good.items():

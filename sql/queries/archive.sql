@@ -115,6 +115,14 @@ WHERE device_id IS NOT NULL AND NOT EXISTS (SELECT FROM devices d WHERE d.device
 ORDER BY device_id
 ON CONFLICT DO NOTHING;
 
+-- name: restore_strangers
+-- Heartbeats of a device that was gone when they were archived: where its number is another device's here, a device of
+-- their own, so that nobody gets their history.
+INSERT INTO devices (device_id)
+SELECT DISTINCT 'archived number ' || device_no FROM $table p
+WHERE device_id IS NULL AND EXISTS (SELECT FROM devices d WHERE d.device_no = p.device_no)
+ON CONFLICT DO NOTHING;
+
 -- name: restore_labels
 INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
 SELECT DISTINCT coalesce(agent_version, '') AS a, coalesce(unity_pkg_version, '') AS u, coalesce(network_type, '') AS n,
@@ -135,7 +143,7 @@ INSERT INTO $table (ts, received_at, device_no, bucket, label_no, uptime_s, ram_
 SELECT p.ts, p.received_at, coalesce(d.device_no, p.device_no), p.bucket, l.label_no, p.uptime_s, p.ram_used_mb,
        p.temp_c, p.battery_pct, p.signal_dbm, p.plugged, p.unity_running, p.clock_wrong, p.ip
 FROM $plain p
-LEFT JOIN devices d USING (device_id)
+LEFT JOIN devices d ON d.device_id = coalesce(p.device_id, 'archived number ' || p.device_no)
 JOIN heartbeat_labels l
   ON (l.agent_version, l.unity_pkg_version, l.network_type, l.ssid, l.sections)
    = (coalesce(p.agent_version, ''), coalesce(p.unity_pkg_version, ''), coalesce(p.network_type, ''),
@@ -246,3 +254,84 @@ VALUES ($1, $2, $3, $4, $5, $6, $6);
 -- $1 device_no[], $2 bucket[].
 DELETE FROM late_heartbeats l USING unnest($1::int[], $2::int[]) AS k (device_no, bucket)
 WHERE l.device_no = k.device_no AND l.bucket = k.bucket;
+
+-- name: marker
+-- $1 place.
+SELECT marker, marked_at FROM archive_markers WHERE place = $1;
+
+-- name: set_marker
+-- $1 place, $2 marker, $3 now.
+INSERT INTO archive_markers (place, marker, marked_at) VALUES ($1, $2, $3)
+ON CONFLICT (place) DO UPDATE SET marker = excluded.marker, marked_at = excluded.marked_at;
+
+-- name: archives_at
+-- $1 place, $2 how many at most (null: all). Archives that the catalog has there, the newest day first.
+SELECT archive_url, checksum_sha256 FROM hb_partitions
+WHERE archive_url IS NOT NULL AND starts_with(archive_url, $1)
+ORDER BY range_start DESC
+LIMIT $2;
+
+-- name: supersede_day
+-- $1 partition_name, $2 the manifest that counts from now on, $3 now. What was the day's archive until now, and what came
+-- late for it.
+INSERT INTO archive_superseded (archive_url, superseded_at)
+SELECT archive_url, $3::timestamptz FROM hb_partitions WHERE partition_name = $1 AND archive_url IS NOT NULL AND archive_url <> $2
+UNION
+SELECT archive_url, $3::timestamptz FROM archive_supplements WHERE partition_name = $1 AND archive_url <> $2
+ON CONFLICT DO NOTHING;
+
+-- name: supersede
+-- $1 archive_url, $2 now.
+INSERT INTO archive_superseded (archive_url, superseded_at) VALUES ($1, $2) ON CONFLICT DO NOTHING;
+
+-- name: not_superseded
+-- $1 archive_url. It counts (again).
+DELETE FROM archive_superseded WHERE archive_url = $1;
+
+-- name: urls
+-- Every manifest that the catalog has, and those that it had.
+SELECT archive_url, false AS superseded FROM hb_partitions WHERE archive_url IS NOT NULL
+UNION ALL
+SELECT archive_url, false FROM archive_supplements
+UNION ALL
+SELECT archive_url, true FROM archive_superseded;
+
+-- name: around
+-- $1 partition_name, $2 range_start, $3 range_end. The day of that name, and others that overlap it.
+SELECT partition_name, range_start, range_end, state, archive_url, checksum_sha256,
+       to_regclass(quote_ident(partition_name)) IS NOT NULL AS present
+FROM hb_partitions
+WHERE partition_name = $1 OR (range_start < $3 AND range_end > $2);
+
+-- name: adopt_day
+-- $1 partition_name, $2 range_start, $3 range_end, $4 row_count, $5 archive_bytes, $6 checksum_sha256, $7 archive_url,
+-- $8 when it was verified, or null. A day that has no archive and no table.
+INSERT INTO hb_partitions AS p (partition_name, range_start, range_end, state, row_count, archive_bytes, checksum_sha256,
+                                archive_url, verified_at)
+VALUES ($1, $2, $3, 'dropped', $4, $5, $6, $7, $8)
+ON CONFLICT (partition_name) DO UPDATE
+SET range_start = excluded.range_start, range_end = excluded.range_end, state = 'dropped', row_count = excluded.row_count,
+    archive_bytes = excluded.archive_bytes, checksum_sha256 = excluded.checksum_sha256,
+    archive_url = excluded.archive_url, verified_at = excluded.verified_at, reason = NULL, failed_at = NULL,
+    restored_at = NULL
+WHERE p.archive_url IS NULL;
+
+-- name: adopt_supplement
+-- $1 partition_name, $2 archive_url, $3 checksum_sha256, $4 row_count, $5 archive_bytes, $6 now, $7 when it was verified,
+-- or null.
+INSERT INTO archive_supplements
+    (partition_name, archive_url, checksum_sha256, row_count, archive_bytes, archived_at, verified_at)
+VALUES ($1, $2, $3, $4, $5, $6, $7);
+
+-- name: adopt_ledger
+-- $1 partition_name. The ledger of a database that never saw the day's heartbeats: the audit holds its archives against it.
+INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
+SELECT (p.range_start AT TIME ZONE 'UTC')::date, 0, a.rows - coalesce(w.rows, 0), 0
+FROM hb_partitions p
+CROSS JOIN LATERAL (SELECT p.row_count + coalesce(sum(s.row_count), 0)::bigint AS rows
+                    FROM archive_supplements s WHERE s.partition_name = p.partition_name) a
+CROSS JOIN LATERAL (SELECT sum(i.written)::bigint AS rows FROM ingest_ledger i
+                    WHERE i.day >= (p.range_start AT TIME ZONE 'UTC')::date
+                      AND i.day < (p.range_end AT TIME ZONE 'UTC')::date) w
+WHERE p.partition_name = $1 AND a.rows > coalesce(w.rows, 0)
+ON CONFLICT (day, slot) DO UPDATE SET written = l.written + excluded.written;

@@ -19,15 +19,16 @@ SELECT partition_name, reason, failed_at FROM hb_partitions WHERE state = 'archi
 SELECT count(*) AS rows, min(received_at) AS since FROM late_heartbeats;
 
 -- name: last_good
--- $1 job. When it last did all of its work, what its last run said, and when the schema was made.
-SELECT (SELECT max(started_at) FROM job_runs WHERE job = $1 AND status = 'completed') AS good,
+-- $1 job, $2 until: a run of a clock that was ahead counts as none. When the job last did all of its work, what its last
+-- run said, and when the schema was made.
+SELECT (SELECT max(started_at) FROM job_runs WHERE job = $1 AND status = 'completed' AND started_at <= $2) AS good,
        (SELECT reason FROM job_runs WHERE job = $1 AND status IN ('completed', 'failed')
         ORDER BY run_no DESC LIMIT 1) AS reason,
        (SELECT min(applied_at) FROM schema_migrations) AS schema_made;
 
 -- name: drills
--- How many archives there are, and when one was last restored as a drill.
-SELECT count(*) AS archives, max(drilled_at) AS drilled_at
+-- $1 until. How many archives there are, and when one was last restored as a drill.
+SELECT count(*) AS archives, max(drilled_at) FILTER (WHERE drilled_at <= $1) AS drilled_at
 FROM (SELECT drilled_at FROM hb_partitions WHERE archive_url IS NOT NULL
       UNION ALL SELECT drilled_at FROM archive_supplements) a;
 

@@ -33,6 +33,20 @@ WHERE r.job = $1 AND r.started_at <= $2
            WHERE i.job = r.job AND i.started_at <= r.started_at AND i.started_at > r.started_at - interval '12 hours'
              AND (i.status = 'running' OR i.reason = 'its daemon ended in the middle of it')));
 
+-- name: last_gone_through
+-- $1 until. When the nightly run last began that did its steps, whatever failed in them: one that stopped before them, or
+-- was killed, says nothing of the time.
+SELECT max(started_at) FROM job_runs
+WHERE job = 'nightly' AND started_at <= $1
+  AND (status = 'completed' OR status = 'failed' AND counts ? 'failed_steps');
+
+-- name: heartbeat_days
+-- $1 since, or null: ever. $2 until. The days (UTC) of which heartbeats were committed.
+SELECT DISTINCT day FROM ingest_ledger
+WHERE written > 0 AND day >= coalesce(($1::timestamptz AT TIME ZONE 'UTC')::date, '-infinity')
+  AND day <= ($2::timestamptz AT TIME ZONE 'UTC')::date
+ORDER BY day;
+
 -- name: last_runs
 -- $1 how many of each job, $2 job[], $3 run_no[]: of these jobs runs before that one, and of no others; of all where $2 is
 -- null.
@@ -45,11 +59,11 @@ WHERE place <= $1
 ORDER BY job, run_no DESC;
 
 -- name: last_good
--- For the metrics: what another daemon did counts as well.
-SELECT job, max(ended_at) AS at FROM job_runs WHERE status = 'completed' GROUP BY job
+-- $1 until: what a clock that was ahead wrote down counts as never. For the metrics: what another daemon did counts as well.
+SELECT job, max(ended_at) AS at FROM job_runs WHERE status = 'completed' AND ended_at <= $1 GROUP BY job
 UNION ALL
-SELECT 'drill', greatest((SELECT max(drilled_at) FROM hb_partitions),
-                         (SELECT max(drilled_at) FROM archive_supplements));
+SELECT 'drill', greatest((SELECT max(drilled_at) FROM hb_partitions WHERE drilled_at <= $1),
+                         (SELECT max(drilled_at) FROM archive_supplements WHERE drilled_at <= $1));
 
 -- name: states
 -- For the metrics: how many days are in which state.

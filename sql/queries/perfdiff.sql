@@ -31,12 +31,13 @@ INSERT INTO perf_diff_comparisons
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9);
 
 -- name: mismatches
--- $1 since. Comparisons that differed, of all daemons: behind the moment at which the fast reads were last switched on,
--- so that what was seen before does not turn them off again.
+-- $1 since, $2 until. Comparisons that differed, of all daemons: behind the moment at which the fast reads were last
+-- switched on, so that what was seen before does not turn them off again.
 SELECT count(*) FROM perf_diff_comparisons
-WHERE rows_differ > 0 AND compared_at > $1
+WHERE rows_differ > 0 AND compared_at > $1 AND compared_at <= $2
   AND compared_at > coalesce((SELECT max(changed_at) FROM feature_flag_changes
-                              WHERE flag = 'read_from_last_status' AND value_to = 'true'), '-infinity');
+                              WHERE flag = 'read_from_last_status' AND value_to = 'true' AND changed_at <= $2),
+                             '-infinity');
 
 -- name: report
 -- $1 since. A row a query: times and speed-ups as p50, p95, p99.

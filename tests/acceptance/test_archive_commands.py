@@ -130,6 +130,33 @@ async def test_what_cannot_be_done_is_a_sentence_and_an_exit_code(
     assert "cron" in nexhb(environment | {"NEXHB_JOBS__NIGHTLY": "at three"}, "nightly", code=2)
 
 
+async def test_many_days_leave_only_with_yes_and_come_back_as_a_range(
+    environment: dict[str, str], conn: Connection, tmp_path: Path
+) -> None:
+    first = datetime.now(UTC).date() - timedelta(days=99)
+    days = partitions.days_between(first, first + timedelta(days=8))
+    await partitions.ensure(conn, days)
+    assert "9 of the 9 that are attached" in nexhb(environment, "nightly", code=1)
+    assert "It would stop and ask" in nexhb(environment, "nightly", "--dry-run")
+    assert as_json(environment, "nightly", "--yes")["dropped"] == 9
+
+    [path] = (tmp_path / "archive" / partitions.name_of(days[2])).glob("*.zst")
+    path.rename(tmp_path / "elsewhere")
+    given = f"{days[0]}..{days[3]}"
+    found = as_json(environment, "archive", "restore", given, code=1)
+    assert [("error" in one, one["day"]) for one in found["days"]] == [(day == days[2], f"{day}") for day in days[:4]]
+    assert found["failed"] == 1
+    text = nexhb(environment, "archive", "restore", given, code=1)
+    assert f"{days[0]}: " in text  # attached by now: nothing to do, and no failure
+    assert "4 days, 1 failed." in text
+    assert "0 rows" in nexhb(environment, "archive", "restore", f"{days[4]}..{days[6]}", "--into", "some_days")
+    assert "is no range" in nexhb(environment, "archive", "restore", f"{days[3]}..{days[0]}", code=2)
+    assert "is no UTC day" in nexhb(environment, "archive", "restore", "yesterday", code=2)
+    (tmp_path / "elsewhere").rename(path)
+    nexhb(environment, "archive", "restore", f"{days[0]}..{days[1]}", "--release")
+    assert as_json(environment, "nightly")["dropped"] == 2
+
+
 MOMENTS = {
     "it has begun": "SELECT count(*) > 0 FROM job_runs WHERE status = 'running' AND host <> 'buried'",
     "a day is detached": "SELECT count(*) < 3 FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "

@@ -48,7 +48,9 @@ async def run(
         yield world.store
 
     world.inactive_before = max(world.inactive_before, world.now - timedelta(days=rules.retention_days))
-    means = Means(rules, store, world.spool, chance or random.Random(world.rng.random()), at)
+    # Who shortens the retention says that most of the days are to leave.
+    yes = rules.retention_days < world.settings.retention_days
+    means = Means(rules, store, world.spool, chance or random.Random(world.rng.random()), at, yes=yes)
     done = await runner.run(world.database, nightly.job(means), world.now)
     world.done.update({name: n for name, n in done.counts.items() if type(n) is int})
     return done

@@ -1,0 +1,248 @@
+"""What a store has comes into the catalog of a database that does not know it; nothing that it has is overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from nexhb import doctor, partitions
+from nexhb.archive import adopt, catalog, restore
+from nexhb.archive.adopt import Report, Wishes
+from nexhb.archive.file import FolderStore
+from nexhb.archive.manifest import decode, encode, manifest_name
+from nexhb.audit import audit
+from nexhb.config import Settings
+from nexhb.db import Connection, Database
+from nexhb.doctor import Line
+from tests.integration.test_nightly import NOW, OLD, House
+
+NAME = partitions.name_of(OLD)
+LATE = """INSERT INTO late_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong, reason)
+    SELECT $1::timestamptz + interval '20 hours', $1, device_no,
+           extract(epoch FROM $1::timestamptz)::int - 1577836800 + $3, 1, false, 'dropped'
+    FROM devices WHERE device_id = $2"""
+
+
+@pytest.fixture
+def house(database: Database, conn: Connection, tmp_path: Path) -> House:
+    """A house."""
+    return House(database, conn, tmp_path)
+
+
+async def forgotten(house: House) -> None:
+    """A new database beside the old store: its devices have other numbers."""
+    await house.conn.execute(
+        """DELETE FROM archive_supplements; DELETE FROM hb_partitions WHERE archive_url IS NOT NULL;
+           DELETE FROM archive_markers; DELETE FROM archive_superseded; DELETE FROM ingest_ledger;
+           DELETE FROM devices; DELETE FROM heartbeat_labels;
+           INSERT INTO devices (device_id) VALUES ('device 3'), ('somebody else'), ('device 1')"""
+    )
+
+
+async def adopted(house: House, **wishes: Any) -> Report:
+    """An adoption."""
+    return await adopt.adopt(house.conn, house.store.store, house.folder / "spool", NOW, wishes=Wishes(**wishes))
+
+
+async def line(house: House) -> Line:
+    """The doctor's."""
+    lines = await doctor.examine(house.conn, Settings(data_dir=house.folder), NOW)
+    return next(line for line in lines if line.name == "archive store")
+
+
+async def with_a_supplement(house: House) -> list[Any]:
+    """OLD archived, and two late heartbeats behind it; every row by device_id."""
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    await house.conn.execute(LATE, partitions.midnight(OLD), "device 1", 72_000)
+    await house.conn.execute(LATE, partitions.midnight(OLD), "device 2", 72_000)
+    assert (await house.nightly()).counts["late_archived"] == 2
+    return await house.archived(OLD)
+
+
+async def test_a_new_database_takes_over_what_the_store_has(house: House) -> None:
+    """With a new or an older database `archive list` was empty beside a full store.
+
+    Devices are mapped by device_id: the numbers of the old database are others' here.
+    """
+    before = await with_a_supplement(house)
+    assert (await line(house)).good
+    await forgotten(house)
+    said = await line(house)
+    assert (said.good, "2 archives are of days that the catalog lacks" in said.said) == (False, True)
+    planned = await adopted(house, dry_run=True)
+    assert [one["kind"] for one in planned.adopted] == ["day", "late"]
+    assert await catalog.every(house.conn) == []
+
+    report = await adopted(house)
+    assert [(one["kind"], one["rows"]) for one in report.adopted] == [("day", 150), ("late", 2)]
+    assert (report.good, report.marked) == (True, True)
+    assert (await line(house)).good
+    assert (await adopted(house)).known == 2
+    assert [row["verified_at"] for row in await catalog.everything(house.conn)] == [None, None]
+    found = await audit(house.conn, OLD)
+    assert (found.written, found.missing) == (152, 0)
+    assert await house.archived(OLD) == before
+    archives = await catalog.find(house.conn, OLD)
+    assert await restore.restore_day(house.conn, house.store, archives, NOW) == 152
+    rows = await house.rows(OLD)
+    count: dict[str, int] = {}
+    for row in rows:
+        count[row["device_id"]] = count.get(row["device_id"], 0) + 1
+    assert count == {"device 1": 51, "device 2": 51, "device 3": 50}
+
+
+async def test_a_late_heartbeat_for_an_adopted_day_is_known_by_its_device_not_by_a_number(house: House) -> None:
+    """It was taken for one of the archive's where the numbers were alike, and thrown away."""
+    await with_a_supplement(house)
+    await forgotten(house)
+    await adopted(house, verify=True)
+    [first, *_] = await house.archived(OLD)
+    bucket = int(first[-1]) - (int(partitions.midnight(OLD).timestamp()) - 1_577_836_800)
+    await house.conn.execute("INSERT INTO heartbeat_labels OVERRIDING SYSTEM VALUE VALUES (1, '', '', '', '')")
+    await house.conn.execute(
+        "INSERT INTO devices (device_no, device_id) OVERRIDING SYSTEM VALUE VALUES ($1, 'a new one')", int(first[-2])
+    )
+    for device_id in ("a new one", "device 1"):  # the first has the number of the archive's device 1
+        await house.conn.execute(LATE, partitions.midnight(OLD), device_id, bucket)
+    assert (await house.nightly()).counts["late_archived"] == 1
+    assert await house.conn.fetchval("SELECT count(*) FROM late_heartbeats") == 0
+    assert [row[0] for row in await house.archived(OLD)].count("a new one") == 1
+
+
+async def test_an_older_database_gets_the_supplement_that_it_lacks_and_no_row_twice(house: House) -> None:
+    await with_a_supplement(house)
+    await house.conn.execute("DELETE FROM archive_supplements")
+    assert [one["kind"] for one in (await adopted(house)).adopted] == ["late"]
+    # A day that came back and was archived again has the supplement's rows.
+    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
+    await catalog.release(house.conn, OLD)
+    assert (await house.nightly()).status == "completed"
+    assert len(await house.archived(OLD)) == 152
+    assert (await line(house)).good
+    assert (await adopted(house)).known == 3
+    await house.conn.execute("DELETE FROM archive_superseded")
+    report = await adopted(house)
+    assert [one["kind"] for one in report.superseded] == ["late"]
+    assert [one["kind"] for one in report.conflicts] == ["day"]
+    assert len(await house.archived(OLD)) == 152
+
+
+async def test_several_archives_of_one_day_wait_for_the_operators_word(house: House) -> None:
+    await with_a_supplement(house)
+    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
+    await catalog.release(house.conn, OLD)
+    assert (await house.nightly()).status == "completed"
+    [current] = await catalog.find(house.conn, OLD)
+    await forgotten(house)
+    report = await adopted(house)
+    assert len(report.conflicts) == 3
+    assert "there are 2 archives of that day" in report.conflicts[0]["reason"]
+    assert await catalog.every(house.conn) == []
+    report = await adopted(house, take=frozenset({current.url}))
+    assert ([one["url"] for one in report.adopted], len(report.superseded), report.good) == ([current.url], 2, True)
+    assert (await line(house)).good
+    assert len(await house.archived(OLD)) == 152
+
+
+async def test_another_archive_of_a_known_day_is_named_and_changes_nothing(house: House) -> None:
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    [known] = await catalog.find(house.conn, OLD)
+    name = house.store.name_of(known.url)
+    other = msgspec.structs.replace(decode((house.folder / "archive" / name).read_bytes()), schema_version=1)
+    await put(house.store.store, house.folder, encode(other))
+    said = await line(house)
+    assert (said.good, "1 are other archives of days that the catalog has" in said.said) == (False, True)
+    [conflict] = (await adopted(house)).conflicts
+    assert known.url in conflict["reason"]
+    assert await catalog.find(house.conn, OLD) == [known]
+    assert (await adopted(house, take=frozenset({known.url}))).good
+    assert (await line(house)).good
+
+
+async def put(store: FolderStore, folder: Path, raw: bytes, name: str = "") -> str:
+    """A manifest in the store."""
+    sha256 = hashlib.sha256(raw)
+    name = name or manifest_name(NAME, "day", sha256.hexdigest())
+    (folder / "raw").write_bytes(raw)
+    await store.put(name, folder / "raw", sha256.digest())
+    return name
+
+
+Spoil = Callable[[House, dict[str, Any]], Awaitable[None]]
+
+
+async def of_today(house: House, manifest: dict[str, Any]) -> None:
+    manifest |= {
+        "range_start": f"{NOW:%Y-%m-%dT00:00:00Z}",
+        "range_end": f"{NOW + timedelta(days=1):%Y-%m-%dT00:00:00Z}",
+    }
+    await put(house.store.store, house.folder, json.dumps(manifest).encode())
+
+
+async def of_an_object_elsewhere(house: House, manifest: dict[str, Any]) -> None:
+    manifest["objects"][0]["name"] = "../../etc/passwd"
+    await put(house.store.store, house.folder, json.dumps(manifest).encode())
+
+
+async def under_another_name(house: House, manifest: dict[str, Any]) -> None:
+    await put(house.store.store, house.folder, json.dumps(manifest).encode(), f"{NAME}/day-manifest-{'0' * 16}.json")
+
+
+async def of_another_folder(house: House, manifest: dict[str, Any]) -> None:
+    raw = json.dumps(manifest).encode()
+    name = manifest_name("another", "day", hashlib.sha256(raw).hexdigest())
+    await put(house.store.store, house.folder, raw, name)
+
+
+async def endless(house: House, manifest: dict[str, Any]) -> None:
+    await put(house.store.store, house.folder, json.dumps(manifest | {"x": "x" * (1 << 20)}).encode())
+
+
+async def nested(house: House, _manifest: dict[str, Any]) -> None:
+    await put(house.store.store, house.folder, b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+
+
+@pytest.mark.parametrize(
+    "spoil", [of_today, of_an_object_elsewhere, under_another_name, of_another_folder, endless, nested]
+)
+async def test_a_manifest_that_is_not_what_nexhb_writes_is_refused(house: House, spoil: Spoil) -> None:
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    [known] = await catalog.find(house.conn, OLD)
+    path = house.folder / "archive" / house.store.name_of(known.url)
+    manifest = json.loads(path.read_bytes())
+    path.unlink()
+    await forgotten(house)
+    await spoil(house, manifest)
+    report = await adopted(house)
+    assert (report.adopted, len(report.refused)) == ([], 1)
+    assert await catalog.every(house.conn) == []
+
+
+async def test_a_damaged_archive_is_not_adopted_where_every_byte_is_read(house: House) -> None:
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    await forgotten(house)
+    [path] = (house.folder / "archive").rglob("*.zst")
+    path.write_bytes(path.read_bytes()[:-1])
+    report = await adopted(house, verify=True)
+    assert (report.adopted, "is not what was stored" in report.refused[0]["reason"]) == ([], True)
+
+
+async def test_a_day_whose_table_is_here_stays_the_tables(house: House) -> None:
+    """A database out of a backup from before the day was archived: the nightly run archives it again."""
+    await house.fill(OLD)
+    await house.killed_at("verified")
+    assert (await line(house)).good
+    assert len((await adopted(house)).present) == 1
+    assert (await house.nightly()).status == "completed"
+    assert len(await house.archived(OLD)) == 150
