@@ -45,7 +45,7 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert [line for line in found.values() if not line.good] == []
     assert doctor.shown(list(found.values()))["good"] is True
     assert set(found) == {
-        "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive",
+        "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "archive store",
         "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
         "shared tokens",
     }  # fmt: skip
