@@ -7,8 +7,8 @@ import asyncio
 import enum
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Protocol
@@ -223,11 +223,20 @@ class Guests:
                 await asyncio.sleep(0.1)
             guest.change(State.FORGOTTEN, [token for token in knew if guest.tokens[token].state is State.UNKNOWN])
 
-    def accepted(self) -> None:
-        """The operator has said that what is forgotten is gone."""
-        for guest in self.all:
-            gone = [token for token, since in guest.tokens.items() if since.state is State.FORGOTTEN]
-            guest.change(State.UNKNOWN, gone)
+    @contextmanager
+    def accepting(self) -> Iterator[None]:
+        """For the block the operator says that what is forgotten is gone: until he has said it, any answer is right."""
+        gone = [
+            (guest, token)
+            for guest in self.all
+            for token, since in guest.tokens.items()
+            if since.state is State.FORGOTTEN
+        ]
+        for guest, token in gone:
+            guest.change(State.CHANGING, [token])
+        yield
+        for guest, token in gone:
+            guest.change(State.UNKNOWN, [token])
 
     async def _read(self, guest: Guest) -> bool:
         with suppress(*_AWAY):

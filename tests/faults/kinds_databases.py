@@ -99,15 +99,15 @@ async def _goes_on(world: World) -> None:
 
 async def accept(world: World) -> None:
     """The operator goes on with the older copy: a token that it does not know is nobody's from now on."""
-    process = world.daemons[0].run("database", "accept")
-    try:
-        async with asyncio.timeout(COMMAND_S):
+    with world.guests.accepting():
+        process = world.daemons[0].run("database", "accept")
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                await ended(process.pid)
+        except TimeoutError:
+            process.kill()
             await ended(process.pid)
-    except TimeoutError:
-        process.kill()
-        await ended(process.pid)
-    if process.wait() == 0:
-        world.guests.accepted()
+        process.wait()
 
 
 # ---- a standby ----------------------------------------------------------------------------------------------------
