@@ -89,6 +89,7 @@ async def no_drill(house: House) -> None:
 
 async def cold_updates(house: House) -> None:
     await house.conn.execute("SELECT pg_stat_force_next_flush()")
+    await house.conn.execute("INSERT INTO devices (device_id) SELECT n::text FROM generate_series(1, 3000) n")
     await house.conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at) "
                              "SELECT n, n::text, now(), now(), now() FROM generate_series(1, 3000) n")  # fmt: skip
     for hours in range(5):
