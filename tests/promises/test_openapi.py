@@ -37,7 +37,7 @@ SCHEMATHESIS = [sys.executable, "-m", "schemathesis.cli", "--config-file", "test
 DOCUMENT: dict[str, Any] = yaml.safe_load((HOUSE / "docs" / "openapi.yaml").read_text())
 
 # What comes of a daemon's state or of a broken line, and not of what a generator sends: provoked below, a test each.
-PROVOKED = (401, 403, 408, 410, 413, 415, 429, 500, 503)
+PROVOKED = (401, 403, 408, 409, 410, 413, 415, 429, 500, 503)
 
 ADMIN = {"x-admin": ADMIN_KEY}
 
@@ -312,6 +312,14 @@ async def test_a_body_that_is_not_taken_is_refused_as_it_says(
     with_a_body = [call for call in CALLS if "requestBody" in call.said]
     answers = [ask(nexhb, call, keys(call, tokens)[0] | headers, broken(call)) for call in with_a_body]
     assert [heard.status for heard in await asyncio.gather(*answers)] == [status] * 5
+
+
+async def test_409_for_a_device_that_is_there_and_has_sent(open_house: Nexhb, now: datetime) -> None:
+    """One that has not sent is admitted again by the key that it came with: its answer may have been lost."""
+    tokens = await tokens_of(open_house)
+    await (await open_house.agent("there")).send(now)
+    for call in listing(409):
+        assert (await ask(open_house, call, keys(call, tokens)[0], b'{"device_id":"there"}')).status == 409
 
 
 async def test_410_for_a_revoked_device(open_house: Nexhb) -> None:
