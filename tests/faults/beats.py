@@ -56,8 +56,11 @@ def body_of(fleet: Sequence[Device], beat: Beat) -> bytes:
 
 @lru_cache(maxsize=4096)
 def _as_of(device: Device, phase: int) -> Device:
-    """The device in this stretch of its time, in which its network has a name of its own."""
+    """The device in this stretch of its time: its network has a name of its own in each, and its alias goes there and
+    back from one to the next."""
     template = device.template
+    if phase % 2:
+        template = template.replace(b'","app_version"', b' (moved)","app_version"', 1)
     if device.ssid is not None:
         template = template.replace(b'","ip"', b" %d" % (phase % 1000) + b'","ip"', 1)
     return replace(device, template=template)

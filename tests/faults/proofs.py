@@ -38,6 +38,7 @@ PROOFS = (
     Proof("drops-a-failed-batch", ("backend terminated in mid-transaction", "database line cut"), "lost", _NOT_THERE),
     # No fault is needed: devices send behind newer ones what they held back.
     Proof("status-moves-back", ("devices' line cut",), "wrong", "its last status is"),
+    Proof("keeps-the-first-facts", ("devices' line cut",), "wrong", "of itself it said"),
     Proof("stumbles-in-doubt", ("COMMIT's answer swallowed",), "unexpected", "batch.failed_unexpectedly"),
     Proof("never-listens-again", ("database line cut",), "unexpected", "in which nothing is broken", quiet_s=3.0),
     Proof("drops-a-failed-batch", ("inodes run out",), "lost", _NOT_THERE, crashes=True, root=True),

@@ -29,6 +29,7 @@ from nexhb.pgerrors import FROM_THE_DATABASE
 from nexhb.wire import Heartbeat
 from nexhb.writer import Writer, _InDoubt
 
+_OF_THIS_DEVICE = "WHERE d.device_no = f.device_no"
 _ONLY_NEWER = "SELECT newer_content("
 
 
@@ -208,6 +209,14 @@ def _goes_on_without_an_archive() -> None:
     nightly.Night._archive = patched  # type: ignore[method-assign]
 
 
+def _keeps_the_first_facts() -> None:
+    """What a device once said of itself stays, whatever it says later."""
+    statement = writer._Q["update_facts"]
+    assert _OF_THIS_DEVICE in statement
+    broken = statement.replace(_OF_THIS_DEVICE, f"{_OF_THIS_DEVICE} AND d.facts_ts IS NULL")
+    writer._Q = {**writer._Q, "update_facts": broken}
+
+
 def _forgets() -> None:
     stopping = daemon._stopping
 
@@ -227,6 +236,7 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "believes-the-number": _put(BelievesTheNumber),
     "drops-a-failed-batch": _put(DropsAndAnswers),
     "status-moves-back": _status_moves_back,
+    "keeps-the-first-facts": _keeps_the_first_facts,
     "forgets-at-the-stop": _forgets,
     "stumbles-in-doubt": _put(StumblesInDoubt),
     "keeps-the-revoked": _put(KeepsTheRevoked),
