@@ -21,10 +21,10 @@ _ON_THE_WAY_US: Final = 40_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _ADD_LABELS: Final = """
-INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) ON CONFLICT DO NOTHING
+INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid, sections)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::smallint[]) ON CONFLICT DO NOTHING
 """
-_LABELS: Final = "SELECT label_no, agent_version, unity_pkg_version, network_type, ssid FROM heartbeat_labels"
+_LABELS: Final = "SELECT label_no, agent_version, unity_pkg_version, network_type, ssid, sections FROM heartbeat_labels"
 _FILL_STATUS: Final = """
 INSERT INTO device_last_status (
     device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+import asyncpg
 from asyncpg import Record
 
 from nexhb import log, sql
@@ -61,7 +62,15 @@ async def behind(conn: Connection) -> list[Record]:
 
 
 async def raise_sequences(conn: Connection) -> None:
-    """Set each sequence to the largest number in use, where it is behind: a restore of the data alone leaves it so."""
-    for row in await behind(conn):
+    """Set each sequence to the largest number in use, where it is behind: a restore of the data alone leaves it so.
+    A table that somebody has locked is not waited for, since devices wait for this start; `nexhb doctor` looks too."""
+    try:
+        async with conn.transaction():
+            await conn.execute(_Q["briefly"])
+            found = await behind(conn)
+    except asyncpg.LockNotAvailableError as error:
+        _log.warning("database.sequences_not_read", error=str(error))
+        return
+    for row in found:
         await conn.execute(_Q["raise"], row["sequence"], row["used"])
         _log.warning("database.sequence_raised", what=row["what"], given=row["given"], used=row["used"])

@@ -79,7 +79,7 @@ async def _ask(questions: Questions) -> Answers:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 asked = time.perf_counter()
                 if path is None:
-                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, LIST_MOST)
+                    await conn.fetch(_READS["offline_all"], datetime.now(UTC) - _SILENT_FOR, "{}", LIST_MOST)
                     alone.append(time.perf_counter() - asked)
                     continue
                 bodies[path] = await _got(reader, writer, questions.admin_key, path)

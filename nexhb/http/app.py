@@ -87,10 +87,8 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
                 check_query(request, query)
             response = await handler(request)
         except Exception as error:
-            problem = _as_problem(error, request, admin=admin)
-            _note_refusal(problem, request)
-            _leave_the_rest(request, problem)
-            response = problem.response()
+            # In a function of its own: the problem's traceback holds this frame, which must not hold the problem.
+            response = _refusal(error, request, admin=admin)
         except asyncio.CancelledError:
             observe(499, time.perf_counter() - started)
             raise
@@ -98,6 +96,13 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
         return response
 
     return call
+
+
+def _refusal(error: Exception, request: web.Request, *, admin: bool) -> web.Response:
+    problem = _as_problem(error, request, admin=admin)
+    _note_refusal(problem, request)
+    _leave_the_rest(request, problem)
+    return problem.response()
 
 
 def _leave_the_rest(request: web.Request, problem: Problem) -> None:

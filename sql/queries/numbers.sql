@@ -39,3 +39,7 @@ FROM (
 -- name: raise
 -- $1 sequence, $2 the largest number in use.
 SELECT setval($1::text::regclass, $2::bigint);
+
+-- name: briefly
+-- For the reading of the sequences: somebody may hold a lock on a table for hours.
+SET LOCAL lock_timeout = '2s';

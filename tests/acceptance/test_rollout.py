@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import orjson
 import pytest
 
+from nexhb import flags
 from nexhb.config import Ingest, Reads
 from nexhb.db import Database
 from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon
@@ -117,7 +118,7 @@ class Operator:
     async def rollout(self, load: Load, *changes: str) -> None:
         """Switch flags, and wait until both daemons have them and a few comparisons were made under them."""
         wanted = await self.nexhb("flags", "set", *changes)
-        wanted.pop("changes")
+        wanted = {name: wanted[name] for name in flags.NAMES}
         async with asyncio.timeout(SOON_S):
             for nexhb in load.daemons:
                 while await nexhb.get("/ops/flags") != wanted:

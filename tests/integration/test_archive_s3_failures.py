@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from pydantic import ValidationError
 
 from nexhb.archive.s3 import Bucket, open_bucket
 from nexhb.archive.store import CHUNK, Store, open_store
@@ -491,7 +492,7 @@ async def test_credentials_are_found_in_the_files_that_aws_uses(
 
 
 async def test_an_aws_configuration_that_is_not_usable_is_a_sentence(opened: Opening, aws: pytest.MonkeyPatch) -> None:
-    with pytest.raises(StoreError, match="no address"):
+    with pytest.raises(ValidationError, match="takes https://host"):  # before anything is asked of it
         await opened("no address")
     aws.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StoreError, match="nobody"):

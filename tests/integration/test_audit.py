@@ -197,8 +197,8 @@ async def test_sequences_that_would_give_a_number_twice_are_raised_at_the_start(
 ) -> None:
     """A restore of the data alone leaves them at 1: the next device got the number, and the history, of another."""
     await conn.execute("INSERT INTO heartbeat_labels OVERRIDING SYSTEM VALUE VALUES (7, '1', '', 'wifi', 'shop')")
-    await conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) "
-                       "VALUES (9, 'gone', $1, $1)", now)  # fmt: skip
+    await conn.execute("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at) "
+                       "VALUES (9, 'gone', $1, $1, $1)", now)  # fmt: skip
     visit = doctor.Visit(conn, Settings(), now)
     assert "the next label gets number 1 of 7" in "; ".join(
         f"the next {row['what']} gets number {row['given'] + 1} of {row['used']}" for row in await numbers.behind(conn)

@@ -40,7 +40,7 @@ async def becomes(wanted: int, ask: Sending) -> None:
 
 def sending(nexhb: Nexhb, device_id: str, token: str, made_at: datetime) -> Sending:
     """One heartbeat with this token to this daemon, as often as it is called."""
-    return lambda: Agent(nexhb, device_id, token).send(made_at)
+    return lambda: Agent(nexhb, device_id, token).live(made_at)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 import nexhb as package
 from bench.nexmdm import MONOLITHIC, add_beat, add_device
-from nexhb import cli, config, daemon, devices, session, troubles
+from nexhb import cli, config, daemon, devices, session, taking, troubles
+from nexhb.clock import DatabaseClock
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnfit
 from nexhb.partitions import midnight
@@ -167,6 +168,9 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
         }:
             await asyncio.sleep(0.1)
     await nexhb.get("/ops/jobs")
+    keeper = taking.Keeper(database, DatabaseClock(), lambda: True, lambda: None)  # a daemon by another clock has none
+    await keeper._once()
+    await keeper._disconnect()
     environment = {
         "NEXHB_DATA_DIR": str(tmp_path), "DATABASE_URL": database.dsn, "LEGACY_DATABASE_URL": empty_database.dsn,
     }  # fmt: skip

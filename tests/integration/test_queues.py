@@ -176,7 +176,7 @@ async def test_a_body_in_which_nothing_is_a_heartbeat_is_400(start_daemon: Start
 async def test_one_that_is_understood_is_enough_in_whichever_block_and_though_it_is_refused(
     start_daemon: StartDaemon, now: datetime
 ) -> None:
-    nexhb = await start_daemon(ingest=MANY)
+    nexhb = await start_daemon(ingest=Ingest(device_burst=100_000))
     agent = await nexhb.agent()
     [good] = beats(agent, now, 1)
     for one, written in ((good, 1), (good | {"battery": {"pct": 200}}, 0), (good | {"system": None}, 1)):
@@ -185,7 +185,8 @@ async def test_one_that_is_understood_is_enough_in_whichever_block_and_though_it
             items.insert(place, one)
             for form in ("array", "ndjson"):
                 answer = await post(agent, body_of(items, form))
-                assert (answer.status, len(answer.body["refused"])) == (200, 1_000)
+                assert answer.status == 200, answer.body
+                assert len(answer.body["refused"]) == 1_000
                 assert answer.body["written"] + answer.body["deduplicated"] == written
     for nothing in (b"[]", b" [ ]\n", b"", b"\n\n"):
         answer = await post(agent, nothing)

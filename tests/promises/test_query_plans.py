@@ -325,7 +325,12 @@ async def test_history_is_readable_by_device_id_with_every_column(fleet: Connect
     assert {row["attname"] for row in columns} - {"label_no"} <= set(rows[0].keys())
 
 
-OF_PLAIN_TABLES = ("restore_devices", "restore_labels", "plain_again")  # `$table` has an archive's columns
+OF_PLAIN_TABLES = (
+    "restore_devices",
+    "restore_strangers",
+    "restore_labels",
+    "plain_again",
+)  # `$table` has an archive's columns
 
 
 async def test_postgresql_takes_every_query_there_is(conn: Connection) -> None:
