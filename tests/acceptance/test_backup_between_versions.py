@@ -66,8 +66,8 @@ async def _fill(database: Database) -> None:
             NOW,
         )
         await conn.execute(
-            "INSERT INTO device_last_status (device_no, device_id, last_ts, received_at) "
-            "SELECT device_no, device_id, $1, $1 FROM devices", NOW,
+            "INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at) "
+            "SELECT device_no, device_id, $1, $1, $1 FROM devices", NOW,
         )  # fmt: skip
 
 

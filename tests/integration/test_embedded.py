@@ -345,8 +345,9 @@ def test_ctrl_c_while_it_starts_leaves_no_postmaster_behind(place: Path, monkeyp
     monkeypatch.setattr(embedded, "PROGRESS_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         embedded.start(place / "data", log=ctrl_c)
-    assert any(pgdata == place / "data" / "pg" for _, pgdata in embedded._children), "it was on its way"
-    wait_until(lambda: embedded._running(place / "data" / "pg") is None)
+    on_its_way = [child for (_, pgdata), child in embedded._children.items() if pgdata == place / "data" / "pg"]
+    assert on_its_way
+    wait_until(lambda: all(child.poll() is not None for child in on_its_way))
     with embedded.start(place / "data") as pg:
         assert not pg.adopted
 
