@@ -423,6 +423,7 @@ def _spawn(at: _Place) -> _PidFile:
                     return found
                 at.patience.wait("PostgreSQL starts, or recovers from a crash", f"It goes on, see {at.log_dir}.")
         except (KeyboardInterrupt, SystemExit):
+            child.terminate()  # where it takes no signals yet, and was started with SIGINT ignored
             child.send_signal(signal.SIGINT)
             raise
         words = _last_words(at.log_dir)

@@ -101,6 +101,8 @@ class DayMissing(NexhbError):
 class DayAttached(BadInput):
     """A day that is to be restored is there."""
 
+    sentence = "The day is in the history already."
+
 
 class PartitionBusy(NexhbError):
     sentence = "Somebody holds the table."

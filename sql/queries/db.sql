@@ -16,11 +16,12 @@ SELECT NOT pg_is_in_recovery() AND current_setting('transaction_read_only') = 'o
 -- name: missing_tables
 -- Tables that the migrations made, and that are not in the session's schema any more.
 SELECT relation FROM unnest(ARRAY[
-    'archive_supplements', 'blackouts', 'database_generations', 'database_missing', 'device_heartbeats',
-    'device_last_status', 'device_refusals', 'device_token_changes', 'device_tokens', 'devices', 'enrolment_keys',
-    'enrolments', 'feature_flag_changes', 'feature_flags', 'hb_partitions', 'heartbeat_history', 'heartbeat_labels',
-    'ingest_ledger', 'job_runs', 'late_heartbeats', 'legacy_days', 'legacy_tokens', 'perf_diff_comparisons',
-    'schema_migrations', 'shared_tokens', 'taking_heartbeats'
+    'archive_markers', 'archive_superseded', 'archive_supplements', 'blackouts', 'database_generations',
+    'database_missing', 'device_heartbeats', 'device_last_status', 'device_refusals', 'device_token_changes',
+    'device_tokens', 'devices', 'enrolment_keys', 'enrolments', 'feature_flag_changes', 'feature_flags',
+    'hb_partitions', 'heartbeat_history', 'heartbeat_labels', 'ingest_ledger', 'job_runs', 'late_heartbeats',
+    'legacy_days', 'legacy_tokens', 'perf_diff_comparisons', 'schema_migrations', 'shared_tokens',
+    'taking_heartbeats'
 ]) AS relation
 WHERE to_regclass(relation) IS NULL;
 

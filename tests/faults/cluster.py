@@ -113,7 +113,8 @@ class Cluster:
 
     async def give_way(self, to: Standby) -> None:
         """Once it is lost, the standby takes its place for good."""
-        self._server = await asyncio.to_thread(to.promote)
+        lost, self._server = self._server, await asyncio.to_thread(to.promote)
+        await asyncio.to_thread(lost.stop)  # it is gone: this gives up the claim on its folder
         self.data_dir, self.dsn = to.data_dir, self._server.dsn
         self._may_start.set()
 
