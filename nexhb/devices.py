@@ -79,6 +79,7 @@ class DeviceStore:
         self._lookup_conn: Connection | None = None
         self._lookup_lock = asyncio.Lock()
         self._follow_conn: Connection | None = None
+        self._is_following = False  # else nobody says that a token is known since
         self._changed: asyncio.Queue[str] = asyncio.Queue()
         self._counted = 0  # changes of tokens that memory has, as far as it can be told
 
@@ -93,7 +94,7 @@ class DeviceStore:
             return device
         now = asyncio.get_running_loop().time()
         missed = self._misses.get(token_hash)
-        if missed is not None and now - missed < MISS_HOLDS_S:
+        if missed is not None and self._is_following and now - missed < MISS_HOLDS_S:
             return None
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._lookup_lock:
@@ -151,9 +152,10 @@ class DeviceStore:
                 await conn.add_listener(CHANNEL, lambda *args: changed.put_nowait(str(args[3])))
             # What changed while nobody listened was not notified.
             await self._read_all(conn, "listen")
+            self._is_following = True
             await self._stay_current(conn, changed)
         finally:
-            self._follow_conn = None
+            self._is_following, self._follow_conn = False, None
             with suppress(Exception):
                 await conn.close(timeout=2)
 

@@ -974,3 +974,21 @@ async def test_a_look_up_whose_connection_was_ended_is_made_on_another(database:
     assert found is not None
     assert found.device_id == "kiosk-1"
     await store.close()
+
+
+async def test_a_token_that_was_unknown_is_asked_for_again_while_nobody_listens(
+    database: Database, conn: Connection
+) -> None:
+    """A device that was added after its own 401 heard 401 once more, for two seconds, while the listener was down."""
+    store = devices.DeviceStore(database, refresh_s=300)
+    await store.load()
+    try:
+        token = devices.new_token()
+        assert await store.find(devices.hash_token(token)) is None
+        await devices.add(conn, "kiosk-1", None)
+        await conn.execute("UPDATE device_tokens SET token_sha256 = $1", devices.hash_token(token))
+        found = await store.find(devices.hash_token(token))
+        assert found is not None
+        assert found.device_id == "kiosk-1"
+    finally:
+        await store.close()
