@@ -14,9 +14,8 @@ _Q = sql.queries("db")
 _log = log.get("clock")
 
 MOVED_S = 30.0  # a database's clock that moves by more than that against monotonic time is said so
-APART_MOST = timedelta(
-    minutes=5
-)  # ingest.accept_future's default: from here on a right device's clock is taken for wrong
+# ingest.accept_future's default: from here on a device's clock that is right is taken for wrong.
+APART_MOST = timedelta(minutes=5)
 TRUE_TO_S = 1.0  # an answer that took longer says too little
 
 

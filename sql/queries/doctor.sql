@@ -1,8 +1,5 @@
 -- What an operator would look at, one question a query. $1 is the moment of the visit where one is needed.
 
--- name: clock
-SELECT clock_timestamp();
-
 -- name: ahead
 -- $1 by how much. Devices that were heard later than now: a clock was ahead, and may be right again. By the index of the
 -- offline query.
