@@ -7,7 +7,7 @@ import base64
 import hashlib
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -182,6 +182,7 @@ class DeviceStore:
         with _answered(conn):
             await self._lives.check(conn)
             changes = await conn.fetchval(_Q["token_changes"])
+        self._lives.counted(changes)
         return bool(changes != self._counted)
 
     async def _take_notice(self, conn: Connection, payload: str) -> None:
@@ -193,6 +194,7 @@ class DeviceStore:
         with _answered(conn):
             rows = await conn.fetch(_Q["find_tokens"], hashes)
         self._lives.unless_changed(life)
+        self._note_changes(rows)
         found = {row["token_sha256"]: _device(row, life) for row in rows}
         for token_hash in hashes:
             self._misses.pop(token_hash, None)
@@ -210,8 +212,8 @@ class DeviceStore:
         place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end."""
         seen: set[bytes] = set()
         life = self._lives.number
-        async with conn.transaction():
-            # Before the tokens: a change between the two is counted again, which costs another reading at most.
+        async with conn.transaction(isolation="repeatable_read"):
+            # A change whose notification is still to come is counted again, which costs another reading at most.
             with _answered(conn):
                 counted = await conn.fetchval(_Q["token_changes"])
                 cursor = await conn.cursor(_Q["all_tokens"])
@@ -224,6 +226,7 @@ class DeviceStore:
                 del self._by_hash[token_hash]
         self._misses.clear()
         self._counted = counted
+        self._lives.counted(counted)
         metrics.devices_known.set(len(self._by_hash))
         metrics.device_refreshes.labels(why=why, status="ok").inc()
 
@@ -250,7 +253,12 @@ class DeviceStore:
             if self._lookup_conn is not None:
                 self._lookup_conn.terminate()
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
+        self._note_changes(rows)
         self._take_in(rows, life, set())
+
+    def _note_changes(self, rows: Sequence[asyncpg.Record]) -> None:
+        if rows:
+            self._lives.counted(rows[0]["changes"])
 
 
 @contextmanager

@@ -57,6 +57,7 @@ class Lives:
     _oid: int | None = None
     _claimed: int | None = None  # the same of another daemon
     _learned: dict[int, str] = field(default_factory=dict)  # device_no → device_id, whose tokens came since _mark
+    _changes: int = 0  # of tokens: the most that was read here
     _forgetting: list[Callable[[], object]] = field(default_factory=list)
     _floor: int = 0  # a generation that was accepted as missing: the next one exceeds it
     _due: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +80,10 @@ class Lives:
                 self._learned[device_no] = device_id
             self._due.set()
 
+    def counted(self, changes: int) -> None:
+        """How often tokens have changed, by this database: where they have changed less often is an older copy."""
+        self._changes = max(self._changes, changes)
+
     def unless_changed(self, number: int) -> None:
         """Raise DatabaseUnavailable where another database was found since `number`."""
         if number != self.number:
@@ -90,12 +95,12 @@ class Lives:
         """Look where a connection leads. Raises DatabaseUnavailable for a standby, and for a database without the
         tables of this version."""
         asked = None
-        while asked != (self.number, self._mark, self.missing, len(self._learned)):
-            asked = (self.number, self._mark, self.missing, len(self._learned))
+        while asked != self._known():
+            asked = self._known()
             try:
                 row = await conn.fetchrow(
                     _Q["look"], *(self._mark or (None, None)), *(self.missing or (None, None)),
-                    list(self._learned), list(self._learned.values()),
+                    list(self._learned), list(self._learned.values()), self._changes,
                 )  # fmt: skip
             except asyncpg.UndefinedTableError as error:
                 raise DatabaseUnavailable("It has no tables of this version.", hint="Run nexhb migrate.") from error
@@ -103,17 +108,26 @@ class Lives:
             if row["in_recovery"]:
                 raise DatabaseUnavailable("This is a standby: it cannot commit.")
             # Where what is known has changed meanwhile, or by this, it is asked again.
-            if asked == (self.number, self._mark, self.missing, len(self._learned)):
+            if asked == self._known():
+                missed = self.missing
                 self._judge(row)
+                # Known before the first answer, and so to whoever starts after this daemon, too.
+                if self.missing != missed:
+                    await self._remember(self.missing)
+
+    def _known(self) -> tuple[object, ...]:
+        """What a connection is asked about."""
+        return self.number, self._mark, self.missing, len(self._learned), self._changes
 
     def _judge(self, row: asyncpg.Record) -> None:
-        contains = row["contains"] and row["learned"] == len(self._learned)
+        contains = row["contains"] and row["learned"] == len(self._learned) and row["counted"]
         is_first = self._oid is None
         if not contains or row["oid"] != (self._oid or row["oid"]):
             if not contains:
                 # One older copy after another: what the first lacked counts.
                 self.missing, self._mark = self.missing or self._lost(row["contains"]), None
             self._learned.clear()
+            self._changes = 0
             if not is_first:
                 self.number += 1
             say = _log.error if not contains else _log.warning
@@ -166,8 +180,6 @@ class Lives:
         number, covered = self.number, dict(self._learned)
         if self.missing:
             await conn.execute(_Q["claim"], self.missing.mark, self.missing.generation, socket.gethostname())
-            if self.data_dir is not None:
-                await asyncio.to_thread(write, self.data_dir, self.missing)
             if self._mark is not None:
                 return
         while (row := await conn.fetchrow(_Q["advance"], self._floor)) is None:
@@ -176,8 +188,12 @@ class Lives:
         self._mark = Mark(row["generation"], row["mark"])
         self._learned = {no: name for no, name in self._learned.items() if covered.get(no) != name}
         await conn.execute(_Q["prune"], row["generation"], KEPT)
-        if self.missing is None and self.data_dir is not None:
-            await asyncio.to_thread(write, self.data_dir, self._mark)
+        if self.missing is None:
+            await self._remember(self._mark)
+
+    async def _remember(self, mark: Mark | None) -> None:
+        if mark is not None and self.data_dir is not None:
+            await asyncio.to_thread(write, self.data_dir, mark)
 
 
 def _shown(mark: Mark | None) -> int | None:
@@ -222,7 +238,7 @@ async def missing(conn: Connection, data_dir: Path) -> list[Missing]:
     found = [Missing(row["generation"], row["host"]) for row in await conn.fetch(_Q["missing"])]
     own = await asyncio.to_thread(read, data_dir)
     if own is not None:
-        row = await conn.fetchrow(_Q["look"], *own, *own, [], [])
+        row = await conn.fetchrow(_Q["look"], *own, *own, [], [], 0)
         if row is not None and not row["contains"] and not row["accepted"] and not found:
             found.append(Missing(own.generation, socket.gethostname()))
     return found
@@ -233,7 +249,7 @@ async def accept(conn: Connection, data_dir: Path) -> list[Missing]:
     async with conn.transaction():
         own = await asyncio.to_thread(read, data_dir)
         if own is not None:
-            row = await conn.fetchrow(_Q["look"], *own, *own, [], [])
+            row = await conn.fetchrow(_Q["look"], *own, *own, [], [], 0)
             if row is not None and not row["contains"]:
                 await conn.execute(_Q["claim"], own.mark, own.generation, socket.gethostname())
         return [Missing(row["generation"], row["host"]) for row in await conn.fetch(_Q["accept"])]

@@ -10,8 +10,10 @@ FROM device_tokens t JOIN devices d USING (device_no);
 SELECT coalesce(sum(changes), 0)::bigint FROM device_token_changes;
 
 -- name: find_tokens
--- $1: token_sha256[]. For tokens that the memory does not know (yet), or that changed.
-SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked
+-- $1: token_sha256[]. For tokens that the memory does not know (yet), or that changed; with how often tokens have
+-- changed by then.
+SELECT t.token_sha256, t.device_no, d.device_id, t.revoked_at IS NOT NULL AS revoked,
+       (SELECT coalesce(sum(changes), 0)::bigint FROM device_token_changes) AS changes
 FROM device_tokens t JOIN devices d USING (device_no)
 WHERE t.token_sha256 = ANY($1::bytea[]);
 

@@ -2,7 +2,8 @@
 
 -- name: look
 -- $1 generation and $2 mark of the last one that this daemon added, $3 and $4 the same of the one that was found missing
--- (either may be null), $5 device_no[] and $6 device_id[] of devices learned since $1.
+-- (either may be null), $5 device_no[] and $6 device_id[] of devices learned since $1, $7 how many changes of tokens it
+-- has seen.
 SELECT d.oid::bigint AS oid,
        pg_is_in_recovery() AS in_recovery,
        $2::uuid IS NULL OR EXISTS (SELECT FROM database_generations WHERE generation = $1::bigint AND mark = $2)
@@ -13,6 +14,7 @@ SELECT d.oid::bigint AS oid,
            AND EXISTS (SELECT FROM database_missing WHERE mark = $4 AND accepted_at IS NOT NULL) AS accepted,
        (SELECT count(*) FROM unnest($5::int[], $6::text[]) AS l (device_no, device_id)
         JOIN devices USING (device_no, device_id)) AS learned,
+       (SELECT coalesce(sum(changes), 0) >= $7::bigint FROM device_token_changes) AS counted,
        (SELECT max(generation) FROM database_missing WHERE accepted_at IS NULL) AS missing
 FROM pg_database d
 WHERE d.datname = current_database();

@@ -28,6 +28,7 @@ BOUND_S = 5.0  # from a change's commit until every answer follows it, where dae
 MACHINE_S = 1.0  # and what a busy machine may take
 EVERY_S = 0.25
 OLD_ONES = 0.3  # of what is sent: with a token that it had once, if there is one
+_NOBODY = frozenset({-1})
 _AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError)
 _STATES = "SELECT token_sha256, revoked_at IS NOT NULL AS revoked FROM device_tokens WHERE token_sha256 = ANY($1)"
 _ADMIT = """
@@ -46,6 +47,10 @@ class Surroundings(Protocol):
     @property
     def port(self) -> int:
         """Where devices send."""
+
+    @property
+    def processes(self) -> frozenset[int]:
+        """The daemons that run."""
 
     def connection(self) -> AbstractAsyncContextManager[asyncpg.Connection]:
         """One to the database, past the proxies."""
@@ -91,6 +96,7 @@ class Guest:
     device: Device
     clock: datetime
     tokens: dict[str, Since] = field(default_factory=dict)  # the newest last
+    learned_by: dict[str, frozenset[int]] = field(default_factory=dict)  # token → daemons, one of which answered by it
 
     def change(self, state: State, tokens: Sequence[str] | None = None) -> None:
         """From now on these tokens, or all of them, stand so."""
@@ -145,7 +151,10 @@ class Guests:
     async def _ask(self, guest: Guest, token: str) -> None:
         """One heartbeat, and whether its answer was wrong."""
         stood, together_s, asked_s = guest.tokens[token], self._world.together_s, time.monotonic()
+        processes = self._world.processes
         heard = await self._heartbeat(guest, token)
+        if heard.said[:3] in ("200", "410") and guest.tokens[token] == stood:
+            guest.learned_by[token] = processes | self._world.processes
         if guest.tokens[token] != stood or self._world.together_s != together_s:
             return
         if said := wrong(stood, asked_s, together_s, heard):
@@ -215,9 +224,14 @@ class Guests:
             await asyncio.sleep(0.1)
 
     async def found_anew(self) -> None:
-        """Another database is there: how each token stands in it."""
+        """Another database is there: how each token stands in it. What no daemon had learned of before its database
+        was lost, or one that has ended since, may be known to nobody: 401 is not wrong then."""
         for guest in self.all:
-            knew = [token for token, since in guest.tokens.items() if since.state is not State.UNKNOWN]
+            knew = [
+                token
+                for token, since in guest.tokens.items()
+                if since.state is not State.UNKNOWN and guest.learned_by.get(token, _NOBODY) <= self._world.processes
+            ]
             guest.change(State.CHANGING)
             while not await self._read(guest):
                 await asyncio.sleep(0.1)

@@ -82,6 +82,11 @@ class World:
         """Since when daemon and database hear each other; infinity while they may not."""
         return math.inf if self.apart else self.together_since_s
 
+    @property
+    def processes(self) -> frozenset[int]:
+        """The daemons that run."""
+        return frozenset(daemon.pid for daemon in self.daemons if daemon.pid)
+
     def blame(self, what: str, why: str) -> None:
         """Write down what does not hold while something is broken, and should."""
         self.blamed.append((what, why))

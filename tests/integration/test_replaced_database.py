@@ -15,9 +15,10 @@ import asyncpg
 import orjson
 import pytest
 
-from nexhb import doctor, identity
+from nexhb import devices, doctor, identity
 from nexhb.config import Server
 from nexhb.db import Connection, Database
+from nexhb.errors import DatabaseUnavailable
 from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, example
 from tests.faults.cluster import Cluster, running
 from tests.faults.guard import guarding
@@ -94,6 +95,12 @@ async def becomes(wanted: int, send: Callable[[], Awaitable[Answer]], never: int
             assert answer.status != never, answer
             await asyncio.sleep(0.02)
     return answer
+
+
+async def is_held(agent: Agent, now: datetime) -> None:
+    """Until its token hears that the database is an older copy; never that it is unknown."""
+    while "older copy" not in (await becomes(503, lambda: agent.send(now))).body["detail"]:
+        await asyncio.sleep(0.02)
 
 
 async def stored(nexhb: Nexhb) -> list[tuple[str | None, str | None, datetime]]:
@@ -195,7 +202,7 @@ async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
     late = await nexhb.agent("kiosk-2")
     await becomes(200, lambda: late.send(now))
     await swap.put_in_place(copy)
-    await becomes(503, lambda: late.send(now))
+    await is_held(late, now)
     late.nexhb = await start_daemon()
     assert (await late.send(now)).status == 503
 
@@ -217,6 +224,26 @@ async def test_a_restore_into_the_same_database_is_noticed_on_open_connections(n
     again = await becomes(200, lambda: agent.send(first, **named("Lost")))
     assert again.body["deduplicated"] is False
     assert await stored(nexhb) == [("kiosk-1", "Lost", first)]
+
+
+async def test_a_copy_from_before_a_tokens_rotation_is_an_older_one_before_any_generation_says_so(
+    start_daemon: StartDaemon, swap: Swap, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy has the device, and lacks its token: 401 was heard where the primary was lost within a second."""
+    nexhb = await start_daemon()
+    agent = await nexhb.agent("kiosk-1")
+    assert (await agent.send(now)).status == 200
+
+    async def never(_lives: identity.Lives, _database: Database) -> None:
+        raise DatabaseUnavailable("No generation is added.")
+
+    monkeypatch.setattr(identity.Lives, "add", never)
+    copy = await swap.copy()
+    async with nexhb.database.connected(application="test") as conn:
+        agent.token = await devices.rotate(conn, "kiosk-1")
+    await becomes(200, lambda: agent.send(now))
+    await swap.put_in_place(copy)
+    await is_held(agent, now)
 
 
 async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaemon, swap: Swap, now: datetime) -> None:
