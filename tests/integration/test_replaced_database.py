@@ -207,6 +207,25 @@ async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
     assert (await late.send(now)).status == 503
 
 
+async def test_an_older_copy_that_was_found_is_known_to_who_starts_before_it_could_be_said_in_the_database(
+    start_daemon: StartDaemon, swap: Swap, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon that found it may be killed a moment later; until then it adds nothing to the database here."""
+    monkeypatch.setattr(identity, "LEAST_S", 3600.0)
+    nexhb = await start_daemon()
+    await nexhb.agent("kiosk-1")
+    async with asyncio.timeout(SOON_S):
+        while (await nexhb.rows("SELECT max(generation) FROM database_generations"))[0][0] < 2:
+            await asyncio.sleep(0.02)
+    copy = await swap.copy()
+    late = await nexhb.agent("kiosk-2")
+    await becomes(200, lambda: late.send(now))
+    await swap.put_in_place(copy)
+    await is_held(late, now)
+    late.nexhb = await start_daemon()
+    assert (await late.send(now)).status == 503
+
+
 async def test_a_restore_into_the_same_database_is_noticed_on_open_connections(nexhb: Nexhb, now: datetime) -> None:
     """pg_restore --clean ends no connection: what the daemon had learned named labels and devices of before."""
     agent = await nexhb.agent("kiosk-1")
