@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import asyncpg
 
@@ -455,28 +456,42 @@ async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, 
     return key
 
 
-async def enrol(conn: Connection, key: str, device_id: str, alias: str | None, now: datetime) -> str:
-    """A new device's token against one use of `key`. Raises EnrolmentRefused, DeviceExists, BadInput; then the use
-    is not spent.
+async def enrol(conn: Connection, key: str, device_id: str | None, alias: str | None, now: datetime) -> tuple[str, str]:
+    """A new device against one use of `key`: its device_id, a random one unless it is given, and its token. Raises
+    EnrolmentRefused, DeviceExists, BadInput; then the use is not spent.
 
     A device that registered with this key before and has sent nothing since did not hear the answer: it gets another
-    token in the place of that one, and no further use is spent.
+    token in the place of that one, and no further use is spent. Without a device_id that device is known by its alias,
+    and only once the key is used up: while uses are left, the same alias may be a second kiosk's.
     """
     key_hash = hash_token(key)
     async with conn.transaction():
         uses_left = await conn.fetchval(_Q["hold_enrolment_key"], key_hash, now)
         if uses_left is None:
             raise EnrolmentRefused("It is unknown, used up or expired.")
-        if "\0" not in device_id:
-            again = await conn.fetchval(_Q["enrolled_in_vain"], device_id, key_hash)
-            if again is not None:
-                return await _enrol_again(conn, again, alias)
+        if again := await _enrolled_in_vain(conn, key_hash, device_id, alias, uses_left):
+            return again["device_id"], await _enrol_again(conn, again["device_no"], alias)
         if not uses_left:
             raise EnrolmentRefused("It is unknown, used up or expired.")
+        device_id = device_id or str(uuid4())
         token = await add(conn, device_id, alias)
         await conn.execute(_Q["use_enrolment_key"], key_hash)
         await conn.execute(_Q["add_enrolment"], await _device_no(conn, device_id), key_hash, now)
-        return token
+        return device_id, token
+
+
+async def _enrolled_in_vain(
+    conn: Connection, key_hash: bytes, device_id: str | None, alias: str | None, uses_left: int
+) -> asyncpg.Record | None:
+    """The one device that registered with this key and did not hear the answer, as far as can be told."""
+    if "\0" in f"{device_id}{alias}":
+        return None
+    if device_id is not None:
+        return await conn.fetchrow(_Q["enrolled_in_vain"], device_id, key_hash)
+    if uses_left or alias is None:
+        return None
+    found = await conn.fetch(_Q["enrolled_in_vain_as"], alias, key_hash)
+    return found[0] if len(found) == 1 else None
 
 
 async def _enrol_again(conn: Connection, device_no: int, alias: str | None) -> str:

@@ -11,7 +11,7 @@ from aiohttp import HttpVersion11, web
 
 from nexhb import log, metrics
 from nexhb.errors import BadInput, UnknownDevice
-from nexhb.http import auth, fleet, heartbeats, ops, queues
+from nexhb.http import auth, enrolment, fleet, heartbeats, ops, queues
 from nexhb.http.connections import Guarded
 from nexhb.http.parts import PARTS, Parts
 from nexhb.http.problem import Problem
@@ -36,7 +36,7 @@ class Route(NamedTuple):
 ROUTES = (
     Route("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
     Route("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
-    Route("POST", "/v1/register", heartbeats.post_register, "enrolment"),
+    Route("POST", "/v1/register", enrolment.post_register, "enrolment", ("alias",)),
     Route("GET", "/v1/fleet", fleet.get_fleet, "admin"),
     Route("GET", "/v1/devices", fleet.get_devices, "admin", ("limit", "after")),
     Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", "limit", "after")),

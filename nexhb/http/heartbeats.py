@@ -1,21 +1,19 @@
-"""POST /v1/heartbeat and /v1/register: what devices call. Their queues are in `queues`."""
+"""POST /v1/heartbeat. Queues are in `queues`."""
 
 from __future__ import annotations
 
 import time
 from datetime import datetime
-from uuid import uuid4
 
-import msgspec
 from aiohttp import web
 
-from nexhb import devices, log, metrics, wire
+from nexhb import log, metrics, wire
 from nexhb.devices import Device
-from nexhb.errors import DeviceExists, EnrolmentRefused, Overloaded
+from nexhb.errors import Overloaded
 from nexhb.http import auth, body
 from nexhb.http.connections import Guarded
-from nexhb.http.parts import PARTS, Parts, writable_connection
-from nexhb.http.problem import Problem, answer
+from nexhb.http.parts import PARTS, Parts
+from nexhb.http.problem import Problem
 from nexhb.intake import Outcome, Verdict
 
 _log = log.get("heartbeats")
@@ -129,38 +127,3 @@ def _note_mismatch(device: Device, claimed: str) -> None:
     if device.device_no not in _mismatch_logged and len(_mismatch_logged) < 10_000:
         _mismatch_logged.add(device.device_no)
         _log.warning("heartbeat.device_id_mismatch", device_id=device.device_id, claimed=claimed)
-
-
-# ---- enrolment ------------------------------------------------------------------------------------------------
-
-
-class _Registration(msgspec.Struct):
-    device_id: str | None = None
-    alias: str | None = None
-
-
-async def post_register(request: web.Request) -> web.Response:
-    """A new device against an enrolment key: its id and its token, this once."""
-    parts = request.app[PARTS]
-    if parts.settings.auth.enrolment != "open":
-        raise Problem(403, "Devices are added by the operator here (auth.enrolment is token).")
-    auth.hold_off_guessing(request, parts)
-    key = auth.bearer(request)
-    if not key:
-        raise auth.wrong_key(request, parts, "enrolment", "An enrolment key is required: Authorization: Bearer …")
-    body.check_headers(request, most=4096, types=_JSON)
-    raw = await body.read(request, most=4096, timeout_s=parts.settings.server.body_timeout_seconds)
-    try:
-        wanted = msgspec.json.decode(raw or b"{}", type=_Registration)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem(400, f"The registration is not valid: {error}") from None
-    device_id = wanted.device_id or str(uuid4())
-    async with writable_connection(parts) as conn:
-        try:
-            token = await devices.enrol(conn, key, device_id, wanted.alias or None, parts.now())
-        except EnrolmentRefused as error:
-            raise auth.wrong_key(request, parts, "enrolment", str(error)) from None
-        except DeviceExists as error:
-            raise Problem(409, str(error)) from None
-    _log.info("device.enrolled", device_id=device_id)
-    return answer({"device_id": device_id, "device_token": token})

@@ -117,9 +117,17 @@ UPDATE enrolment_keys SET uses_left = uses_left - 1 WHERE key_sha256 = $1;
 
 -- name: enrolled_in_vain
 -- $1 device_id, $2 key_sha256. A device that registered with this key and never sent: the answer was lost.
-SELECT d.device_no FROM devices d JOIN enrolments e USING (device_no)
+SELECT d.device_no, d.device_id FROM devices d JOIN enrolments e USING (device_no)
 WHERE d.device_id = $1 AND e.key_sha256 = $2 AND d.revoked_at IS NULL
   AND NOT EXISTS (SELECT 1 FROM device_last_status s WHERE s.device_no = d.device_no)
+FOR UPDATE OF d;
+
+-- name: enrolled_in_vain_as
+-- $1 alias, $2 key_sha256. Likewise, by its alias; two rows where it is not clear which one.
+SELECT d.device_no, d.device_id FROM devices d JOIN enrolments e USING (device_no)
+WHERE d.alias = $1 AND e.key_sha256 = $2 AND d.revoked_at IS NULL
+  AND NOT EXISTS (SELECT 1 FROM device_last_status s WHERE s.device_no = d.device_no)
+LIMIT 2
 FOR UPDATE OF d;
 
 -- name: rename

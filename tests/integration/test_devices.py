@@ -12,11 +12,13 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 import pytest
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
+from yarl import URL
 
 from nexhb import devices
 from nexhb.config import Auth
@@ -268,7 +270,7 @@ async def test_only_the_sha256_of_a_token_or_key_is_stored(nexhb: Nexhb, conn: C
     secrets.append(
         await devices.issue_enrolment_key(conn, note="n", uses=2, expires_at=datetime.now(UTC) + timedelta(hours=1))
     )
-    secrets.append(await devices.enrol(conn, secrets[-1], "kiosk-3", None, datetime.now(UTC)))
+    secrets.append((await devices.enrol(conn, secrets[-1], "kiosk-3", None, datetime.now(UTC)))[1])
     assert (await sending(nexhb, "kiosk-1", secrets[0], now)()).status == 200
     columns = await conn.fetch(
         """SELECT format('%I', c.table_name) AS t, format('%I', c.column_name) AS c, data_type
@@ -683,6 +685,53 @@ async def test_a_registration_whose_answer_was_lost_is_admitted_again(
         assert (await register(open_house, other, name)).status == 200
         await ended
         assert (await register(open_house, other, name)).status == 409, "the operator decides about it now"
+
+
+@pytest.mark.parametrize("way", ["ConfigReceiver", "EnrollmentActivity"])
+async def test_the_agent_enrols_itself_in_both_of_its_ways(open_house: Nexhb, now: datetime, way: str) -> None:
+    """The agent sends its key as X-Admin-Key with the alias in the body, or as X-Admin with ?alias= and no body; nexhb
+    took neither header, and refused the parameter. The agent reads device_token and device_id of a 200."""
+    key, alias = await issue(open_house, uses=1), "Store 42 - kiosk 3 / ü"
+    if way == "ConfigReceiver":
+        url, body = "/v1/register", orjson.dumps({"alias": alias})
+        headers = {"X-Admin-Key": key, "Content-Type": "application/json; charset=utf-8"}
+    else:
+        url, body = f"/v1/register?alias={quote(alias)}", b""
+        headers = {"X-Admin": key, "Content-Type": "application/json"}
+    async with open_house.http.post(URL(open_house.url + url, encoded=True), data=body, headers=headers) as response:
+        answer = await response.json()
+        assert (response.status, answer.keys()) == (200, {"device_id", "device_token"}), answer
+    assert [tuple(row) for row in await open_house.rows("SELECT device_id, alias FROM devices")] == [
+        (answer["device_id"], alias)
+    ]
+    assert (await sending(open_house, answer["device_id"], answer["device_token"], now)()).status == 200
+    for wrong in ({"X-Admin-Key": devices.new_token()}, {"X-Admin": ADMIN_KEY}, {"X-Admin": ""}):
+        refused = open_house.http.post(f"{open_house.url}/v1/register", json={"alias": "x"}, headers=wrong)
+        async with refused as response:
+            assert response.status == 401
+    assert await uses_left(open_house) == 0
+
+
+async def test_an_agent_that_did_not_hear_the_answer_enrols_again_by_its_alias(
+    open_house: Nexhb, now: datetime
+) -> None:
+    """The agent does not send a device_id when it enrols: a lost answer spent the only use of its key. While a key has
+    uses left, the same alias may be another kiosk's: both are enrolled, and neither loses its token."""
+    batch = await issue(open_house, uses=2)
+    kiosks = [await register(open_house, batch, alias="Kiosk") for _ in range(2)]
+    assert len({one.body["device_id"] for one in kiosks}) == 2
+    assert (await register(open_house, batch, alias="Kiosk")).status == 401, "it is not clear which one"
+    for one in kiosks:
+        assert (await sending(open_house, one.body["device_id"], one.body["device_token"], now)()).status == 200
+    key = await issue(open_house, uses=1)
+    lost = await register(open_house, key, alias="by the door")
+    assert (await register(open_house, key, alias="by the window")).status == 401
+    assert (await register(open_house, key)).status == 401
+    again = await register(open_house, key, alias="by the door")
+    assert (again.status, again.body["device_id"]) == (200, lost.body["device_id"])
+    await becomes(401, sending(open_house, "", lost.body["device_token"], now))
+    assert (await sending(open_house, "", again.body["device_token"], now)()).status == 200
+    assert (await register(open_house, key, alias="by the door")).status == 401, "it has sent: the answer was heard"
 
 
 async def test_of_devices_that_race_for_the_last_uses_exactly_so_many_win(start_daemon: StartDaemon) -> None:

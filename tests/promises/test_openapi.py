@@ -190,7 +190,9 @@ async def tokens_of(nexhb: Nexhb) -> dict[str, str]:
         enrolment = await devices.issue_enrolment_key(conn, note=None, uses=100_000, expires_at=until)
     finally:
         await conn.close()
-    return {"deviceToken": device, "enrolmentKey": enrolment, "adminKey": ADMIN_KEY, "adminBearer": ADMIN_KEY}
+    enrolments = ("enrolmentKey", "enrolmentKeyOfTheAgent", "enrolmentKeyOfItsScanner")
+    admins = ("adminKey", "adminBearer")
+    return {"deviceToken": device} | dict.fromkeys(enrolments, enrolment) | dict.fromkeys(admins, ADMIN_KEY)
 
 
 @pytest.fixture
