@@ -17,6 +17,8 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 # What .ci/run installs. There, with TEST_TOOLS_REQUIRED set, their absence is a failure.
 TOOLS = {
     "pgbouncer is not installed": "a developer's machine may lack it",
+    "nginx is not installed": "a developer's machine may lack it",
+    "haproxy is not installed": "a developer's machine may lack it",
     "promtool is not installed .*": "a developer's machine may lack it",
     "no systemd-analyze here: .*": "a developer's machine may lack it",
 }

@@ -1,0 +1,274 @@
+"""nginx and HAProxy with the files of packaging/, between devices, nexhb and a stand-in of NexMDM."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import signal
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+from aiohttp import WSMsgType, web
+
+from bench.stack import free_port
+from tests.conftest import SOON_S, Answer
+from tests.tls import anything, certificate
+
+PACKAGING = Path(__file__).parents[1] / "packaging"
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
+NGINX, HAPROXY = shutil.which("nginx", path=PATH), shutil.which("haproxy", path=PATH)
+
+# What an operator comments out, in each proxy's file, to do without it.
+MIRROR = {"nginx": r"mirror /nexmdm-copy;", "haproxy": r"http-request lua\.copy_to_nexmdm .*"}
+FALLBACK = {
+    "nginx": r"error_page 401 = @nexmdm;|proxy_intercept_errors on;",
+    "haproxy": r"retry-on 401|retries 1|option redispatch 1|server nexmdm 127\.0\.0\.1:\d+ weight 1",
+}
+ROUTE = {"nginx": r"include snippets/nexhb-heartbeats\.conf;", "haproxy": r"use_backend (heartbeats|queues) .*"}
+
+APK = bytes(range(256)) * 20_000
+
+
+# ---- NexMDM ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Call:
+    """A request that the stand-in got."""
+
+    method: str
+    path: str
+    body: bytes
+    headers: Any
+
+
+@dataclass
+class NexMDM:
+    """A stand-in of NexMDM: it records what it gets, and knows the tokens in `tokens`."""
+
+    port: int
+    tokens: set[str] = field(default_factory=set)
+    calls: list[Call] = field(default_factory=list)
+    hangs: bool = False
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _let_go: asyncio.Event = field(default_factory=asyncio.Event)
+    _runner: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        app = web.Application(client_max_size=2**30)
+        app.router.add_get("/v1/apk/download/{apk_id}", self._apk)
+        app.router.add_get("/ws/stream/device/{device_id}", self._stream)
+        app.router.add_route("*", "/{tail:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+
+    async def stop(self) -> None:
+        """Be away."""
+        self._let_go.set()
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self._runner = None
+
+    def of(self, path: str) -> list[Call]:
+        """What came for a path."""
+        return [call for call in self.calls if call.path == path]
+
+    async def until(self, so: Callable[[], bool]) -> None:
+        """Wait until it is so; looked at with each call."""
+        async with asyncio.timeout(SOON_S):
+            while not so():
+                self._news.clear()
+                await self._news.wait()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.calls.append(Call(request.method, request.path_qs, body, request.headers))
+        self._news.set()
+        if self.hangs:
+            await self._let_go.wait()
+        if "Authorization" in request.headers and request.headers["Authorization"][7:] not in self.tokens:
+            return web.json_response({"detail": "Invalid device token"}, status=401)
+        return web.json_response({"ok": True, "by": "NexMDM"})
+
+    async def _apk(self, request: web.Request) -> web.Response:
+        self.calls.append(Call(request.method, request.path_qs, b"", request.headers))
+        return web.Response(body=APK)
+
+    async def _stream(self, request: web.Request) -> web.WebSocketResponse:
+        """Echo: what remote control needs of a proxy."""
+        self.calls.append(Call(request.method, request.path_qs, b"", request.headers))
+        line = web.WebSocketResponse()
+        await line.prepare(request)
+        async for message in line:
+            if message.type is WSMsgType.BINARY:
+                await line.send_bytes(message.data)
+        return line
+
+
+@asynccontextmanager
+async def nexmdm(port: int, tokens: Sequence[str] = ()) -> AsyncIterator[NexMDM]:
+    """One that listens."""
+    made = NexMDM(port, set(tokens))
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.stop()
+
+
+# ---- the proxy ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Proxy:
+    """A running proxy. Its files may be edited and taken over, as an operator does."""
+
+    kind: str  # nginx or haproxy
+    url: str
+    folder: Path
+    process: asyncio.subprocess.Process
+    log: Path
+
+    async def send(self, path: str, token: str, body: bytes, method: str = "POST", **headers: str) -> Answer:
+        """A request on a connection of its own."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything())) as client:
+            return await send(client, self.url + path, token, body, method, **headers)
+
+    async def raw(self, request: bytes) -> bytes:
+        """Bytes in, and all that comes until the proxy closes."""
+        port = int(self.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything())
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(), SOON_S)
+        writer.close()
+        return answer
+
+    def comment_out(self, wanted: str) -> int:
+        """Lines that match, in any of its files; how many. They are in force after `reload`."""
+        return comment_out(self.folder, wanted)
+
+    async def reload(self) -> None:
+        """Take the files over: what `systemctl reload` does, and wait until new connections go by them."""
+        old = workers(self)
+        self.process.send_signal(signal.SIGHUP if self.kind == "nginx" else signal.SIGUSR2)
+        async with asyncio.timeout(SOON_S):
+            while old & workers(self):
+                await asyncio.sleep(0.02)
+
+
+def comment_out(folder: Path, wanted: str) -> int:
+    """Lines of a proxy's files that match; how many."""
+    found = 0
+    for path in folder.rglob("*.c*f*"):
+        text, count = re.subn(rf"(?m)^(\s*)({wanted})$", r"\1# \2", path.read_text())
+        path.write_text(text)
+        found += count
+    return found
+
+
+def workers(proxy: Proxy) -> set[str]:
+    """The ids of the processes that take connections."""
+    return set(Path(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children").read_text().split())
+
+
+async def send(
+    client: aiohttp.ClientSession, url: str, token: str, body: bytes, method: str = "POST", **headers: str
+) -> Answer:
+    """As the agent does: a POST of JSON with its token; a proxy's own page becomes an empty body."""
+    fields = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"} | headers
+    async with client.request(method, url, data=io.BytesIO(body), headers=fields) as response:
+        raw = await response.read()
+        found: dict[str, Any] = {}
+        with suppress(orjson.JSONDecodeError):
+            found = orjson.loads(raw)
+        return Answer(response.status, found, response.headers)
+
+
+@asynccontextmanager
+async def proxy(kind: str, folder: Path, nexhb_port: int, nexmdm_port: int, *without: str) -> AsyncIterator[Proxy]:
+    """One with the packaged files; only addresses, ports and places are others. `without` is commented out before."""
+    port = free_port()
+    places = {
+        "127.0.0.1:8080": f"127.0.0.1:{nexhb_port}", "127.0.0.1:8000": f"127.0.0.1:{nexmdm_port}",
+        "127.0.0.1:8091": f"127.0.0.1:{free_port()}", "127.0.0.1:8092": f"127.0.0.1:{free_port()}",
+        "listen 443": f"listen 127.0.0.1:{port}", "bind :443": f"bind 127.0.0.1:{port}",
+    }  # fmt: skip
+    command = (_nginx if kind == "nginx" else _haproxy)(folder, places)
+    for lines in without:
+        assert comment_out(folder, lines)
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
+    made = Proxy(kind, f"https://127.0.0.1:{port}", folder, process, log)
+    try:
+        await _listening(made, port)
+        yield made
+    finally:
+        with suppress(ProcessLookupError):
+            made.process.terminate()
+        await asyncio.wait_for(made.process.wait(), SOON_S)
+
+
+async def _listening(made: Proxy, port: int) -> None:
+    async with asyncio.timeout(SOON_S):
+        while True:
+            assert made.process.returncode is None, made.log.read_text()
+            with suppress(OSError, ssl.SSLError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything())
+                writer.close()
+                return
+            await asyncio.sleep(0.02)
+
+
+def _replaced(text: str, places: dict[str, str]) -> str:
+    for there, here in places.items():
+        text = text.replace(there, here)
+    return text
+
+
+def _nginx(folder: Path, places: dict[str, str]) -> list[str]:
+    """The files where Debian has them, under `folder`, and a main file as Debian's; the command."""
+    folder.mkdir()
+    cert, key = certificate(folder, "mdm.example.com")
+    places = places | {"/etc/ssl/mdm.example.com.pem": str(cert), "/etc/ssl/private/mdm.example.com.key": str(key)}
+    there = {"nexhb.conf": "conf.d", "nexhb-heartbeats.conf": "snippets", "site.conf": "sites-enabled"}
+    for name, place in there.items():
+        (folder / place).mkdir()
+        (folder / place / name).write_text(_replaced((PACKAGING / "nginx" / name).read_text(), places))
+    temporary = "".join(
+        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(
+        f"{user} worker_processes 2; pid {folder}/pid; daemon off; error_log stderr warn;\n"
+        "events { worker_connections 768; }\n"
+        f"http {{ access_log off; {temporary} include conf.d/*.conf; include sites-enabled/*; }}\n"
+    )
+    assert NGINX is not None
+    return [NGINX, "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+
+
+def _haproxy(folder: Path, places: dict[str, str]) -> list[str]:
+    folder.mkdir()
+    cert, key = certificate(folder, "mdm.example.com")
+    both = folder / "both.pem"
+    both.write_bytes(cert.read_bytes() + key.read_bytes())
+    places = places | {
+        "/etc/haproxy/mdm.example.com.pem": str(both), "/etc/haproxy/nexhb-copy.lua": str(folder / "nexhb-copy.lua"),
+        "log /dev/log local0": "log stderr format raw local0", "user haproxy": "", "group haproxy": "",
+    }  # fmt: skip
+    shutil.copy(PACKAGING / "haproxy" / "nexhb-copy.lua", folder)
+    (folder / "haproxy.cfg").write_text(_replaced((PACKAGING / "haproxy" / "haproxy.cfg").read_text(), places))
+    assert HAPROXY is not None
+    return [HAPROXY, "-W", "-f", str(folder / "haproxy.cfg")]
