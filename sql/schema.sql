@@ -102,16 +102,18 @@ CREATE TABLE shared_tokens (
     evidence  jsonb NOT NULL                               -- the two: model, build, address, when they booted
 );
 
--- What NexMDM knew of a device's token, once for each that was taken over: it is not given a second time, so that a device
--- which was rotated since does not get its old token back. fingerprint: the token's SHA-256, or that of the bcrypt hash
--- where there was nothing else. Such a hash waits for the device's first heartbeat; then the token's SHA-256 goes to
--- device_tokens, and the hash goes.
+-- The credentials that an import took from NexMDM, once each: a credential is not given a second time, so that a device
+-- which was rotated since does not get its old token back. fingerprint: the SHA-256 of NexMDM's bcrypt hash, which never
+-- changes there; the token's SHA-256 where there is no such hash, and in rows from before 0011 that no import has mended
+-- yet. bcrypt waits for the device's first heartbeat, or for NexMDM to learn the token; then the token goes to
+-- device_tokens, and the hash is removed.
 CREATE TABLE legacy_tokens (
-    device_no   integer NOT NULL REFERENCES devices,
-    fingerprint bytea NOT NULL CHECK (length(fingerprint) = 32),
-    bcrypt      text,                                      -- null: nothing is to be found out any more
-    taken_at    timestamptz NOT NULL,
-    adopted_at  timestamptz,
+    device_no    integer NOT NULL REFERENCES devices,
+    fingerprint  bytea NOT NULL CHECK (length(fingerprint) = 32),
+    bcrypt       text,                                     -- null: nothing is to be found out any more
+    taken_at     timestamptz NOT NULL,
+    adopted_at   timestamptz,
+    token_sha256 bytea CHECK (length(token_sha256) = 32),  -- null: not known, or not yet
     PRIMARY KEY (device_no, fingerprint)
 );
 CREATE INDEX legacy_tokens_waiting ON legacy_tokens (taken_at) WHERE bcrypt IS NOT NULL;
@@ -440,6 +442,23 @@ CREATE TABLE legacy_days (
     source_rows  bigint,                                   -- how many the source had when the day was done
     finished_at  timestamptz,                              -- null: not to its end yet
     PRIMARY KEY (source, day)
+);
+
+-- The NexMDM databases that were imported: the time zone in which the times of each were read, and how an hour that the
+-- end of daylight saving time repeats was told apart. Both hold for every later import of the source.
+CREATE TABLE legacy_sources (
+    source        text PRIMARY KEY,
+    timezone      text NOT NULL,
+    repeated_hour text CHECK (repeated_hour IN ('first', 'second', 'by-id'))
+);
+
+-- Which devices each source gave: one that the source no longer has was deleted there.
+CREATE TABLE legacy_devices (
+    source     text NOT NULL,
+    device_no  integer NOT NULL REFERENCES devices,
+    last_seen  timestamptz,                                -- as NexMDM had it at the last import; it only grows there
+    revoked_at timestamptz,                                -- revoked here by an import, since it was deleted there
+    PRIMARY KEY (source, device_no)
 );
 
 -- Every run of a job. A run that was missed is found here, not in some scheduler's memory.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -90,9 +89,8 @@ async def _give_tokens(conn: Connection, page: list[Record], found: Devices, now
             found.refuse(row["id"], token)
             continue
         number = found.numbers[row["id"]]
-        fingerprint = token.sha256 or hashlib.sha256((token.bcrypt or "").encode()).digest()
         ids[number] = row["id"]
-        values.append((number, fingerprint, token.sha256, token.bcrypt, row["token_revoked_at"]))
+        values.append((number, token.fingerprint, token.sha256, token.bcrypt, row["token_revoked_at"]))
     if not values:
         return
     given = await conn.fetchrow(_Q["give_tokens"], *zip(*values, strict=True), now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +88,7 @@ class Token(NamedTuple):
 
     sha256: bytes | None
     bcrypt: str | None
+    fingerprint: bytes  # of the credential: the same whether or not NexMDM has learned the token's SHA-256
 
 
 def facts(row: Columns, dropped: list[str]) -> tuple[Any, ...]:
@@ -113,9 +115,10 @@ def token(row: Columns) -> Token | str:
         digest = bytes.fromhex(row["token_id"] or "")
     except ValueError:
         digest = b""
+    hashed = _BCRYPT.fullmatch(row["token_hash"] or "")
+    fingerprint = hashlib.sha256(hashed[0].encode()).digest() if hashed else digest
     if len(digest) == 32:
-        return Token(digest, None)
-    found = _BCRYPT.fullmatch(row["token_hash"] or "")
-    if found and int(found[1]) <= COST_MOST:
-        return Token(None, row["token_hash"])
+        return Token(digest, None, fingerprint)
+    if hashed and int(hashed[1]) <= COST_MOST:
+        return Token(None, hashed[0], fingerprint)
     return "it has neither a token_id nor a usable bcrypt hash: give it a new token (nexhb devices rotate)"

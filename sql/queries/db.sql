@@ -20,8 +20,8 @@ SELECT relation FROM unnest(ARRAY[
     'database_missing', 'device_heartbeats', 'device_last_status', 'device_refusals', 'device_token_changes',
     'device_tokens', 'devices', 'enrolment_keys', 'enrolments', 'feature_flag_changes', 'feature_flags',
     'hb_partitions', 'heartbeat_history', 'heartbeat_labels', 'ingest_ledger', 'job_runs', 'late_heartbeats',
-    'legacy_days', 'legacy_tokens', 'perf_diff_comparisons', 'schema_migrations', 'shared_tokens',
-    'taking_heartbeats'
+    'legacy_days', 'legacy_devices', 'legacy_sources', 'legacy_tokens', 'perf_diff_comparisons', 'schema_migrations',
+    'shared_tokens', 'taking_heartbeats'
 ]) AS relation
 WHERE to_regclass(relation) IS NULL;
 

@@ -20,26 +20,55 @@ SELECT device_id, device_no FROM devices WHERE device_id = ANY($1::text[]);
 -- name: give_tokens
 -- $1 device_no[], $2 fingerprint[], $3 token_sha256[] (or null), $4 bcrypt[] (or null), $5 revoked_at[], $6 now.
 --
--- What was given once is not given again, whatever became of it: a device that was rotated since must not get its old
--- token back. A device may hold several. Answers how many tokens were added, how many hashes wait, and whose tokens
--- are in other hands.
+-- A credential that was given once is not given again, whatever became of it: a device that was rotated since must not
+-- get its old token back. It is known by its fingerprint, and by its token where an earlier version recorded that one.
+-- A hash that still waits is settled where NexMDM has learned its token; so is one that an operator ended, as its device
+-- has no token here. A device may hold several tokens. Answers how many tokens were added, how many hashes wait, and
+-- whose tokens are another device's.
 WITH given AS MATERIALIZED (
-    SELECT n.*, d.revoked_at AS device_revoked_at, t.device_no IS NOT NULL AS taken
+    SELECT n.*, d.revoked_at AS device_revoked_at, t.device_no IS NOT NULL AS taken,
+           EXISTS (SELECT FROM device_tokens o WHERE o.device_no = n.device_no) AS has_token,
+           EXISTS (SELECT FROM legacy_tokens l
+                   WHERE l.device_no = n.device_no
+                     AND (l.fingerprint IN (n.fingerprint, n.token_sha256) OR l.token_sha256 = n.token_sha256)) AS known
     FROM unnest($1::int[], $2::bytea[], $3::bytea[], $4::text[], $5::timestamptz[])
         AS n (device_no, fingerprint, token_sha256, bcrypt, revoked_at)
     JOIN devices d ON d.device_no = n.device_no
     LEFT JOIN device_tokens t ON t.token_sha256 = n.token_sha256 AND t.device_no <> n.device_no
 ),
 fresh AS (
-    INSERT INTO legacy_tokens (device_no, fingerprint, bcrypt, taken_at)
-    SELECT device_no, fingerprint, bcrypt, $6::timestamptz FROM given WHERE NOT taken ORDER BY device_no
+    INSERT INTO legacy_tokens (device_no, fingerprint, bcrypt, token_sha256, taken_at)
+    SELECT device_no, fingerprint, bcrypt, token_sha256, $6::timestamptz FROM given WHERE NOT taken AND NOT known
+    ORDER BY device_no
     ON CONFLICT DO NOTHING
     RETURNING device_no, fingerprint, bcrypt
+),
+learned AS (
+    UPDATE legacy_tokens l SET bcrypt = NULL, adopted_at = $6::timestamptz, token_sha256 = g.token_sha256
+    FROM given g
+    WHERE NOT g.taken AND l.device_no = g.device_no AND l.fingerprint = g.fingerprint
+      AND g.token_sha256 IS NOT NULL AND (l.bcrypt IS NOT NULL OR (l.adopted_at IS NULL AND NOT g.has_token))
+    RETURNING l.device_no, l.fingerprint
+),
+settled AS (
+    UPDATE legacy_tokens l SET token_sha256 = g.token_sha256
+    FROM given g
+    WHERE l.device_no = g.device_no AND l.fingerprint = g.fingerprint
+      AND g.token_sha256 IS NOT NULL AND l.token_sha256 IS NULL
+      AND l.bcrypt IS NULL AND (l.adopted_at IS NOT NULL OR g.has_token)
+),
+mended AS (
+    UPDATE legacy_tokens l SET fingerprint = g.fingerprint, token_sha256 = g.token_sha256
+    FROM given g
+    WHERE l.device_no = g.device_no AND l.fingerprint = g.token_sha256 AND l.fingerprint <> g.fingerprint
+      AND NOT EXISTS (SELECT FROM legacy_tokens o WHERE o.device_no = g.device_no AND o.fingerprint = g.fingerprint)
 ),
 added AS (
     INSERT INTO device_tokens (token_sha256, device_no, revoked_at)
     SELECT g.token_sha256, g.device_no, coalesce(g.revoked_at, g.device_revoked_at)
-    FROM given g JOIN fresh f USING (device_no, fingerprint)
+    FROM given g
+    JOIN (SELECT device_no, fingerprint FROM fresh UNION ALL SELECT device_no, fingerprint FROM learned) f
+        USING (device_no, fingerprint)
     WHERE g.token_sha256 IS NOT NULL
     ORDER BY g.token_sha256
     ON CONFLICT DO NOTHING
@@ -117,7 +146,7 @@ ORDER BY t.device_no;
 -- name: adopt
 -- $1 device_no, $2 fingerprint, $3 token_sha256, $4 now. No row where somebody else did it, or it was rotated meanwhile.
 WITH found AS (
-    UPDATE legacy_tokens SET bcrypt = NULL, adopted_at = $4
+    UPDATE legacy_tokens SET bcrypt = NULL, adopted_at = $4, token_sha256 = $3
     WHERE device_no = $1 AND fingerprint = $2 AND bcrypt IS NOT NULL
     RETURNING device_no
 )

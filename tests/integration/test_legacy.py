@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,52 +10,17 @@ from typing import Any
 import pytest
 
 from bench import nexmdm
-from bench.nexmdm import MONOLITHIC, PARTITIONED, Version, add_beat, add_device
+from bench.nexmdm import MONOLITHIC, PARTITIONED, add_beat, add_device
 from nexhb import audit, devices, locks, partitions, wire
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
 from nexhb.jobs import nightly, plan
-from nexhb.legacy import importing, rows
+from nexhb.legacy import rows
 from nexhb.legacy import source as sources
 from nexhb.legacy.history import Pace
-from nexhb.legacy.importing import Imported, Options
 from nexhb.locks import Lock
+from tests.integration.moves import DAY, Move, moving
 from tests.integration.test_backfill import nexhb as command
-
-OPTIONS = Options(days=7, rate=1_000_000, retention_days=90, bucket_s=10)
-DAY = timedelta(days=1)
-
-
-@dataclass
-class Move:
-    """Both sides."""
-
-    source: Connection
-    to: Connection
-    dsn: str
-    now: datetime
-
-    async def run(self, **changes: Any) -> Imported:
-        """An import."""
-        async with sources.opened(self.dsn) as source:
-            return await importing.run(source, self.to, self.now, replace(OPTIONS, **changes), lambda *_: None)
-
-    async def at(self, age: timedelta, device_id: str = "kiosk-1", **columns: Any) -> datetime:
-        """One heartbeat of the old system."""
-        await add_beat(self.source, device_id, self.now - age, **columns)
-        return self.now - age
-
-    async def history(self) -> list[Any]:
-        """All that nexhb has."""
-        rows: list[Any] = await self.to.fetch("SELECT * FROM heartbeat_history ORDER BY ts, device_id")
-        return rows
-
-
-async def _move(version: Version, empty_database: Database, conn: Connection, now: datetime) -> AsyncIterator[Move]:
-    source = await empty_database.connect(application="test source")
-    await version.create(source, now - 22 * DAY, now)
-    yield Move(source, conn, empty_database.dsn, now)
-    await source.close()
 
 
 @pytest.fixture(params=[MONOLITHIC, PARTITIONED], ids=lambda version: version.name)
@@ -64,14 +28,14 @@ async def move(
     request: pytest.FixtureRequest, empty_database: Database, conn: Connection, now: datetime
 ) -> AsyncIterator[Move]:
     """Each version of it."""
-    async for one in _move(request.param, empty_database, conn, now - timedelta(minutes=1)):
+    async with moving(request.param, empty_database, conn, now - timedelta(minutes=1)) as one:
         yield one
 
 
 @pytest.fixture
 async def old(empty_database: Database, conn: Connection, now: datetime) -> AsyncIterator[Move]:
     """The one that has token_revoked_at."""
-    async for one in _move(MONOLITHIC, empty_database, conn, now - timedelta(minutes=1)):
+    async with moving(MONOLITHIC, empty_database, conn, now - timedelta(minutes=1)) as one:
         yield one
 
 
@@ -178,7 +142,7 @@ async def test_a_heartbeat_comes_with_every_column_and_what_does_not_fit_is_null
 
 
 async def test_ssid_comes_where_the_version_has_it(empty_database: Database, conn: Connection, now: datetime) -> None:
-    async for move in _move(PARTITIONED, empty_database, conn, now - timedelta(minutes=1)):
+    async with moving(PARTITIONED, empty_database, conn, now - timedelta(minutes=1)) as move:
         await add_device(move.source, "kiosk-1", devices.new_token())
         await move.at(DAY, ssid="Store-42")
         await move.run()
