@@ -486,6 +486,23 @@ class Reads(_Section):
     )
 
 
+class Legacy(_Section):
+    """Moving over from NexMDM (docs/moving.md)."""
+
+    source: SecretStr | None = Field(
+        default=None,
+        description="postgresql://…, NexMDM's database, which is only read: unknown tokens are looked up in it, and "
+        "import-legacy takes from it",
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _an_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            dburl.parse(value.get_secret_value())
+        return value
+
+
 def default_data_dir(environment: Mapping[str, str]) -> Path:
     """The data_dir of a daemon or command with these variables that no setting names. Raises ConfigError where there is
     no home directory, or where a variable does not name an absolute path."""
@@ -536,6 +553,7 @@ class Settings(BaseSettings):
     archive: Archive = Field(default=Archive())
     jobs: Jobs = Field(default=Jobs())
     reads: Reads = Field(default=Reads())
+    legacy: Legacy = Field(default=Legacy())
 
     @property
     def archive_url(self) -> str:

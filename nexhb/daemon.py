@@ -53,6 +53,7 @@ from nexhb.intake import Intake
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.schedule import Schedule
 from nexhb.legacy.adopt import Adoption
+from nexhb.legacy.lookup import Lookup
 from nexhb.perfdiff import PerfDiff
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify, is_retryable
 from nexhb.reads import LEGACY_SESSION, Answers, FromHistory, Reads
@@ -146,7 +147,8 @@ async def running(
         store = flags.FlagStore(database, flags.first_values(settings.reads), now, lives)
         await store.load()
         await stack.enter_async_context(_side_task("flags", store.run(), failed))
-        adoption = Adoption(database, now, lives=lives)
+        lookup = await stack.enter_async_context(_looking_up(settings, database, now, lives, failed))
+        adoption = Adoption(database, now, lives=lives, lookup=lookup)
         stack.push_async_callback(adoption.close)
         await stack.enter_async_context(_side_task("adoption", adoption.run(), failed))
         reads, legacy = await stack.enter_async_context(_readers(settings, database, lives))
@@ -200,6 +202,26 @@ async def _following_devices(
             yield devices
     finally:
         await devices.close()
+
+
+@asynccontextmanager
+async def _looking_up(
+    settings: Settings,
+    database: Database,
+    now: Callable[[], datetime],
+    lives: identity.Lives,
+    failed: asyncio.Future[BaseException],
+) -> AsyncIterator[Lookup | None]:
+    """Looks tokens up in NexMDM's database, where that is configured."""
+    if settings.legacy.source is None:
+        yield None
+        return
+    lookup = Lookup(settings.legacy.source.get_secret_value(), database, now, lives)
+    try:
+        async with _side_task("legacy", lookup.run(), failed):
+            yield lookup
+    finally:
+        await lookup.close()
 
 
 @asynccontextmanager

@@ -109,6 +109,10 @@ class DeviceStore:
                 self._misses.popitem(last=False)
         return device
 
+    def forget_miss(self, token_hash: bytes) -> None:
+        """That the token was unknown a moment ago does not count any more: its device was taken over since."""
+        self._misses.pop(token_hash, None)
+
     def is_current(self, device: Device) -> bool:
         """Whether the device was read from the database that is there now."""
         return device.life == self._lives.number
@@ -319,6 +323,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
     token = new_token()
     async with conn.transaction():
         device_no = await _device_no(conn, device_id)
+        await conn.execute(_Q["mark_rotated"], device_no)
         await conn.execute(_Q["drop_tokens"], device_no)
         await conn.execute(_Q["forget_legacy"], device_no)
         await conn.execute(_Q["end_enrolment"], device_no)

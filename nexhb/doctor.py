@@ -18,6 +18,7 @@ from nexhb.config import Settings
 from nexhb.db import Connection
 from nexhb.jobs import schedule
 from nexhb.jobs.runner import CLOCKS_DIFFER
+from nexhb.legacy import source as sources
 from nexhb.locks import Lock
 from nexhb.texts import shown as shown_text
 
@@ -36,6 +37,7 @@ DAYS_AHEAD_LEAST = 3
 DISK_DAYS_LEAST = 7
 MISMATCHES_OVER = timedelta(hours=24)
 SHARED_WITHIN = timedelta(hours=24)
+SOURCE_TIMEOUT_S = 5.0
 NAMED = 10  # devices
 REASON_MOST = 240  # characters; `GET /ops/jobs` has all of it
 
@@ -323,6 +325,39 @@ async def _shared(visit: Visit) -> Line:
     return Line("shared tokens", False, said, "docs/runbook.md#a-token-in-two-kiosks")
 
 
+async def _nexmdm(visit: Visit) -> Line:
+    """Whether a device that enrols at NexMDM is known here, or else how long it is not."""
+    source = visit.settings.legacy.source
+    if source is None:
+        run = await visit.conn.fetchrow(_Q["last_good"], "import", visit.now + CLOCKS_DIFFER)
+        assert run is not None  # noqa: S101 - a SELECT without FROM has one row
+        if run["good"] is None:
+            return Line("NexMDM", True, "nothing was imported, and legacy.source is not set")
+        said = (
+            f"legacy.source is not set, and the last import was {_at(run['good'])}: a device that enrolled at NexMDM "
+            "since then is answered 401 until the next import, and erases its credentials with its third heartbeat, "
+            "which is 20 minutes at the agent's 600 s"
+        )
+        return Line("NexMDM", True, said)
+    remedy = "mend it, or unset legacy.source once NexMDM is turned off: docs/moving.md#3-switch"
+    try:
+        opening = sources.opened(
+            source.get_secret_value(), name="legacy.source", application="nexhb look-up", timeout_s=SOURCE_TIMEOUT_S
+        )
+        async with asyncio.timeout(SOURCE_TIMEOUT_S), opening as nexmdm:
+            of = await nexmdm.standing()
+    except Exception as error:
+        said = (
+            f"legacy.source cannot be asked, so that unknown tokens are answered 503: {error or type(error).__name__}"
+        )
+        return Line("NexMDM", False, said, remedy)
+    said = f"{nexmdm.name} is asked for tokens that nexhb does not know"
+    if of.standby:
+        behind = f"replayed up to {_at(of.replayed)}"
+        said += f"; it is a standby, {behind}: a token is unknown once it has replayed a commit made a minute later"
+    return Line("NexMDM", True, said)
+
+
 def _at(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%MZ}" if moment else "never"
 
@@ -333,7 +368,7 @@ _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
     "archive": _old_days, "archive store": _store, "late heartbeats": _late,
     "nightly": _job("nightly"), "reconcile": _job("reconcile"),
     "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk, "flags": _flags,
-    "shared tokens": _shared,
+    "shared tokens": _shared, "NexMDM": _nexmdm,
 }  # fmt: skip
 
 

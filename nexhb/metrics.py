@@ -169,6 +169,7 @@ next_heartbeat = Gauge("nexhb_next_heartbeat_seconds", "What devices are asked t
 unauthorized = Counter("nexhb_unauthorized", "Calls without a valid key", ["kind"])
 database_older = Gauge("nexhb_database_older", "1 while the database is an older copy that nobody has accepted")
 devices_known = Gauge("nexhb_devices_known", "Device tokens held in memory")
+legacy_lookups = Counter("nexhb_legacy_lookups", "Unknown tokens looked up in NexMDM's database", ["outcome"])
 adoptions = Counter("nexhb_adoptions", "Unknown tokens tried against the bcrypt hashes that NexMDM left", ["outcome"])
 device_refreshes = Counter("nexhb_device_refreshes", "Times the token store was read", ["why", "status"])
 

@@ -22,7 +22,8 @@ CREATE TABLE devices (
     manufacturer    text,
     facts_ts        timestamptz,
     created_at      timestamptz NOT NULL DEFAULT now(),
-    revoked_at      timestamptz                            -- from then on its heartbeats are answered 410
+    revoked_at      timestamptz,                           -- from then on its heartbeats are answered 410
+    rotated         boolean NOT NULL DEFAULT false         -- it got a new token here: none of NexMDM's is taken any more
 );
 
 -- A table of their own, because a device may hold several tokens (an imported one beside its own, an old one while it

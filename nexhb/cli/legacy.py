@@ -12,6 +12,7 @@ from nexhb import cli, daemon
 from nexhb.cli import backfill, progress
 from nexhb.config import Settings
 from nexhb.db import Connection
+from nexhb.errors import BadInput
 from nexhb.jobs import runner
 from nexhb.jobs.backfill import DAYS_MOST
 from nexhb.jobs.runner import Done, Job, Run
@@ -37,8 +38,11 @@ def _job(source: sources.Source, options: Options, show: progress.Show, kept: li
     return Job("import", Lock.IMPORT, "legacy_import", work)
 
 
-async def _import(dsn: str, days: int | None, rate: int) -> tuple[Run, Imported | None, Run | None]:
+async def _import(given: str | None, days: int | None, rate: int) -> tuple[Run, Imported | None, Run | None]:
     settings = cli.settings()
+    dsn = given or (settings.legacy.source.get_secret_value() if settings.legacy.source else None)
+    if dsn is None:
+        raise BadInput("no source is given.", hint="Set --source, $LEGACY_DATABASE_URL or legacy.source.")
     kept: list[Imported] = []
     async with sources.opened(dsn) as source, cli.opened_database(settings) as database:
         with progress.shown("heartbeats") as show:
@@ -68,11 +72,12 @@ def _options(settings: Settings, days: int | None, rate: int) -> Options:
 )
 def import_legacy(
     source: Annotated[
-        str,
+        str | None,
         typer.Option(
-            envvar="LEGACY_DATABASE_URL", help="NexMDM's database: postgresql://… Read only. Better in the environment."
+            envvar="LEGACY_DATABASE_URL",
+            help="NexMDM's database: postgresql://… Read only. Better in the environment; else legacy.source.",
         ),
-    ],
+    ] = None,
     days: Annotated[
         int | None, typer.Option(min=0, max=3650, help="Today and so many days before; else partitions.retention_days.")
     ] = None,

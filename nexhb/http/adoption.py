@@ -1,5 +1,4 @@
-"""A token that is unknown here may be one of which NexMDM left only a bcrypt hash: its device is told to come again,
-and meanwhile it is found out."""
+"""A token that is unknown here may be NexMDM's: its device is told to come again while that is found out."""
 
 from __future__ import annotations
 
@@ -21,19 +20,19 @@ _CLAIM = re.compile(rb'"device_id"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.){1,600}")
 _decode = msgspec.json.Decoder(str).decode
 
 
-async def is_open(request: web.Request, parts: Parts, token: str, token_sha256: bytes) -> bool:
-    """Whether it is not known yet whose this token is. For a token whose turn may come, reads the start of the body for
-    the device_id that it claims: only a hint of which hash to try first. Raises DatabaseUnavailable, and what reading a
+async def standing_of(request: web.Request, parts: Parts, token: str, token_sha256: bytes) -> Standing:
+    """Whose this token is, as far as it is known. For a token whose turn may come, reads the start of the body for the
+    device_id that it claims: only a hint of which hash to try first. Raises DatabaseUnavailable, and what reading a
     body raises."""
     standing = await parts.adoption.standing(token, token_sha256)
     if standing is not Standing.OPEN:
-        return standing is Standing.ADOPTED
+        return standing
     server = parts.settings.server
     # Nobody has shown a key here: without the address's allowance nothing is read, and never more than a heartbeat.
     if parts.adoption.admits(token_sha256, address_of(request, server.trusted_proxies)):
         start = await body.read_start(request, most=server.body_max_bytes, timeout_s=server.body_timeout_seconds)
         parts.adoption.ask(token, token_sha256, claimed_in(start))
-    return True
+    return standing
 
 
 def claimed_in(start: bytes) -> str | None:

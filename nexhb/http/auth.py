@@ -16,6 +16,7 @@ from nexhb.http import adoption
 from nexhb.http.client import address_of
 from nexhb.http.connections import Guarded
 from nexhb.http.problem import Problem
+from nexhb.legacy.adopt import Standing
 
 if TYPE_CHECKING:
     from nexhb.http.parts import Parts
@@ -76,8 +77,8 @@ async def device_of(request: web.Request, parts: Parts) -> Device:
         life = parts.lives.number
         try:
             device = await parts.devices.find(token_hash)
-            if device is None and await adoption.is_open(request, parts, token, token_hash):
-                raise _not_known_yet(request, parts)
+            if device is None:
+                device = await _of_nexmdm(request, parts, token, token_hash)
             parts.lives.unless_changed(life)
         except DatabaseUnavailable as error:
             raise parts.unavailable(error) from error
@@ -111,9 +112,21 @@ def wrong_key(request: web.Request, parts: Parts, kind: str, detail: str) -> Pro
     return Problem(401, detail, headers=_CHALLENGE)
 
 
+async def _of_nexmdm(request: web.Request, parts: Parts, token: str, token_hash: bytes) -> Device | None:
+    """The device that was taken over from NexMDM with this token; None where nobody knows it. Raises a 503 Problem
+    while that is open, DatabaseUnavailable."""
+    standing = await adoption.standing_of(request, parts, token, token_hash)
+    if standing is Standing.ADOPTED:
+        parts.devices.forget_miss(token_hash)
+        return await parts.devices.find(token_hash)
+    if standing is not Standing.NOBODYS:
+        raise _not_known_yet(request, parts)
+    return None
+
+
 def _not_known_yet(request: web.Request, parts: Parts) -> Problem:
-    """The answer while a token is being looked for among NexMDM's hashes. Counted like a wrong one: each costs a
-    look-up and perhaps a hash, and 429 harms a device no more than 503."""
+    """The answer while a token is being looked for among NexMDM's. Counted like a wrong one: each costs a look-up and
+    perhaps a hash, and 429 harms a device no more than 503."""
     parts.failures.take(address_of(request, parts.settings.server.trusted_proxies), time.monotonic())
     return Problem(503, "It is being found out whose token this is.", headers={"Retry-After": "5"})
 

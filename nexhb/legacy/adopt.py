@@ -1,4 +1,7 @@
-"""Devices of which NexMDM keeps nothing but a bcrypt hash: their token is found out with their first heartbeat.
+"""Tokens that nexhb does not know and NexMDM may: whose they are is found out with their first heartbeat.
+
+Where NexMDM's database is configured, it is asked first (`lookup`). A device of which NexMDM keeps nothing but a bcrypt
+hash is taken over with that hash, and found by trying it.
 
 A hash takes a quarter of a second, so they are tried one at a time, in a thread, and for a part of the time only; who
 waits for it is bounded, in all and by address. Whoever waits is told to come again: never 401 while his answer is open.
@@ -23,6 +26,7 @@ from nexhb import devices, log, metrics, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable
 from nexhb.identity import Lives
+from nexhb.legacy.lookup import Found, Lookup
 from nexhb.pgerrors import is_unavailable
 from nexhb.ratelimit import Allowance
 
@@ -45,6 +49,7 @@ class Standing(enum.Enum):
 
     NOBODYS = "nobody's"  # every hash was really tried, or none waits
     OPEN = "open"  # it may be that of one
+    UNSURE = "unsure"  # it is that of none, and NexMDM's database does not answer
     ADOPTED = "adopted"  # a moment ago: the store will know it when it is asked again
 
 
@@ -62,8 +67,14 @@ class Adoption:
     """The daemon's part of it. `run` is the coroutine that tries."""
 
     def __init__(
-        self, database: Database, now: Callable[[], datetime], check: Check = bcrypt.checkpw, lives: Lives | None = None
+        self,
+        database: Database,
+        now: Callable[[], datetime],
+        check: Check = bcrypt.checkpw,
+        lives: Lives | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
+        self._lookup = lookup
         self._database = database
         self._lives = lives or Lives()
         self._lives.on_change(self._forget)
@@ -100,9 +111,16 @@ class Adoption:
     async def _looked_up(self, token: str, token_sha256: bytes, now: float) -> Standing:
         if not token or len(token.encode("utf-8", "surrogateescape")) > LONGEST_TOKEN:
             return Standing.NOBODYS
+        # An older copy of nexhb's database may lack that the token was replaced or revoked here: nobody is taken over.
+        asks = self._lookup is not None and not self._lives.older
+        found = await self._lookup.ask(token_sha256) if self._lookup and asks else Found.UNKNOWN
         waiting = (await self._fetch(_Q["waiting"], token_sha256))[0]
         if waiting["known"]:
             return Standing.ADOPTED
+        standing = self._among_hashes(waiting, token_sha256, now)
+        return Standing.UNSURE if standing is Standing.NOBODYS and found is Found.UNSURE else standing
+
+    def _among_hashes(self, waiting: asyncpg.Record, token_sha256: bytes, now: float) -> Standing:
         if not waiting["hashes"]:
             return Standing.NOBODYS
         refused = self._refused.get(token_sha256)

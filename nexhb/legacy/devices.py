@@ -55,12 +55,23 @@ async def take(source: Source, conn: Connection, now: datetime) -> Devices:
     """Take every device of the source, and what it knows of the tokens. Idempotent; a page is one transaction."""
     found = Devices()
     async for page in source.devices():
-        found.seen += len(page)
-        good = [row for row in page if _is_good(row, found)]
-        async with conn.transaction():
-            await _add(conn, good, found, now)
-            await _give_tokens(conn, good, found, now)
+        await _take_page(conn, page, found, now)
     return found
+
+
+async def take_rows(conn: Connection, page: list[Record], now: datetime) -> Devices:
+    """Likewise these devices of the source, in one transaction."""
+    found = Devices()
+    await _take_page(conn, page, found, now)
+    return found
+
+
+async def _take_page(conn: Connection, page: list[Record], found: Devices, now: datetime) -> None:
+    found.seen += len(page)
+    good = [row for row in page if _is_good(row, found)]
+    async with conn.transaction():
+        await _add(conn, good, found, now)
+        await _give_tokens(conn, good, found, now)
 
 
 def _is_good(row: Record, found: Devices) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from nexhb import sql
-from nexhb.db import Connection, Database
+from nexhb.db import CONNECT_TIMEOUT_S, Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable
 from nexhb.session import Home
 
@@ -38,6 +38,15 @@ class Place(NamedTuple):
 START = Place("", _EPOCH, -(2**63))
 
 
+class Standing(NamedTuple):
+    """What its answers about devices are worth."""
+
+    hashes: bool  # there are devices with a bcrypt hash alone
+    standby: bool
+    replayed: datetime | None  # by a standby: the commit that it replayed last
+    clock: datetime
+
+
 class Counts(NamedTuple):
     """What the source has of a day."""
 
@@ -56,12 +65,23 @@ class Source:
     partitioned: bool
     by_time: bool  # its rows can be read in the order of their time
 
-    async def devices(self) -> AsyncIterator[list[asyncpg.Record]]:
-        """All of its devices by id, some at a time."""
+    async def devices(self, *, hashes_alone: bool = False) -> AsyncIterator[list[asyncpg.Record]]:
+        """All of its devices by id, some at a time; or those of which it has nothing but a bcrypt hash."""
         after = ""
-        while rows := await self.conn.fetch(_Q["devices"], after, DEVICES_AT_ONCE):
+        while rows := await self.conn.fetch(_Q["devices"], after, DEVICES_AT_ONCE, None, hashes_alone):
             yield rows
             after = rows[-1]["id"]
+
+    async def devices_of(self, token_ids: list[str]) -> list[asyncpg.Record]:
+        """Its devices with these tokens, each the SHA-256 as hexadecimal digits."""
+        rows: list[asyncpg.Record] = await self.conn.fetch(_Q["devices"], "", DEVICES_AT_ONCE, token_ids, False)
+        return rows
+
+    async def standing(self) -> Standing:
+        """What its answers about devices are worth now."""
+        row = await self.conn.fetchrow(_Q["standing"])
+        assert row is not None  # noqa: S101 - a SELECT without FROM has one row
+        return Standing(row["hashes"], row["standby"], row["replayed"], row["clock"])
 
     async def count(self, start: datetime, end: datetime) -> int:
         """Its heartbeats from `start` to before `end`."""
@@ -98,18 +118,26 @@ class Source:
 
 
 @asynccontextmanager
-async def opened(dsn: str) -> AsyncIterator[Source]:
-    """The database behind `dsn` for the block. Raises BadInput where it is no NexMDM's, DatabaseUnavailable."""
+async def opened(
+    dsn: str,
+    *,
+    name: str = "--source",
+    application: str = "nexhb import-legacy",
+    timeout_s: float = STATEMENT_TIMEOUT_S,
+) -> AsyncIterator[Source]:
+    """The database behind `dsn`, called `name` in messages, for the block; each statement ends after `timeout_s`.
+    Raises BadInput where it is no NexMDM's, DatabaseUnavailable."""
     how: dict[str, Any] = {
-        "application": "nexhb import-legacy",
-        "command_timeout_s": STATEMENT_TIMEOUT_S + 5,
-        "statement_timeout": f"{STATEMENT_TIMEOUT_S * 1000:.0f}",
+        "application": application,
+        "command_timeout_s": timeout_s + 5,
+        "timeout_s": min(timeout_s, CONNECT_TIMEOUT_S),
+        "statement_timeout": f"{timeout_s * 1000:.0f}",
         "default_transaction_read_only": "on",
         "lock_timeout": "10000",
         "idle_in_transaction_session_timeout": "10000",
     }
     try:
-        async with Database(dsn, Home(marks=_MARKS), "--source").connected(**how) as conn:
+        async with Database(dsn, Home(marks=_MARKS), name).connected(**how) as conn:
             yield await _looked_at(conn)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"The source: {error.detail}", hint=error.hint) from error

@@ -58,6 +58,10 @@ RETURNING device_no;
 SELECT (SELECT count(*) FROM device_tokens WHERE device_no = $1 AND revoked_at IS NULL)
      + (SELECT count(*) FROM legacy_tokens WHERE device_no = $1 AND bcrypt IS NOT NULL);
 
+-- name: mark_rotated
+-- $1 device_no. From now on no token that NexMDM has for it is taken.
+UPDATE devices SET rotated = true WHERE device_no = $1;
+
 -- name: drop_tokens
 -- $1 device_no. On rotation the old token must stop working.
 DELETE FROM device_tokens WHERE device_no = $1;

@@ -22,6 +22,7 @@ SELECT device_id, device_no FROM devices WHERE device_id = ANY($1::text[]);
 --
 -- A credential that was given once is not given again, whatever became of it: a device that was rotated since must not
 -- get its old token back. It is known by its fingerprint, and by its token where an earlier version recorded that one.
+-- None is given to a device that was rotated here; a rotation that is under way is waited for.
 -- A hash that still waits is settled where NexMDM has learned its token; so is one that an operator ended, as its device
 -- has no token here. A device may hold several tokens. Answers how many tokens were added, how many hashes wait, and
 -- whose tokens are another device's.
@@ -33,8 +34,9 @@ WITH given AS MATERIALIZED (
                      AND (l.fingerprint IN (n.fingerprint, n.token_sha256) OR l.token_sha256 = n.token_sha256)) AS known
     FROM unnest($1::int[], $2::bytea[], $3::bytea[], $4::text[], $5::timestamptz[])
         AS n (device_no, fingerprint, token_sha256, bcrypt, revoked_at)
-    JOIN devices d ON d.device_no = n.device_no
+    JOIN devices d ON d.device_no = n.device_no AND NOT d.rotated
     LEFT JOIN device_tokens t ON t.token_sha256 = n.token_sha256 AND t.device_no <> n.device_no
+    FOR KEY SHARE OF d
 ),
 fresh AS (
     INSERT INTO legacy_tokens (device_no, fingerprint, bcrypt, token_sha256, taken_at)
@@ -135,6 +137,10 @@ WHERE NOT EXISTS (SELECT FROM device_heartbeats h
 SELECT count(*) AS hashes, max(taken_at) AS newest,
        EXISTS (SELECT FROM device_tokens WHERE token_sha256 = $1) AS known
 FROM legacy_tokens WHERE bcrypt IS NOT NULL;
+
+-- name: known_tokens
+-- $1 token_sha256[].
+SELECT token_sha256 FROM device_tokens WHERE token_sha256 = ANY($1::bytea[]);
 
 -- name: hashes
 -- $1 device_id, or null for all.

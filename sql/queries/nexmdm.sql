@@ -22,8 +22,14 @@ SELECT to_regclass('devices') IS NOT NULL AS devices,
 -- Which server it is, as long as it lives: a restored copy of it is the same.
 SELECT system_identifier::text FROM pg_control_system();
 
+-- name: standing
+-- Whether there are devices with a bcrypt hash alone (by the index of token_id), and whether this is a standby.
+SELECT (SELECT EXISTS (SELECT FROM devices v WHERE token_id IS NULL) FROM (SELECT NULL::text AS token_id) missing)
+           AS hashes,
+       pg_is_in_recovery() AS standby, pg_last_xact_replay_timestamp() AS replayed, clock_timestamp() AS clock;
+
 -- name: devices
--- $1 from behind this id, $2 how many.
+-- $1 from behind this id, $2 how many, $3 token_id[]: of these (null: of all), $4 true: only those with a bcrypt hash alone.
 SELECT x.*
 FROM (SELECT NULL::text AS token_hash, NULL::text AS token_id, NULL::timestamptz AS token_revoked_at,
              NULL::text AS model, NULL::text AS manufacturer, NULL::text AS android_version, NULL::integer AS sdk_int,
@@ -33,7 +39,9 @@ CROSS JOIN LATERAL (
            token_revoked_at::timestamptz AS token_revoked_at, model::text AS model, manufacturer::text AS manufacturer,
            android_version::text AS android_version, sdk_int::bigint AS sdk_int, build_id::text AS build_id,
            created_at::timestamptz AS created_at
-    FROM devices v WHERE v.id > $1 ORDER BY v.id LIMIT $2
+    FROM devices v
+    WHERE v.id > $1 AND ($3::text[] IS NULL OR token_id = ANY($3::text[])) AND (NOT $4::boolean OR token_id IS NULL)
+    ORDER BY v.id LIMIT $2
 ) x;
 
 -- name: count

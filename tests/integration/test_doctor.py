@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from bench.nexmdm import MONOLITHIC
 from nexhb import config, disk, doctor, flags, partitions
 from nexhb.config import Reads, Settings
 from nexhb.db import Connection, Database
@@ -47,7 +48,7 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert set(found) == {
         "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "archive store",
         "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
-        "shared tokens",
+        "shared tokens", "NexMDM",
     }  # fmt: skip
 
 
@@ -268,3 +269,30 @@ async def test_a_day_that_is_detached_is_named(well: House) -> None:
     found = (await lines(well))["days ahead"]
     assert not found.good
     assert f"{NOW.date()} is detached" in found.said
+
+
+async def test_the_doctor_says_whether_devices_that_enrol_at_nexmdm_are_known_here(
+    well: House, empty_database: Database
+) -> None:
+    async def line(source: str | None) -> Line:
+        legacy = config.Legacy(source=SecretStr(source) if source else None)
+        settings = Settings(data_dir=well.folder, database=ELSEWHERE, legacy=legacy)
+        return next(one for one in await doctor.examine(well.conn, settings, VISIT) if one.name == "NexMDM")
+
+    assert await line(None) == Line("NexMDM", True, "nothing was imported, and legacy.source is not set")
+    await well.conn.execute(
+        "INSERT INTO job_runs (job, started_at, ended_at, status, host) VALUES ('import', $1, $1, 'completed', 'x')",
+        NOW,
+    )
+    unset = await line(None)
+    assert unset.good
+    assert f"the last import was {NOW:%Y-%m-%d %H:%MZ}" in unset.said
+    assert "third heartbeat, which is 20 minutes" in unset.said
+    away = await line("postgresql://nobody:secret@127.0.0.1:1/nexmdm")
+    assert (away.good, "unknown tokens are answered 503" in away.said, "secret" in away.said) == (False, True, False)
+    assert (await line(empty_database.dsn)).said.endswith("no NexMDM database: devices has no alias, id, token_hash.")
+    source = await empty_database.connect(application="test source")
+    await MONOLITHIC.create(source, NOW, NOW)
+    await source.close()
+    there = await line(empty_database.dsn)
+    assert (there.good, there.said.endswith(" is asked for tokens that nexhb does not know")) == (True, True)

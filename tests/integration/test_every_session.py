@@ -46,6 +46,7 @@ OWN = {
     "nexhb legacy reads": {"statement_timeout"},
     "nexhb perf_diff": {"statement_timeout"},
     "nexhb import-legacy": {"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"},
+    "nexhb look-up": {"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"},
 }
 LIST = session.AT_START | session.AFTERWARDS
 SOURCE = " (source)"  # another system's database
@@ -69,12 +70,20 @@ def name_of(database: Database) -> str:
 
 
 @pytest.fixture
-async def hostile(database: Database, empty_database: Database, conn: Connection) -> AsyncIterator[None]:
+def enrolled_there() -> str:
+    """The token of a device of NexMDM's."""
+    return devices.new_token()
+
+
+@pytest.fixture
+async def hostile(
+    database: Database, empty_database: Database, conn: Connection, enrolled_there: str
+) -> AsyncIterator[None]:
     """A role and two databases whose defaults are against everything that nexhb depends on."""
     source = await empty_database.connect(application="test source")
     now = datetime.now(UTC)
     await MONOLITHIC.create(source, now - timedelta(days=3), now)
-    await add_device(source, "old-1", devices.new_token())
+    await add_device(source, "old-1", enrolled_there)
     await add_beat(source, "old-1", now - timedelta(hours=1))
     await spoil(conn, [name_of(database), name_of(empty_database)])
     await source.close()
@@ -112,7 +121,8 @@ def kinds() -> set[str]:
     found = {name for text in texts.values() for name in re.findall(r'"?application"?[=:] ?"(nexhb [^"]+)"', text)}
     assert 'application=f"nexhb {job.name}"' in texts[SOURCES / "jobs" / "runner.py"]
     by_job = {f"nexhb {name}" for name in ("nightly", "reconcile", "backfill", "import")}
-    return (found - {"nexhb import-legacy"}) | by_job | {f"nexhb import-legacy{SOURCE}"}
+    of_the_source = {"nexhb import-legacy", "nexhb look-up"}
+    return (found - of_the_source) | by_job | {f"{name}{SOURCE}" for name in of_the_source}
 
 
 def run(environment: dict[str, str], *words: str) -> str:
@@ -126,7 +136,7 @@ def run(environment: dict[str, str], *words: str) -> str:
 @pytest.mark.usefixtures("hostile")
 async def test_every_session_has_its_own_settings_and_does_its_work(
     start_daemon: StartDaemon, database: Database, empty_database: Database, conn: Connection, tmp_path: Path,
-    seen: Seen, monkeypatch: pytest.MonkeyPatch,
+    seen: Seen, monkeypatch: pytest.MonkeyPatch, enrolled_there: str,
 ) -> None:  # fmt: skip
     """A timeout or default_transaction_read_only on the role or the database ended nightly runs, restores and the
     listener; session_replication_role = replica let revoked devices in. Every session sets what it depends on."""
@@ -138,6 +148,7 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
         auth=config.Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open"),
         reads=config.Reads(perf_diff=True, perf_diff_percent=100),
         jobs=config.Jobs(jitter_seconds=0),
+        legacy=config.Legacy(source=SecretStr(empty_database.dsn)),
     )
     now = datetime.now(UTC)
     agent = await nexhb.agent()  # the listener hears of it
@@ -145,6 +156,7 @@ async def test_every_session_has_its_own_settings_and_does_its_work(
     assert (await agent.send(now + timedelta(seconds=20))).status == 200
     assert (await agent.post(b"{}")).status == 422  # written down
     assert (await Agent(nexhb, "x", "x" * 43).send(now)).status == 401
+    assert (await Agent(nexhb, "old-1", enrolled_there).send(now)).status == 200
     async with database.connected(application="test") as one:
         key = await devices.issue_enrolment_key(one, note=None, uses=1, expires_at=now + timedelta(hours=1))
         await devices.revoke(one, agent.device_id, now)

@@ -37,6 +37,7 @@ EXAMPLES = {
     "server.instance_port": 9101,
     "server.tls_cert_file": "/etc/nexhb/cert.pem",
     "server.tls_key_file": "/etc/nexhb/key.pem",
+    "legacy.source": "postgresql://nexhb_import@old-host/nexmdm",
     "archive.url": "s3://bucket/prefix",
     "archive.endpoint_url": "https://s3.example",
     "archive.region": "eu-central-1",
