@@ -25,6 +25,7 @@ from tests.tls import anything, certificate
 
 PACKAGING = Path(__file__).parents[1] / "packaging"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
+NGINX_PLACES = {"nexhb.conf": "conf.d", "nexhb-heartbeats.conf": "snippets", "site.conf": "sites-enabled"}
 NGINX, HAPROXY = shutil.which("nginx", path=PATH), shutil.which("haproxy", path=PATH)
 
 # What an operator comments out, in each proxy's file, to do without it.
@@ -34,6 +35,8 @@ FALLBACK = {
     "haproxy": r"retry-on 401|retries 1|option redispatch 1|server nexmdm 127\.0\.0\.1:\d+ weight 1",
 }
 ROUTE = {"nginx": r"include snippets/nexhb-heartbeats\.conf;", "haproxy": r"use_backend (heartbeats|queues) .*"}
+# What he takes in where devices are to enrol at nexhb.
+ENROLMENT = {"nginx": r"location = /v1/register \{|    proxy_.*|\}", "haproxy": r"use_backend queues .*register.*"}
 
 APK = bytes(range(256)) * 20_000
 
@@ -158,6 +161,10 @@ class Proxy:
         """Lines that match, in any of its files; how many. They are in force after `reload`."""
         return comment_out(self.folder, wanted)
 
+    def take_in(self, wanted: str) -> int:
+        """Lines that are commented out and match."""
+        return _edited(self.folder, rf"^(\s*)#({wanted})$", r"\1\2")
+
     async def reload(self) -> None:
         """Take the files over: what `systemctl reload` does, and wait until new connections go by them."""
         old = workers(self)
@@ -169,9 +176,13 @@ class Proxy:
 
 def comment_out(folder: Path, wanted: str) -> int:
     """Lines of a proxy's files that match; how many."""
+    return _edited(folder, rf"^(\s*)({wanted})$", r"\1# \2")
+
+
+def _edited(folder: Path, wanted: str, instead: str) -> int:
     found = 0
     for path in folder.rglob("*.c*f*"):
-        text, count = re.subn(rf"(?m)^(\s*)({wanted})$", r"\1# \2", path.read_text())
+        text, count = re.subn(wanted, instead, path.read_text(), flags=re.MULTILINE)
         path.write_text(text)
         found += count
     return found
@@ -198,26 +209,51 @@ async def send(
 @asynccontextmanager
 async def proxy(kind: str, folder: Path, nexhb_port: int, nexmdm_port: int, *without: str) -> AsyncIterator[Proxy]:
     """One with the packaged files; only addresses, ports and places are others. `without` is commented out before."""
+    port, places = _places(nexhb_port, nexmdm_port)
+    command = _nginx(folder, places) if kind == "nginx" else _haproxy(folder, places)
+    if kind == "nginx":
+        for name, there in NGINX_PLACES.items():
+            shutil.copy(folder / "packaging" / "nginx" / name, folder / there)
+    for lines in without:
+        assert comment_out(folder, lines)
+    async with _run(kind, folder, port, command) as made:
+        await _listening(made, port)
+        yield made
+
+
+@asynccontextmanager
+async def bare_nginx(folder: Path, nexhb_port: int, nexmdm_port: int) -> AsyncIterator[Proxy]:
+    """nginx as Debian installs it, without a site. The packaged files lie in packaging/nginx below `folder`, with the
+    test's addresses in them, and are not in force."""
+    port, places = _places(nexhb_port, nexmdm_port)
+    async with _run("nginx", folder, port, _nginx(folder, places)) as made:
+        async with asyncio.timeout(SOON_S):
+            while not workers(made):
+                await asyncio.sleep(0.02)
+        yield made
+
+
+def _places(nexhb_port: int, nexmdm_port: int) -> tuple[int, dict[str, str]]:
+    """The port that devices call, and what stands instead of the addresses in the packaged files."""
     port = free_port()
-    places = {
+    return port, {
         "127.0.0.1:8080": f"127.0.0.1:{nexhb_port}", "127.0.0.1:8000": f"127.0.0.1:{nexmdm_port}",
         "127.0.0.1:8091": f"127.0.0.1:{free_port()}", "127.0.0.1:8092": f"127.0.0.1:{free_port()}",
         "listen 443": f"listen 127.0.0.1:{port}", "bind :443": f"bind 127.0.0.1:{port}",
     }  # fmt: skip
-    command = (_nginx if kind == "nginx" else _haproxy)(folder, places)
-    for lines in without:
-        assert comment_out(folder, lines)
+
+
+@asynccontextmanager
+async def _run(kind: str, folder: Path, port: int, command: list[str]) -> AsyncIterator[Proxy]:
     log = folder / "log"
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(*command, stdout=output, stderr=output)
-    made = Proxy(kind, f"https://127.0.0.1:{port}", folder, process, log)
     try:
-        await _listening(made, port)
-        yield made
+        yield Proxy(kind, f"https://127.0.0.1:{port}", folder, process, log)
     finally:
         with suppress(ProcessLookupError):
-            made.process.terminate()
-        await asyncio.wait_for(made.process.wait(), SOON_S)
+            process.terminate()
+        await asyncio.wait_for(process.wait(), SOON_S)
 
 
 async def _listening(made: Proxy, port: int) -> None:
@@ -238,14 +274,15 @@ def _replaced(text: str, places: dict[str, str]) -> str:
 
 
 def _nginx(folder: Path, places: dict[str, str]) -> list[str]:
-    """The files where Debian has them, under `folder`, and a main file as Debian's; the command."""
+    """The packaged files, the folders that they belong into, and a main file as Debian's; the command."""
     folder.mkdir()
     cert, key = certificate(folder, "mdm.example.com")
     places = places | {"/etc/ssl/mdm.example.com.pem": str(cert), "/etc/ssl/private/mdm.example.com.key": str(key)}
-    there = {"nexhb.conf": "conf.d", "nexhb-heartbeats.conf": "snippets", "site.conf": "sites-enabled"}
-    for name, place in there.items():
+    (folder / "packaging" / "nginx").mkdir(parents=True)
+    for name, place in NGINX_PLACES.items():
         (folder / place).mkdir()
-        (folder / place / name).write_text(_replaced((PACKAGING / "nginx" / name).read_text(), places))
+        text = _replaced((PACKAGING / "nginx" / name).read_text(), places)
+        (folder / "packaging" / "nginx" / name).write_text(text)
     temporary = "".join(
         f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )

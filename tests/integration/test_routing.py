@@ -24,7 +24,7 @@ from nexhb import config
 from tests import routing
 from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon, example
 from tests.proxy import Relay, Streams
-from tests.routing import FALLBACK, HAPROXY, MIRROR, NGINX, ROUTE, NexMDM, Proxy, send
+from tests.routing import ENROLMENT, FALLBACK, HAPROXY, MIRROR, NGINX, ROUTE, NexMDM, Proxy, send
 from tests.tls import anything
 
 UNKNOWN_TO_NEXHB, UNKNOWN = "a-token-that-only-nexmdm-knows-0123456789abc", "a-token-that-nobody-knows-0123456789abcdef"
@@ -271,6 +271,10 @@ async def test_only_heartbeats_move_and_an_operator_can_take_each_step_back(befo
     assert (await proxy.send("/v1/heartbeat", UNKNOWN_TO_NEXHB, both.beat(now))).status == 401
     assert (await proxy.send("/v1/heartbeat", token, both.beat(now - timedelta(hours=1)))).status == 200
     assert (len(old.calls), await both.rows()) == (1, 2)
+    assert proxy.take_in(ENROLMENT[proxy.kind])
+    await proxy.reload()
+    assert (await proxy.send("/v1/register?alias=a", "", b"", **{"X-Admin": "k"})).body["detail"].endswith("is token).")
+    assert len(old.calls) == 1
     assert proxy.comment_out(ROUTE[proxy.kind])
     await proxy.reload()
     assert (await proxy.send("/v1/heartbeat", token, both.beat(now))).body["by"] == "NexMDM"
