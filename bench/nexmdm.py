@@ -49,11 +49,15 @@ class Version:
             f"""CREATE TABLE device_heartbeats (hb_id bigserial, {COLUMNS}{ssid}, PRIMARY KEY (device_id, ts, hb_id))
             PARTITION BY RANGE (ts)"""
         )
-        for n in range((last.date() - first.date()).days + 1):
+        await self.add_days(conn, first, last)
+
+    async def add_days(self, conn: Connection, first: datetime, last: datetime) -> None:
+        """Days that it does not have yet, where it has days."""
+        for n in range((last.date() - first.date()).days + 1 if self.partitioned else 0):
             day = first.date() + timedelta(days=n)
             name = f"device_heartbeats_{day:%Y%m%d}"
             await conn.execute(
-                f"""CREATE TABLE {name} PARTITION OF device_heartbeats
+                f"""CREATE TABLE IF NOT EXISTS {name} PARTITION OF device_heartbeats
                 FOR VALUES FROM ('{day}') TO ('{day + timedelta(days=1)}');
                 CREATE INDEX ON {name} (device_id, ts DESC);
                 CREATE UNIQUE INDEX ON {name}

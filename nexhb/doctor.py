@@ -339,7 +339,7 @@ async def _nexmdm(visit: Visit) -> Line:
             "which is 20 minutes at the agent's 600 s"
         )
         return Line("NexMDM", True, said)
-    remedy = "mend it, or unset legacy.source once NexMDM is turned off: docs/moving.md#3-switch"
+    remedy = "mend it, or unset legacy.source once NexMDM is turned off: docs/moving.md#devices-that-enrol-at-nexmdm"
     try:
         opening = sources.opened(
             source.get_secret_value(), name="legacy.source", application="nexhb look-up", timeout_s=SOURCE_TIMEOUT_S

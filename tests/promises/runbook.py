@@ -27,6 +27,14 @@ def blocks(markdown: str, language: str) -> list[str]:
     return [text for found, text in _FENCE.findall(markdown) if found == language]
 
 
+def chapters(markdown: str) -> dict[str, list[str]]:
+    """Its blocks of commands by the heading that they stand under."""
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"^(?=#{2,6} )", markdown, flags=re.MULTILINE):
+        found[part.partition("\n")[0].lstrip("# ")] = blocks(part, "sh")
+    return {heading: commands for heading, commands in found.items() if commands}
+
+
 def inline(markdown: str) -> list[str]:
     """What stands in backticks within its text, each on one line."""
     return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", _FENCE.sub("", markdown))]

