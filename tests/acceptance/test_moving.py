@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import os
 import re
-import sys
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,7 +31,7 @@ from bench.stack import free_port
 from nexhb import devices, wire
 from nexhb.db import Database
 from nexhb.pgaccount import MAJOR
-from tests import routing
+from tests import routing, warm
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 from tests.promises import runbook
 from tests.routing import NGINX, Call, NexMDM, Proxy
@@ -162,13 +161,15 @@ class World:
         block = replaced(self.chapters[heading].pop(0), self.places)
         exports = re.findall(r"^export (\w+)=(\S+)", block, re.MULTILINE)
         self.environment |= dict(exports)
-        process = await asyncio.create_subprocess_exec(
-            "bash", "-euo", "pipefail", "-c", block, env=self.environment, cwd=self.proxy.folder,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
-        out, err = await asyncio.wait_for(process.communicate(), 2 * SOON_S)
-        assert process.returncode == code, (block, out.decode(), err.decode())
-        return (err if code else out).decode()
+        out, err = (self.proxy.folder / name for name in ("out", "err"))
+        with out.open("wb") as output, err.open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                "bash", "-euo", "pipefail", "-c", block, env=self.environment, cwd=self.proxy.folder,
+                stdout=output, stderr=errors,
+            )  # fmt: skip
+            ended = await asyncio.wait_for(process.wait(), 2 * SOON_S)
+        assert ended == code, (block, ended, out.read_text(), err.read_text())
+        return (err if code else out).read_text()
 
     async def beat(self) -> None:
         """Each device sends until its queue is empty."""
@@ -210,7 +211,6 @@ def replaced(text: str, places: dict[str, str]) -> str:
 
 
 SHIMS = {
-    "nexhb": 'exec {python} -m nexhb "$@"',
     "nginx": 'exec {nginx} -p {folder} -e stderr -c {folder}/nginx.conf "$@"',
     # As systemctl does, and then until no worker of before is left.
     "systemctl": """
@@ -254,12 +254,13 @@ async def world(
         for name, text in SHIMS.items():
             shim = proxy.folder / "bin" / name
             shim.parent.mkdir(exist_ok=True)
-            shim.write_text("#!/bin/bash\n" + text.format(python=sys.executable, nginx=NGINX, folder=proxy.folder))
+            shim.write_text("#!/bin/bash\n" + text.format(nginx=NGINX, folder=proxy.folder))
             shim.chmod(0o755)
+        stack.enter_context(warm.shim(proxy.folder / "bin" / "nexhb", folder / "warm"))
         (folder / "nexhb.toml").write_text(replaced(toml, places))
         environment = {
             "PATH": f"{proxy.folder / 'bin'}:{PROGRAMS}:{os.environ['PATH']}", "HOME": str(folder),
-            "PYTHONPATH": str(Path(__file__).parents[2]), "KEY": ADMIN_KEY, "ADMIN_KEY": ADMIN_KEY,
+            "KEY": ADMIN_KEY, "ADMIN_KEY": ADMIN_KEY,
             "NEXHB_CONFIG": str(folder / "nexhb.toml"), "NEXHB_DATA_DIR": str(folder),
             "DATABASE_URL": nexhb.database.dsn, "NEXHB_SERVER__PORT": str(port),
             "NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}",
