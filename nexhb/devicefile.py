@@ -20,7 +20,7 @@ from nexhb.texts import quoted, shown
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _TOKENS = ("token", "token_sha256")
-_KNOWN = ("device_id", "alias", *_TOKENS)
+_KNOWN = ("device_id", "alias", "name", *_TOKENS)
 _SEP_LINE = re.compile(r"\ufeff?\"?sep=(.)\"?\r?\n", re.IGNORECASE)  # Excel's own way to name the separator
 _SHORTENED = re.compile(r"\d(?:[.,]\d+)?E\+\d+", re.IGNORECASE)
 
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     line: int
     device_id: str
     alias: str
+    name: str
     token: str
     token_sha256: str
 

@@ -403,11 +403,11 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
     Raises BadInput naming the bad lines.
     """
     file = devicefile.parse(await asyncio.to_thread(path.read_bytes))
-    records: list[tuple[int, str, str | None, bytes]] = []
+    records: list[tuple[int, str, str | None, str | None, bytes]] = []
     bad = [(line, why, "") for line, why in file.bad]
     for row in file.rows:
         try:
-            records.append((row.line, row.device_id, row.alias or None, _checked(row)))
+            records.append((row.line, row.device_id, row.alias or None, row.name or None, _checked(row)))
         except BadInput as error:
             bad.append((row.line, error.detail.rstrip("."), ""))
     if bad:
@@ -426,8 +426,9 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
 def _checked(row: devicefile.Row) -> bytes:
     """The hash of its token. Raises BadInput."""
     _check_device_id(row.device_id)
-    if row.alias:
-        _check_text(row.alias, "alias", 200)
+    for text, what in ((row.alias, "alias"), (row.name, "name")):
+        if text:
+            _check_text(text, what, 200)
     if row.token:
         if len(row.token) < 32:
             raise BadInput("a token has 32 characters or more.")

@@ -89,7 +89,9 @@ def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
     """,
 )
 def import_file(
-    file: Annotated[Path, typer.Argument(help="CSV with device_id,alias,token or token_sha256 (NexMDM's token_id).")],
+    file: Annotated[
+        Path, typer.Argument(help="CSV with device_id, token or token_sha256 (NexMDM's token_id), and alias or name.")
+    ],
     as_json: cli.Json = False,
 ) -> None:
     if not file.is_file():
@@ -115,7 +117,7 @@ def list_devices(
     if as_json:
         cli.show({"devices": rows, "next": following})
         return
-    columns = ("device_id", "alias", "model", "last heartbeat", "revoked")
+    columns = ("device_id", "name", "alias", "model", "last heartbeat", "revoked")
     tables.show(columns, (_cells(row) for row in rows))
     if following is not None:
         typer.echo(f"There are more: nexhb devices list --after {quote(following)}", err=True)
@@ -136,7 +138,8 @@ async def _pages(conn: Connection, after: str, limit: int | None) -> tuple[list[
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     last = f"{row['last_ts']:%Y-%m-%d %H:%M:%SZ}" if row["last_ts"] else "never"
-    return row["device_id"], row["alias"] or "", row["model"] or "", last, "revoked" if row["revoked_at"] else ""
+    texts = (row[column] or "" for column in ("name", "alias", "model"))
+    return row["device_id"], *texts, last, "revoked" if row["revoked_at"] else ""
 
 
 @_commands.command(

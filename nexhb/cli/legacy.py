@@ -113,6 +113,8 @@ def _lines(found: Imported) -> Iterable[str]:
     of = found.devices
     yield f"devices: {of.seen:,} in the source, {len(of.numbers):,} taken, {of.made:,} of them new here"
     yield f"  tokens added {of.tokens_added:,}; adopted with their first heartbeat will be {of.hashes_waiting:,} more"
+    if of.renamed:
+        yield f"  renamed {of.renamed:,}, as they are called there now"
     if of.tokens_revoked:
         yield f"  tokens revoked {of.tokens_revoked:,}"
     for reason, count in of.reasons.most_common():

@@ -8,13 +8,14 @@ from datetime import datetime
 
 from asyncpg import Record
 
-from nexhb import sql
+from nexhb import partitions, sql
 from nexhb.db import Connection
 from nexhb.legacy import rows
 from nexhb.legacy.source import Source
 
 _Q = sql.queries("legacy")
 
+RENAMED_AT_ONCE = 200
 NAMED_MOST = 1_000  # of what could not be taken; all of it is counted
 
 
@@ -26,6 +27,7 @@ class Devices:
     made: int = 0
     tokens_added: int = 0
     hashes_waiting: int = 0  # taken by this run: adopted with the device's first heartbeat
+    renamed: int = 0  # known here, and called otherwise there since the last import
     tokens_revoked: int = 0  # known here, and revoked there meanwhile
     numbers: dict[str, int] = field(default_factory=dict)  # device_id → device_no, of those taken
     not_taken: set[str] = field(default_factory=set)  # device ids that are none here
@@ -45,6 +47,7 @@ class Devices:
         self.made += later.made
         self.tokens_added += later.tokens_added
         self.hashes_waiting += later.hashes_waiting
+        self.renamed += later.renamed
         self.tokens_revoked += later.tokens_revoked
         self.numbers |= later.numbers
         self.not_taken |= later.not_taken
@@ -72,6 +75,15 @@ async def _take_page(conn: Connection, page: list[Record], found: Devices, now: 
     async with conn.transaction():
         await _add(conn, good, found, now)
         await _give_tokens(conn, good, found, now)
+    for start in range(0, len(good), RENAMED_AT_ONCE):
+        # A heartbeat locks the status before its device, a new name the device before its status.
+        found.renamed += await partitions.patiently(_rename, conn, good[start : start + RENAMED_AT_ONCE])
+
+
+async def _rename(conn: Connection, chunk: list[Record]) -> int:
+    names = [rows.name(row) for row in chunk]
+    done: str = await conn.execute(_Q["name_devices"], [row["id"] for row in chunk], names)
+    return int(done.rsplit(maxsplit=1)[-1])
 
 
 def _is_good(row: Record, found: Devices) -> bool:

@@ -101,7 +101,7 @@ class Imported:
             "source": self.source, "since": f"{self.since}", "until": self.until,
             "devices": {
                 "source": of.seen, "taken": len(of.numbers), "made": of.made, "tokens_added": of.tokens_added,
-                "hashes_waiting": of.hashes_waiting, "tokens_revoked": of.tokens_revoked,
+                "hashes_waiting": of.hashes_waiting, "tokens_revoked": of.tokens_revoked, "renamed": of.renamed,
                 "refused": dict(of.reasons), "refused_devices": [list(one) for one in of.refused],
                 "values_dropped": dict(of.dropped),
             },

@@ -102,6 +102,11 @@ def facts(row: Columns, dropped: list[str]) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+def name(row: Columns) -> str | None:
+    """What NexMDM calls it: its alias there is given by people, and no heartbeat changes it."""
+    return _text(row, "alias", [])
+
+
 def why_no_device(device_id: str) -> str | None:
     """Why nexhb cannot have a device of that id; None where it can."""
     if not 1 <= len(device_id) <= 100 or unfit(device_id):

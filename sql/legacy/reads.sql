@@ -40,7 +40,7 @@ ORDER BY last_ts DESC;
 -- The longest silent first; total counts the others too.
 -- From behind the one that was last heard at $6 with the device_id $7.
 SELECT * FROM (
-SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
+SELECT d.device_id, d.name, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
        nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
 FROM (
@@ -71,7 +71,7 @@ LIMIT $5;
 -- many. The last heard first.
 -- From behind the one that was last heard at $5 with the device_id $6.
 SELECT * FROM (
-SELECT d.device_id, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
+SELECT d.device_id, d.name, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
        nullif(l.unity_pkg_version, '') AS unity_pkg_version, nullif(l.agent_version, '') AS agent_version,
        count(*) OVER () AS total
@@ -100,7 +100,7 @@ LIMIT $4;
 -- name: device
 -- $1 device_id, $2 history to (included), $3 inactive where it was last heard before. Of one whose history is all
 -- archived nothing is known here.
-SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
+SELECT d.device_id, d.name, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
        d.created_at, d.revoked_at, c.ts AS last_ts, h.heard_at, c.received_at, c.battery_pct, c.plugged, c.temp_c,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.signal_dbm, c.uptime_s,
        c.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, c.unity_running,

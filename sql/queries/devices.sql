@@ -72,14 +72,14 @@ UPDATE legacy_tokens SET bcrypt = NULL WHERE device_no = $1 AND bcrypt IS NOT NU
 
 -- name: list_devices
 -- $1: the last device_id of the page before ('' to start), $2: how many.
-SELECT d.device_id, d.alias, d.model, d.created_at, d.revoked_at, s.last_ts
+SELECT d.device_id, d.name, d.alias, d.model, d.created_at, d.revoked_at, s.last_ts
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id > $1
 ORDER BY d.device_id
 LIMIT $2;
 
 -- name: import_table
-CREATE TEMP TABLE device_import (line int, device_id text, alias text, token_sha256 bytea) ON COMMIT DROP;
+CREATE TEMP TABLE device_import (line int, device_id text, alias text, name text, token_sha256 bytea) ON COMMIT DROP;
 
 -- name: import_conflicts
 -- Lines that cannot be taken: an id or a token twice in the file, a token of another device.
@@ -95,10 +95,10 @@ WHERE c.device_no IS NOT NULL OR i.same_id > 1 OR i.same_token > 1
 ORDER BY i.line;
 
 -- name: import_devices
--- New devices are made; a known one keeps its number, its alias where the file gives none, and its revocation.
-INSERT INTO devices AS d (device_id, alias)
-SELECT device_id, alias FROM device_import ORDER BY device_id
-ON CONFLICT (device_id) DO UPDATE SET alias = coalesce(excluded.alias, d.alias)
+-- New devices are made; a known one keeps its number, its alias and name where the file gives none, and its revocation.
+INSERT INTO devices AS d (device_id, alias, name)
+SELECT device_id, alias, name FROM device_import ORDER BY device_id
+ON CONFLICT (device_id) DO UPDATE SET alias = coalesce(excluded.alias, d.alias), name = coalesce(excluded.name, d.name)
 RETURNING (xmax = 0) AS made, revoked_at IS NOT NULL AS revoked;
 
 -- name: import_tokens

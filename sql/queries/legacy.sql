@@ -2,16 +2,32 @@
 
 -- name: add_devices
 -- $1 device_id[], $2 alias[], $3 android_version[], $4 sdk_int[], $5 build_id[], $6 model[], $7 manufacturer[],
--- $8 created_at[], $9 revoked_at[], $10 now. Those that were not known; a known one stays as it is.
-INSERT INTO devices (device_id, alias, android_version, sdk_int, build_id, model, manufacturer, created_at, revoked_at)
-SELECT device_id, alias, android_version, sdk_int, build_id, model, manufacturer, coalesce(created_at, $10::timestamptz),
-       revoked_at
+-- $8 created_at[], $9 revoked_at[], $10 now. Those that were not known; a known one stays as it is. The alias in NexMDM
+-- is the name that people gave the device; the device's own is not known before its first heartbeat here.
+INSERT INTO devices (device_id, alias, name, nexmdm_name, android_version, sdk_int, build_id, model, manufacturer,
+                     created_at, revoked_at)
+SELECT device_id, alias, alias, alias, android_version, sdk_int, build_id, model, manufacturer,
+       coalesce(created_at, $10::timestamptz), revoked_at
 FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[], $8::timestamptz[],
             $9::timestamptz[])
     AS n (device_id, alias, android_version, sdk_int, build_id, model, manufacturer, created_at, revoked_at)
 ORDER BY device_id
 ON CONFLICT (device_id) DO NOTHING
 RETURNING device_id;
+
+-- name: name_devices
+-- $1 device_id[], $2 name[] (or null). What NexMDM calls devices now: taken where it is new there since the last import, and
+-- from the first one unless the device has a name already. In the order of the writer's locks.
+WITH due AS MATERIALIZED (
+    SELECT d.device_no, n.name FROM unnest($1::text[], $2::text[]) n (device_id, name) JOIN devices d USING (device_id)
+    WHERE n.name IS NOT NULL AND d.nexmdm_name IS DISTINCT FROM n.name
+    ORDER BY d.device_no
+    FOR NO KEY UPDATE OF d
+)
+UPDATE devices d SET
+    name = CASE WHEN d.nexmdm_name IS NULL THEN coalesce(d.name, due.name) ELSE due.name END,
+    nexmdm_name = due.name
+FROM due WHERE d.device_no = due.device_no;
 
 -- name: numbers
 -- $1 device_id[].

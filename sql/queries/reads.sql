@@ -20,8 +20,8 @@ SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
 
 -- name: devices
 -- $1: the last device_id of the page before ('' to start), $2: how many. Revoked ones are listed and say so.
-SELECT d.device_id, d.alias, s.last_ts, s.heard_at, s.received_at, s.battery_pct, s.plugged, s.temp_c, s.network_type,
-       s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
+SELECT d.device_id, d.name, d.alias, s.last_ts, s.heard_at, s.received_at, s.battery_pct, s.plugged, s.temp_c,
+       s.network_type, s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running, s.agent_version,
        s.clock_wrong, CASE WHEN d.revoked_at IS NULL THEN coalesce(s.status, 'never_seen') ELSE 'revoked' END AS status
 FROM devices d LEFT JOIN device_last_status s USING (device_no)
 WHERE d.device_id > $1
@@ -30,7 +30,7 @@ LIMIT $2;
 
 -- name: device
 -- $1 device_id.
-SELECT d.device_id, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
+SELECT d.device_id, d.name, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
        d.created_at, d.revoked_at, s.last_ts, s.heard_at, s.received_at, s.battery_pct, s.plugged, s.temp_c,
        s.network_type, s.ssid, s.ip, s.signal_dbm, s.uptime_s, s.ram_used_mb, s.unity_pkg_version, s.unity_running,
        s.agent_version, s.clock_wrong,
@@ -43,7 +43,7 @@ WHERE d.device_id = $1;
 -- many at most. In the order of the index: who takes all of them sorts them in half the time of PostgreSQL, which copies
 -- every row to do so. The slot (five minutes) is what the index holds: it changes with every fifth heartbeat only, so
 -- that the others stay HOT.
-SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, agent_version
 FROM device_last_status
 WHERE status = 'ok'
@@ -56,7 +56,7 @@ LIMIT $3;
 -- $1, $2 as above, $3 how many of them: the longest silent, first, from behind the one that was last heard at $4 with the
 -- device_id $5. One slot after another is sorted, and no more of them
 -- than it takes. total counts the others too, in the same moment.
-SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, agent_version,
        (SELECT count(*) FROM device_last_status
         WHERE status = 'ok' AND heard_slot <= floor(extract(epoch FROM $1::timestamptz) / 300)::int
@@ -72,7 +72,7 @@ LIMIT $3;
 
 -- name: unity_down_all
 -- $1 heard since (now - 24 h), $2 how many at most; in the order of the index, as above.
-SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, unity_pkg_version, agent_version
 FROM device_last_status
 WHERE unity_running = false AND status = 'ok' AND heard_at >= $1
@@ -82,7 +82,7 @@ LIMIT $2;
 -- name: unity_down
 -- $1 heard since, $2 how many of them: the newest, first, from behind the one that was last heard at $3 with the device_id
 -- $4; total as above.
-SELECT device_id, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, unity_pkg_version, agent_version,
        (SELECT count(*) FROM device_last_status
         WHERE unity_running = false AND status = 'ok' AND heard_at >= $1) AS total

@@ -467,8 +467,8 @@ async def test_the_names_that_heartbeats_may_have_operators_may_give(
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     lines = (await asyncio.wait_for(listing.communicate(), SOON_S))[0].decode().splitlines()
-    assert lines[0] == "device_id\talias\tmodel\tlast heartbeat\trevoked"
-    found = sorted(line.split("\t")[:2] for line in lines[1:])
+    assert lines[0] == "device_id\tname\talias\tmodel\tlast heartbeat\trevoked"
+    found = sorted(line.split("\t")[0:3:2] for line in lines[1:])
     assert found == sorted([row["device_id"], row["alias"]] for row in listed)
     for name in ("a\tb", "a\u2028b", "a\u202eb", "a\ud83d"):
         with pytest.raises(BadInput, match=r"and U\+[0-9A-F]{4} is none"):

@@ -15,6 +15,7 @@ from nexhb import devices, log
 from nexhb.config import Legacy
 from nexhb.db import Connection, Database
 from nexhb.identity import Lives, Mark
+from nexhb.legacy import devices as taking
 from nexhb.legacy import lookup as lookups
 from nexhb.legacy import source as sources
 from nexhb.legacy.adopt import Adoption, Standing
@@ -141,15 +142,25 @@ async def test_a_token_replaced_here_does_not_come_back(
 async def test_a_device_is_not_taken_over_while_its_token_is_being_replaced(
     old: Connection, moving: Nexhb, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was looked up before the rotation committed was written after it."""
+    """A rotation that began between two statements of the taking over, and committed before its last, was not seen."""
     token = await enrolled(old, "kiosk-1")
     await devices.add(conn, "kiosk-1", None)
-    async with conn.transaction():
-        await devices.rotate(conn, "kiosk-1")
-        asking = asyncio.create_task(status(moving, token))
-        waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock')"
-        while not await old.fetchval(waits, "nexhb taking over"):
-            await asyncio.sleep(0.01)
+    rotation, add, rotated = conn.transaction(), taking._add, asyncio.Event()
+
+    async def add_and_rotate(*arguments: Any) -> None:
+        await add(*arguments)
+        if not rotated.is_set():
+            await rotation.start()
+            await devices.rotate(conn, "kiosk-1")
+            rotated.set()
+
+    monkeypatch.setattr(taking, "_add", add_and_rotate)
+    asking = asyncio.create_task(status(moving, token))
+    await rotated.wait()
+    waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock')"
+    while not await old.fetchval(waits, "nexhb taking over"):
+        await asyncio.sleep(0.01)
+    await rotation.commit()
     assert await asking in (401, 503)
     assert (await first_certain(moving, token))[0] == 401
     assert await conn.fetchval("SELECT count(*) FROM device_tokens") == 1

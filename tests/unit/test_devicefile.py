@@ -9,7 +9,7 @@ from nexhb.errors import BadInput
 
 TOKEN = "token-of-an-old-system-0123456789"
 PLAIN = f"device_id,alias,token\nkiosk-1,渋谷店　3号機,{TOKEN}\n"
-ROW = ("kiosk-1", "渋谷店　3号機", TOKEN, "")
+ROW = ("kiosk-1", "渋谷店　3号機", "", TOKEN, "")
 
 
 def rows(raw: bytes | str) -> list[Row]:
@@ -55,7 +55,7 @@ def test_excels_own_line_names_the_separator() -> None:
 
 def test_what_is_quoted_may_hold_every_separator() -> None:
     text = f'device_id;alias;token\n"a;1";"Store ""7"", by the door";{TOKEN}\n'
-    assert rows(text) == [Row(2, "a;1", 'Store "7", by the door', TOKEN, "")]
+    assert rows(text) == [Row(2, "a;1", 'Store "7", by the door', "", TOKEN, "")]
 
 
 @pytest.mark.parametrize(
