@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from bench.nexmdm import MONOLITHIC, add_device, add_devices, naive, token_hash, token_id
 from nexhb import devices, log, metrics
-from nexhb.config import Legacy
+from nexhb.config import Auth, Legacy
 from nexhb.db import Connection, Database
 from nexhb.identity import Lives, Mark
 from nexhb.legacy import devices as taking
@@ -21,11 +21,17 @@ from nexhb.legacy import lookup as lookups
 from nexhb.legacy import source as sources
 from nexhb.legacy.adopt import Adoption, Standing
 from nexhb.legacy.lookup import Found, Lookup
-from tests.conftest import SOON_S, Agent, Nexhb, StartDaemon
+from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon
 from tests.integration.test_adoption import until_answered
 from tests.proxy import Proxy
 
 PASSWORD = "a-password-that-nobody-may-read"
+
+
+def asks(dsn: str) -> dict[str, Any]:
+    """Settings of a daemon that looks tokens up there, and lets an address ask as often as a test does."""
+    auth = Auth(admin_key=SecretStr(ADMIN_KEY), failures_per_minute=100_000)
+    return {"legacy": Legacy(source=SecretStr(dsn)), "auth": auth}
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ async def old(empty_database: Database, now: datetime) -> AsyncIterator[Connecti
 @pytest.fixture
 async def moving(old: Connection, empty_database: Database, start_daemon: StartDaemon) -> Nexhb:
     """A daemon that may ask it."""
-    return await start_daemon(legacy=Legacy(source=SecretStr(empty_database.dsn)))
+    return await start_daemon(**asks(empty_database.dsn))
 
 
 async def enrolled(old: Connection, device_id: str, **columns: Any) -> str:
@@ -68,7 +74,7 @@ async def test_a_device_enrolled_at_nexmdm_is_taken_over_with_its_first_heartbea
     old: Connection, moving: Nexhb, start_daemon: StartDaemon, conn: Connection
 ) -> None:
     """It heard 401 five times of five, and the agent erases its credentials with its third heartbeat."""
-    other = await start_daemon(legacy=moving.settings.legacy)
+    other = await start_daemon(legacy=moving.settings.legacy, auth=moving.settings.auth)
     token = await enrolled(old, "kiosk-1", manufacturer="samsung")
     assert await status(moving, token) == 200
     assert await status(other, token) == 200
@@ -82,7 +88,7 @@ async def test_a_device_enrolled_at_nexmdm_is_taken_over_with_its_first_heartbea
 async def test_two_daemons_that_take_a_device_over_at_once_both_answer_200(
     old: Connection, moving: Nexhb, start_daemon: StartDaemon, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = await start_daemon(legacy=moving.settings.legacy)
+    other = await start_daemon(legacy=moving.settings.legacy, auth=moving.settings.auth)
 
     async def hear_nothing(*_: object) -> None:
         """A notification that comes late: the miss of a moment ago must not make it 401."""
@@ -184,7 +190,7 @@ async def test_while_nexmdms_database_is_away_nobody_hears_401(
     known = await enrolled(old, "known")
     async with Proxy(empty_database.dsn).serving() as proxy:
         dsn = proxy.dsn.replace("@", f":{PASSWORD}@")
-        nexhb = await start_daemon(legacy=Legacy(source=SecretStr(dsn)))
+        nexhb = await start_daemon(**asks(dsn))
         assert await status(nexhb, known) == 200
         proxy.take_away()
         new, stranger = await enrolled(old, "new"), devices.new_token()
@@ -213,7 +219,7 @@ async def test_a_database_that_does_not_answer_in_time_holds_nobody_up(
     sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'nexhb look-up' AND datname = $1"
     token, other = await enrolled(old, "kiosk-1"), await enrolled(old, "kiosk-2")
     async with Proxy(empty_database.dsn).serving() as proxy:
-        nexhb = await start_daemon(legacy=Legacy(source=SecretStr(proxy.dsn)))
+        nexhb = await start_daemon(**asks(proxy.dsn))
         monkeypatch.setattr(lookups, "ANSWER_S", 0.1)
         monkeypatch.setattr(lookups, "RETRY_MOST_S", 0.05)
         monkeypatch.setattr(lookups, "LOOK_S", 2.0 * SOON_S)
@@ -243,7 +249,7 @@ async def test_a_database_that_does_not_answer_in_time_holds_nobody_up(
 
 
 async def test_what_is_no_nexmdm_database_makes_nobody_unknown(start_daemon: StartDaemon, database: Database) -> None:
-    nexhb = await start_daemon(legacy=Legacy(source=SecretStr(database.dsn)))
+    nexhb = await start_daemon(**asks(database.dsn))
     assert await status(nexhb, devices.new_token()) == 503
 
 
