@@ -99,25 +99,25 @@ async def add_devices(conn: Connection, devices: Sequence[tuple[str, str]]) -> N
 
 
 async def add_history(conn: Connection, start: datetime, end: datetime, every: timedelta) -> int:
-    """A heartbeat of each device at each of these times, a second apart by device; how many."""
+    """A heartbeat of each device at each of these times, a second apart by device, in the session's zone; how many."""
     done = await conn.execute(
         """INSERT INTO device_heartbeats (device_id, ts, ip, battery_pct, plugged, temp_c, network_type, uptime_s,
             ram_used_mb, unity_pkg_version, unity_running, agent_version)
         SELECT id, t + n * interval '1.001 second', '10.1.' || n % 200 || '.7', n % 101, n % 2 = 0, 31, 'wifi', n, 1200,
                '2.1.0', n % 50 <> 0, '1.0.' || n % 4
-        FROM generate_series($1::timestamp, $2::timestamp - $3::interval, $3) t,
+        FROM generate_series($1::timestamptz, $2::timestamptz - $3::interval, $3) t,
              (SELECT id, (row_number() OVER (ORDER BY id))::int AS n FROM devices) d
         ORDER BY t, n""",
-        naive(start), naive(end), every,
+        start, end, every,
     )  # fmt: skip
     return int(done.split()[-1])
 
 
 async def add_beat(conn: Connection, device_id: str, ts: datetime, **columns: Any) -> None:
-    """One heartbeat."""
-    values = {"device_id": device_id, "ts": naive(ts)} | columns
-    names, marks = ", ".join(values), ", ".join(f"${n}" for n in range(1, len(values) + 1))
-    await conn.execute(f"INSERT INTO device_heartbeats ({names}) VALUES ({marks})", *values.values())
+    """One heartbeat. NexMDM gives its column without a zone a moment: PostgreSQL stores that in the session's zone."""
+    values = {"device_id": device_id, "ts": ts} | columns
+    marks = ", ".join(f"${n}" + "::timestamptz" * (name == "ts") for n, name in enumerate(values, start=1))
+    await conn.execute(f"INSERT INTO device_heartbeats ({', '.join(values)}) VALUES ({marks})", *values.values())
 
 
 def naive(moment: datetime) -> datetime:

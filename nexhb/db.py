@@ -62,7 +62,7 @@ class Database:
         application: str,
         command_timeout_s: float = 60.0,
         timeout_s: float = CONNECT_TIMEOUT_S,
-        **settings: str,
+        **settings: str | None,
     ) -> Connection:
         """A connection of one's own. Raises DatabaseUnavailable where there is none to be had, ConfigError where the
         address is none."""

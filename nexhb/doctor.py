@@ -342,7 +342,11 @@ async def _nexmdm(visit: Visit) -> Line:
     remedy = "mend it, or unset legacy.source once NexMDM is turned off: docs/moving.md#devices-that-enrol-at-nexmdm"
     try:
         opening = sources.opened(
-            source.get_secret_value(), name="legacy.source", application="nexhb look-up", timeout_s=SOURCE_TIMEOUT_S
+            source.get_secret_value(),
+            name="legacy.source",
+            application="nexhb look-up",
+            timeout_s=SOURCE_TIMEOUT_S,
+            for_history=False,
         )
         async with asyncio.timeout(SOURCE_TIMEOUT_S), opening as nexmdm:
             of = await nexmdm.standing()

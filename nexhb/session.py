@@ -89,9 +89,10 @@ class Schemas(NamedTuple):
     usable: Sequence[str]  # that the role may use
 
 
-def at_start(application: str, more: dict[str, str]) -> dict[str, str]:
-    """The settings that a new connection asks for; `more`: the caller's own."""
-    return {"application_name": application} | AT_START | more
+def at_start(application: str, more: Mapping[str, str | None]) -> dict[str, str]:
+    """The settings that a new connection asks for; `more`: the caller's own, None to ask for none."""
+    wanted: dict[str, str | None] = {"application_name": application, **AT_START, **more}
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 async def settle(conn: asyncpg.Connection, home: Home) -> None:

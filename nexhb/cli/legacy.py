@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -18,12 +19,27 @@ from nexhb.jobs.backfill import DAYS_MOST
 from nexhb.jobs.runner import Done, Job, Run
 from nexhb.legacy import importing
 from nexhb.legacy import source as sources
+from nexhb.legacy.deleted import Deleted
 from nexhb.legacy.importing import Imported, Options
+from nexhb.legacy.source import Ahead
+from nexhb.legacy.zones import Repeated
 from nexhb.locks import Lock
 from nexhb.texts import quoted
 
 RATE = 10_000
 NAMED = 20
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The command's options."""
+
+    days: int | None
+    rate: int
+    timezone: str | None
+    repeated_hour: Repeated | None
+    revoke_deleted: bool
+    revoke_at_most: int | None
 
 
 def _job(source: sources.Source, options: Options, show: progress.Show, kept: list[Imported]) -> Job:
@@ -32,21 +48,20 @@ def _job(source: sources.Source, options: Options, show: progress.Show, kept: li
             source, conn, now, options, lambda done, total, rate: show(done, total, f"{rate:,.0f}/s")
         )
         kept.append(found)
-        differs = ", ".join(f"{day.day}" for day in found.differs)
-        return Done(found.counts(), (f"both sides do not agree on {differs}",) if differs else ())
+        return Done(found.counts(), tuple(found.failures))
 
     return Job("import", Lock.IMPORT, "legacy_import", work)
 
 
-async def _import(given: str | None, days: int | None, rate: int) -> tuple[Run, Imported | None, Run | None]:
+async def _import(given: str | None, asked: _Asked) -> tuple[Run, Imported | None, Run | None]:
     settings = cli.settings()
     dsn = given or (settings.legacy.source.get_secret_value() if settings.legacy.source else None)
     if dsn is None:
         raise BadInput("no source is given.", hint="Set --source, $LEGACY_DATABASE_URL or legacy.source.")
     kept: list[Imported] = []
-    async with sources.opened(dsn) as source, cli.opened_database(settings) as database:
+    async with sources.opened(dsn, asked.timezone) as source, cli.opened_database(settings) as database:
         with progress.shown("heartbeats") as show:
-            job = _job(source, _options(settings, days, rate), show, kept)
+            job = _job(source, _options(settings, asked), show, kept)
             run = await runner.run(database, job, daemon.utc_now())
     if not kept:
         return run, None, None
@@ -55,9 +70,13 @@ async def _import(given: str | None, days: int | None, rate: int) -> tuple[Run, 
         return run, kept[0], await backfill.run(reach, show)
 
 
-def _options(settings: Settings, days: int | None, rate: int) -> Options:
+def _options(settings: Settings, asked: _Asked) -> Options:
     retention = settings.partitions.retention_days
-    return Options(retention if days is None else days, rate, retention, settings.ingest.bucket_seconds)
+    days = retention if asked.days is None else asked.days
+    return Options(
+        days, asked.rate, retention, settings.ingest.bucket_seconds, asked.repeated_hour, asked.revoke_deleted,
+        asked.revoke_at_most,
+    )  # fmt: skip
 
 
 @cli.app.command(
@@ -70,7 +89,7 @@ def _options(settings: Settings, days: int | None, rate: int) -> Options:
     that is quick). Exit code 1 where the counts of both sides do not agree, 3 where another import is at work.
     """,
 )
-def import_legacy(
+def import_legacy(  # noqa: PLR0917 - typer reads each option from a parameter
     source: Annotated[
         str | None,
         typer.Option(
@@ -84,9 +103,29 @@ def import_legacy(
     rate: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Heartbeats a second at most, so that ingest keeps its latency.")
     ] = RATE,
+    source_timezone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ZONE", help="In which NexMDM's sessions wrote its times; else as its role and database say."
+        ),
+    ] = None,
+    repeated_hour: Annotated[
+        Repeated | None,
+        typer.Option(
+            help="Of which pass rows are that are stamped in the hour which the end of daylight saving time repeats."
+        ),
+    ] = None,
+    revoke_deleted: Annotated[
+        bool, typer.Option("--revoke-deleted", help="Revoke devices that NexMDM has deleted since an earlier import.")
+    ] = False,
+    revoke_at_most: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many of them at most; else 10, or a tenth of those that NexMDM gave."),
+    ] = None,
     as_json: cli.Json = False,
 ) -> None:
-    run, found, filled = cli.run(_import(source, days, rate))
+    asked = _Asked(days, rate, source_timezone, repeated_hour, revoke_deleted, revoke_at_most)
+    run, found, filled = cli.run(_import(source, asked))
     if as_json:
         more = found.shown() if found else {}
         cli.show(run.shown() | more | ({"backfill": filled.shown()} if filled else {}))
@@ -111,6 +150,7 @@ def _say(run: Run, found: Imported | None) -> None:
 
 def _lines(found: Imported) -> Iterable[str]:
     of = found.devices
+    yield f"times of the source: {found.zone.name} ({found.zone.said_by}); its newest heartbeat is {_newest(found)}"
     yield f"devices: {of.seen:,} in the source, {len(of.numbers):,} taken, {of.made:,} of them new here"
     yield f"  tokens added {of.tokens_added:,}; adopted with their first heartbeat will be {of.hashes_waiting:,} more"
     if of.renamed:
@@ -121,6 +161,7 @@ def _lines(found: Imported) -> Iterable[str]:
         yield f"  not taken {count:,}: {reason}"
     for device_id, reason in of.refused[:NAMED]:
         yield f"    {quoted(device_id)}: {reason}"
+    yield from _deleted(found.deleted)
     yield f"heartbeats since {found.since}: read now {found.total('read_now'):,} in {found.seconds:.0f} s"
     yield f"  {'day':10}  {'source':>11} {'written':>11} {'now':>11} {'duplicates':>11} {'refused':>9} {'missing':>9}"
     for day in found.days:
@@ -134,6 +175,37 @@ def _lines(found: Imported) -> Iterable[str]:
         yield f"  stored as null, as it did not fit: {column}, {count:,} times"
     if found.older_left:
         yield f"  there are older rows, which were left: {found.older_left}"
-    if found.newer_left:
-        yield "  there are rows of a day to come, which were left"
-    yield "both sides agree" if not found.differs else "BOTH SIDES DO NOT AGREE"
+    if found.ahead and found.ahead.rows:
+        yield from _ahead(found)
+    yield "BOTH SIDES DO NOT AGREE" if found.why_not else "both sides agree"
+
+
+def _deleted(of: Deleted) -> Iterable[str]:
+    if of.revoked:
+        yield f"  revoked, as NexMDM has deleted them: {len(of.revoked):,}: {_named(of.revoked)}"
+    if of.not_revoked_because:
+        yield f"  NOT REVOKED: {of.not_revoked_because}"
+    if of.alive:
+        yield f"  deleted in NexMDM and alive here: {len(of.alive):,}: {_named(of.alive)}"
+        yield "    `nexhb devices revoke ID` revokes one, `nexhb import-legacy --revoke-deleted` all of them"
+    if of.own_token:
+        yield f"    of these, have a token of nexhb's own, and are not revoked by an import: {_named(of.own_token)}"
+
+
+def _named(device_ids: list[str]) -> str:
+    return ", ".join(map(quoted, device_ids[:NAMED])) + (", …" if len(device_ids) > NAMED else "")
+
+
+def _newest(found: Imported) -> str:
+    if found.newest is None:
+        return "none"
+    age = max(int((found.until - found.newest).total_seconds()), 0)
+    return f"{found.newest:%Y-%m-%d %H:%M:%SZ}, {age // 3600} h {age % 3600 // 60} min before its clock"
+
+
+def _ahead(found: Imported) -> Iterable[str]:
+    rows, newest, clock = found.ahead or Ahead(0, None, found.until)
+    minutes = (newest - clock).total_seconds() / 60 if newest else 0
+    yield f"  NOT TAKEN: {rows:,} heartbeats that lie ahead of the source's clock, by {minutes:,.1f} minutes at most."
+    yield f"    If its times are not {found.zone.name}, give --source-timezone."
+    yield "    If NexMDM's own clock is ahead, run this again once they are past."

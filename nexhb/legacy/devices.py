@@ -29,6 +29,8 @@ class Devices:
     hashes_waiting: int = 0  # taken by this run: adopted with the device's first heartbeat
     renamed: int = 0  # known here, and called otherwise there since the last import
     tokens_revoked: int = 0  # known here, and revoked there meanwhile
+    known: int = 0  # an earlier import took them from this source
+    older: int = 0  # of these: it found that they had been seen later
     numbers: dict[str, int] = field(default_factory=dict)  # device_id → device_no, of those taken
     not_taken: set[str] = field(default_factory=set)  # device ids that are none here
     reasons: Counter[str] = field(default_factory=Counter)
@@ -58,22 +60,23 @@ async def take(source: Source, conn: Connection, now: datetime) -> Devices:
     """Take every device of the source, and what it knows of the tokens. Idempotent; a page is one transaction."""
     found = Devices()
     async for page in source.devices():
-        await _take_page(conn, page, found, now)
+        await _take_page(conn, page, found, now, source.name)
     return found
 
 
-async def take_rows(conn: Connection, page: list[Record], now: datetime) -> Devices:
-    """Likewise these devices of the source, in one transaction."""
+async def take_rows(conn: Connection, page: list[Record], now: datetime, source: str) -> Devices:
+    """Likewise these devices of the source of that name, in one transaction."""
     found = Devices()
-    await _take_page(conn, page, found, now)
+    await _take_page(conn, page, found, now, source)
     return found
 
 
-async def _take_page(conn: Connection, page: list[Record], found: Devices, now: datetime) -> None:
+async def _take_page(conn: Connection, page: list[Record], found: Devices, now: datetime, source: str) -> None:
     found.seen += len(page)
     good = [row for row in page if _is_good(row, found)]
     async with conn.transaction():
         await _add(conn, good, found, now)
+        await _note(conn, source, good, found)
         await _give_tokens(conn, good, found, now)
     for start in range(0, len(good), RENAMED_AT_ONCE):
         # A heartbeat locks the status before its device, a new name the device before its status.
@@ -102,6 +105,15 @@ async def _add(conn: Connection, page: list[Record], found: Devices, now: dateti
         found.made += len(await conn.fetch(_Q["add_devices"], *zip(*values, strict=True), now))
     ids = [row["id"] for row in page]
     found.numbers |= {row["device_id"]: row["device_no"] for row in await conn.fetch(_Q["numbers"], ids)}
+
+
+async def _note(conn: Connection, source: str, page: list[Record], found: Devices) -> None:
+    numbers = [found.numbers[row["id"]] for row in page]
+    seen = [row["last_seen"] for row in page]
+    noted = await conn.fetchrow(_Q["note_devices"], source, numbers, seen)
+    assert noted is not None  # noqa: S101 - an aggregate has one row
+    found.known += noted["known"]
+    found.older += noted["older"]
 
 
 async def _give_tokens(conn: Connection, page: list[Record], found: Devices, now: datetime) -> None:

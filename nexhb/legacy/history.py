@@ -142,7 +142,7 @@ class History:
         await self._labels.learn(self.conn, (row.label for row in converted))
         records = [row.record(self._labels[row.label]) for row in converted]
         last = chunk[-1]
-        place = Place(last["device_id"], last["ts"].astimezone(UTC), last["hb_id"])
+        place = Place(last["device_id"], last["read_as"].astimezone(UTC), last["hb_id"])
         new = await partitions.patiently(self._commit, day, table, place, records)
         day.after, day.begun, day.finished = place, True, False
         day.read += len(chunk)

@@ -160,7 +160,9 @@ class Lookup:
         if self._source is None or self._source.conn.is_closed():
             await self.close()
             stack = AsyncExitStack()
-            opening = sources.opened(self._dsn, name=NAME, application="nexhb look-up", timeout_s=LOOK_S)
+            opening = sources.opened(
+                self._dsn, name=NAME, application="nexhb look-up", timeout_s=LOOK_S, for_history=False
+            )
             self._source = await stack.enter_async_context(opening)
             self._opened_in = stack
         return self._source
@@ -187,7 +189,7 @@ class Lookup:
             application="nexhb taking over", command_timeout_s=LOOK_S, lock_timeout="3000"
         )
         async with connected as conn:
-            made = await devices.take_rows(conn, rows, self._now())
+            made = await devices.take_rows(conn, rows, self._now(), self._source.name if self._source else "")
             known = {row["token_sha256"] for row in await conn.fetch(_Q["known_tokens"], list(batch))}
         refused = {row["token_id"] for row in rows if row["id"] in made.not_taken}
         token_ids = {token.hex() for token in known}

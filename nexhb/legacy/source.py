@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -13,6 +13,8 @@ import asyncpg
 from nexhb import sql
 from nexhb.db import CONNECT_TIMEOUT_S, Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable
+from nexhb.legacy import zones
+from nexhb.legacy.zones import Fold, Zone
 from nexhb.session import Home
 
 _Q = sql.queries("nexmdm")
@@ -53,6 +55,15 @@ class Counts(NamedTuple):
     rows: int
     refused: int  # of devices that nexhb did not take
     keys: int  # different device and bucket of the others
+    newest: datetime | None = None
+
+
+class Ahead(NamedTuple):
+    """Rows of the source from behind its clock."""
+
+    rows: int
+    newest: datetime | None
+    clock: datetime
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,10 @@ class Source:
     clock: datetime
     partitioned: bool
     by_time: bool  # its rows can be read in the order of their time
+    zone: Zone  # of its columns without one; the session's
+    zoned: bool  # the heartbeats' own time has one
+    is_standby: bool
+    folds: tuple[Fold, ...] = ()  # local times that were there twice
 
     async def devices(self, *, hashes_alone: bool = False) -> AsyncIterator[list[asyncpg.Record]]:
         """All of its devices by id, some at a time; or those of which it has nothing but a bcrypt hash."""
@@ -83,51 +98,69 @@ class Source:
         assert row is not None  # noqa: S101 - a SELECT without FROM has one row
         return Standing(row["hashes"], row["standby"], row["replayed"], row["clock"])
 
+    async def among(self, ids: list[str]) -> list[str]:
+        """Which of these devices it has."""
+        return [row["id"] for row in await self.conn.fetch(_Q["among"], ids)]
+
     async def count(self, start: datetime, end: datetime) -> int:
         """Its heartbeats from `start` to before `end`."""
-        return int(await self.conn.fetchval(_Q["count"], _naive(start), _naive(end)))
+        return int(await self.conn.fetchval(_Q["count"], start, end))
 
-    async def outside(self, start: datetime, end: datetime) -> tuple[bool, bool]:
-        """Whether it has older ones, and newer ones."""
-        row = await self.conn.fetchrow(_Q["outside"], _naive(start), _naive(end))
-        assert row is not None  # noqa: S101 - a SELECT without FROM has one row
-        return row["older"], row["newer"]
+    async def has_older(self, start: datetime) -> bool:
+        """Whether it has heartbeats from before."""
+        return bool(await self.conn.fetchval(_Q["older"], start))
+
+    async def ahead(self) -> Ahead:
+        """Its heartbeats that lie behind its own clock, now."""
+        row = await self.conn.fetchrow(_Q["ahead"])
+        assert row is not None  # noqa: S101 - an aggregate has one row
+        return Ahead(*row)
 
     async def read(self, start: datetime, end: datetime, after: Place, most: int) -> list[asyncpg.Record]:
         """The next heartbeats behind `after`: of each device in the order of time, across devices as its indexes
         have it."""
-        bounds = (_naive(start), _naive(end))
+        fold = self._fold(start, end)
         if self.by_time:
-            rows = await self.conn.fetch(_Q["next_by_time"], *bounds, _naive(after.ts), after.hb_id, most)
+            rows = await self.conn.fetch(_Q["next_by_time"], start, end, after.ts, after.hb_id, most, *fold)
         else:
-            rows = await self.conn.fetch(
-                _Q["next_by_device"], *bounds, after.device_id, _naive(after.ts), after.hb_id, most
-            )
+            rows = await self.conn.fetch(_Q["next_by_device"], start, end, *after, most, *fold)
         return list(rows)
 
     async def day(self, start: datetime, end: datetime, bucket_s: int, taken: list[str]) -> Counts:
         """What it has from `start` to before `end`, counted by itself; `taken`: the devices that nexhb has."""
-        row = await self.conn.fetchrow(_Q["day"], _naive(start), _naive(end), bucket_s, taken)
+        row = await self.conn.fetchrow(_Q["day"], start, end, bucket_s, taken, *self._fold(start, end))
         assert row is not None  # noqa: S101 - an aggregate has one row
-        return Counts(row["rows"], row["refused"], row["keys"])
+        return Counts(*row)
 
     async def keys(self, start: datetime, end: datetime, bucket_s: int, devices: list[str]) -> list[asyncpg.Record]:
         """Each device and bucket (seconds since 1970) once."""
-        rows: list[asyncpg.Record] = await self.conn.fetch(_Q["keys"], _naive(start), _naive(end), bucket_s, devices)
+        rows: list[asyncpg.Record] = await self.conn.fetch(
+            _Q["keys"], start, end, bucket_s, devices, *self._fold(start, end)
+        )
         return rows
+
+    def _fold(self, start: datetime, end: datetime) -> tuple[datetime, timedelta, int]:
+        """The repeated hour of this time, as the queries take it. A day has one at most."""
+        return next((fold for fold in self.folds if fold.touches(start, end)), zones.NO_HOUR_IS_REPEATED)
 
 
 @asynccontextmanager
 async def opened(
     dsn: str,
+    timezone: str | None = None,
     *,
     name: str = "--source",
     application: str = "nexhb import-legacy",
     timeout_s: float = STATEMENT_TIMEOUT_S,
+    for_history: bool = True,
 ) -> AsyncIterator[Source]:
-    """The database behind `dsn`, called `name` in messages, for the block; each statement ends after `timeout_s`.
-    Raises BadInput where it is no NexMDM's, DatabaseUnavailable."""
+    """The database behind `dsn`, called `name` in messages, for the block; each statement ends after `timeout_s`. Its
+    times are read as of `timezone`, or as its own settings say.
+
+    Raises BadInput where it is no NexMDM's, or its time zone is not clear and it is opened for its history;
+    DatabaseUnavailable."""
     how: dict[str, Any] = {
+        "timezone": None,  # as the source's own settings have it, which zones.find looks at
         "application": application,
         "command_timeout_s": timeout_s + 5,
         "timeout_s": min(timeout_s, CONNECT_TIMEOUT_S),
@@ -138,12 +171,12 @@ async def opened(
     }
     try:
         async with Database(dsn, Home(marks=_MARKS), name).connected(**how) as conn:
-            yield await _looked_at(conn)
+            yield await _looked_at(conn, timezone, for_history=for_history)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"The source: {error.detail}", hint=error.hint) from error
 
 
-async def _looked_at(conn: Connection) -> Source:
+async def _looked_at(conn: Connection, timezone: str | None, *, for_history: bool) -> Source:
     shape = await conn.fetchrow(_Q["shape"])
     assert shape is not None  # noqa: S101 - a SELECT without FROM has one row
     for table, columns in (("devices", shape["device_columns"]), ("device_heartbeats", shape["heartbeat_columns"])):
@@ -153,9 +186,8 @@ async def _looked_at(conn: Connection) -> Source:
         system = "@" + await conn.fetchval(_Q["system"])
     except asyncpg.InsufficientPrivilegeError:
         system = ""
-    return Source(conn, shape["database"] + system, shape["clock"], shape["partitioned"], shape["by_time"])
-
-
-def _naive(moment: datetime) -> datetime:
-    """As its columns without a zone have it."""
-    return moment.astimezone(UTC).replace(tzinfo=None)
+    zone = await zones.find(conn, timezone, matters=for_history and not shape["zoned"])
+    return Source(
+        conn, shape["database"] + system, shape["clock"], shape["partitioned"], shape["by_time"], zone, shape["zoned"],
+        shape["standby"],
+    )  # fmt: skip

@@ -104,6 +104,57 @@ SELECT (SELECT count(*) FROM added) AS added,
        (SELECT count(*) FROM revoked) AS revoked,
        (SELECT coalesce(array_agg(device_no), '{}') FROM given WHERE taken) AS taken;
 
+-- name: note_devices
+-- $1 source, $2 device_no[], $3 last_seen[]. That the source has them now. Answers how many of them an earlier import took
+-- from it, and how many were seen later than the source has it: it is an older copy then, or lags.
+WITH here AS (
+    SELECT * FROM unnest($2::int[], $3::timestamptz[]) AS n (device_no, last_seen)
+),
+noted AS (
+    INSERT INTO legacy_devices AS d (source, device_no, last_seen)
+    SELECT $1, device_no, last_seen FROM here ORDER BY device_no
+    ON CONFLICT (source, device_no) DO UPDATE SET
+        last_seen = greatest(d.last_seen, excluded.last_seen), revoked_at = NULL
+    WHERE d.last_seen IS DISTINCT FROM greatest(d.last_seen, excluded.last_seen) OR d.revoked_at IS NOT NULL
+)
+SELECT count(*) AS known, count(*) FILTER (WHERE h.last_seen < d.last_seen) AS older
+FROM here h JOIN legacy_devices d ON d.source = $1 AND d.device_no = h.device_no;
+
+-- name: given
+-- $1 source. How many devices imports took from it, those aside that are revoked.
+SELECT count(*) FROM legacy_devices l JOIN devices d USING (device_no) WHERE l.source = $1 AND d.revoked_at IS NULL;
+
+-- name: deleted
+-- $1 source, $2 device_no[] that it has now. The others that it gave and that are not revoked; whether one has a token that
+-- is not NexMDM's, and whether an import revoked it before.
+SELECT d.device_id, d.device_no, l.revoked_at IS NOT NULL AS done_before,
+       EXISTS (SELECT FROM device_tokens t
+               WHERE t.device_no = d.device_no AND t.revoked_at IS NULL
+                 AND NOT EXISTS (SELECT FROM legacy_tokens g
+                                 WHERE g.device_no = t.device_no
+                                   AND t.token_sha256 IN (g.fingerprint, g.token_sha256))) AS own_token
+FROM legacy_devices l
+JOIN devices d USING (device_no)
+LEFT JOIN unnest($2::int[]) here (device_no) USING (device_no)
+WHERE l.source = $1 AND d.revoked_at IS NULL AND here.device_no IS NULL
+ORDER BY d.device_id;
+
+-- name: revoked_as_deleted
+-- $1 source, $2 device_no, $3 now.
+UPDATE legacy_devices SET revoked_at = $3 WHERE source = $1 AND device_no = $2;
+
+-- name: source
+-- $1 source. As what its times were read, and since which day; null where none were.
+SELECT s.timezone, s.repeated_hour,
+       (SELECT min(day) FROM legacy_days d WHERE d.source = s.source)::timestamp AT TIME ZONE 'UTC' AS since
+FROM legacy_sources s WHERE s.source = $1;
+
+-- name: note_source
+-- $1 source, $2 timezone, $3 repeated_hour.
+INSERT INTO legacy_sources AS s (source, timezone, repeated_hour) VALUES ($1, $2, $3)
+ON CONFLICT (source) DO UPDATE SET timezone = excluded.timezone, repeated_hour = excluded.repeated_hour
+WHERE (s.timezone, s.repeated_hour) IS DISTINCT FROM (excluded.timezone, excluded.repeated_hour);
+
 -- name: days
 -- $1 source. How far each day of it is.
 SELECT day, after_device, after_ts, after_hb, written, deduplicated, source_rows, finished_at FROM legacy_days

@@ -27,9 +27,9 @@ class Move:
     dsn: str
     now: datetime
 
-    async def run(self, **changes: Any) -> Imported:
+    async def run(self, *, timezone: str | None = None, **changes: Any) -> Imported:
         """An import."""
-        async with sources.opened(self.dsn) as source:
+        async with sources.opened(self.dsn, timezone) as source:
             return await importing.run(source, self.to, self.now, replace(OPTIONS, **changes), lambda *_: None)
 
     async def at(self, age: timedelta, device_id: str = "kiosk-1", **columns: Any) -> datetime:

@@ -29,7 +29,7 @@ class WatchedDatabase(Database):
         application: str,
         command_timeout_s: float = 60.0,
         timeout_s: float = CONNECT_TIMEOUT_S,
-        **settings: str,
+        **settings: str | None,
     ) -> Connection:
         """See Database."""
         conn = await super().connect(
