@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+# /bin/echo, since bash's own would have the pipe as its standard output when the fork looks for that.
 _SHIM = """#!/bin/bash
 cd -P . && call={folder}/$$
 printf '%s\\0' "$PWD" "$@" > "$call.words"
 env -0 > "$call.env"
 mkfifo "$call.code"
-echo $$ > {folder}/calls
+/bin/echo $$ > {folder}/calls
 read -r code < "$call.code"
 exit "$code"
 """

@@ -339,8 +339,11 @@ async def test_a_fleet_moves_by_the_page_and_loses_nothing(
 
         assert "both sides agree" in await it.follow("Day 1: the history")
         await it.follow("Compare")
+        await it.old.conn.execute("UPDATE devices SET alias = 'Entrance' WHERE id = 'kiosk-1'")
         assert "both sides agree" in await it.follow("Compare")
         await it.beat()
+        [named] = await it.nexhb.rows("SELECT name, alias FROM devices WHERE device_id = 'kiosk-1'")
+        assert tuple(named) == ("Entrance", "Store 42 - kiosk 3")  # the people's, and what its heartbeat says
         await it.follow("Days 2 to 20: fast reads")
 
         await it.follow("From day 20: without the copies")
