@@ -85,7 +85,8 @@ def _options(settings: Settings, asked: _Asked) -> Options:
     Take devices, their tokens and their heartbeats from a NexMDM database, while both systems serve.
 
     Interrupted, it goes on where it was when it is run again; what is there already is not written twice.
-    docs/moving.md is the whole move, which begins with --days 0. Exit code 1 where the counts of both sides do not agree, 3 where another import is at work.
+    docs/moving.md is the whole move, which begins with --days 0. Exit code 1 where the counts of both sides do not
+    agree, 3 where another import is at work.
     """,
 )
 def import_legacy(  # noqa: PLR0917 - typer reads each option from a parameter
