@@ -34,8 +34,9 @@ async def post_register(request: web.Request) -> web.Response:
     key = _key(request)
     if not key:
         raise auth.wrong_key(request, parts, "enrolment", "An enrolment key is required: Authorization: Bearer …")
+    in_query = query.text(request, "alias", ALIAS_LONGEST)
     wanted = await _wanted(request, parts)
-    alias = wanted.alias or query.text(request, "alias", ALIAS_LONGEST) or None
+    alias = wanted.alias or in_query or None
     async with writable_connection(parts) as conn:
         try:
             device_id, token = await devices.enrol(conn, key, wanted.device_id or None, alias, parts.now())
