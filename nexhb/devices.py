@@ -197,7 +197,6 @@ class DeviceStore:
         self._note_changes(rows)
         found = {row["token_sha256"]: _device(row, life) for row in rows}
         for token_hash in hashes:
-            self._misses.pop(token_hash, None)
             if device := found.get(token_hash):
                 self._by_hash[token_hash] = device
             else:
@@ -224,7 +223,6 @@ class DeviceStore:
         if len(self._by_hash) > len(seen):
             for token_hash in self._by_hash.keys() - seen:
                 del self._by_hash[token_hash]
-        self._misses.clear()
         self._counted = counted
         self._lives.counted(counted)
         metrics.devices_known.set(len(self._by_hash))
