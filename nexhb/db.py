@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from nexhb import dburl, pgfiles, pgreach, session, sql, supported
-from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, PoolerBetween
+from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, NotConfirmed, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
 
@@ -131,6 +131,32 @@ class Database:
     async def _prepare_reader(self, conn: Connection) -> None:
         await self._settle(conn)
         await _use_text(conn)
+
+
+@asynccontextmanager
+async def lasting(conn: Connection) -> AsyncIterator[None]:
+    """A transaction which, once the block has ended, is as durable as synchronous_commit promises.
+
+    A wait for a synchronous standby that is cancelled ends in success with a WARNING. A later transaction that the
+    standby confirms proves the earlier ones. Raises NotConfirmed.
+    """
+    warnings: list[str] = []
+
+    def note(_conn: object, message: asyncpg.PostgresLogMessage) -> None:
+        if getattr(message, "severity_en", None) == "WARNING":
+            warnings.append(getattr(message, "message", ""))
+
+    conn.add_log_listener(note)
+    try:
+        async with conn.transaction():
+            yield
+        if warnings:
+            warnings.clear()
+            await conn.execute(_Q["write_after"])
+    finally:
+        conn.remove_log_listener(note)
+    if warnings:
+        raise NotConfirmed(f"{warnings[0]}.", hint="Repeat it once the standby is there.")
 
 
 def _is_foreseen(error: BaseException) -> bool:

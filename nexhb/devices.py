@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import asyncpg
 
 from nexhb import devicefile, log, metrics, sql
-from nexhb.db import Connection, Database
+from nexhb.db import Connection, Database, lasting
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
 from nexhb.identity import Lives
 from nexhb.pgerrors import FROM_THE_DATABASE
@@ -298,7 +298,7 @@ async def add(conn: Connection, device_id: str, alias: str | None) -> str:
     if alias is not None:
         _check_text(alias, "alias", 200)
     token = new_token()
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await conn.fetchval(_Q["add_device"], device_id, alias)
         if device_no is None:
             raise DeviceExists(
@@ -314,7 +314,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
     Raises UnknownDevice.
     """
     token = new_token()
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["drop_tokens"], device_no)
         await conn.execute(_Q["forget_legacy"], device_no)
@@ -327,7 +327,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
 
 async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
     """Its heartbeats are answered 410 from now on, and it no longer counts. Raises UnknownDevice."""
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         since = await conn.fetchval(_Q["revoke_device"], device_no, now)
         await conn.execute(_Q["end_enrolment"], device_no)
@@ -346,7 +346,7 @@ async def readmit(conn: Connection, device_id: str) -> Readmitted:
 
     A device that is not revoked stays as it is. Raises UnknownDevice.
     """
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["readmit_tokens"], device_no)
         was_revoked = await conn.fetchval(_Q["readmit_device"], device_no) is not None
@@ -404,7 +404,7 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
             bad.append((row.line, error.detail.rstrip("."), ""))
     if bad:
         raise _bad_lines(sorted(bad))
-    async with conn.transaction():
+    async with lasting(conn):
         await conn.execute(_Q["import_table"])
         await conn.copy_records_to_table("device_import", records=records)
         if conflicts := await conn.fetch(_Q["import_conflicts"]):
@@ -449,7 +449,8 @@ async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, 
     if note is not None:
         _check_text(note, "note", 200)
     key = new_token()
-    await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
+    async with lasting(conn):
+        await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
     return key
 
 
@@ -461,7 +462,7 @@ async def enrol(conn: Connection, key: str, device_id: str, alias: str | None, n
     token in the place of that one, and no further use is spent.
     """
     key_hash = hash_token(key)
-    async with conn.transaction():
+    async with lasting(conn):
         uses_left = await conn.fetchval(_Q["hold_enrolment_key"], key_hash, now)
         if uses_left is None:
             raise EnrolmentRefused("It is unknown, used up or expired.")
