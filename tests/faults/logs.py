@@ -56,6 +56,7 @@ ALLOWED = {
         "The database or the store went away, or a disk is full.", rf"$|{_STORE}"
     ),
     "batch.failed_unexpectedly": Allowed("There was no memory for it.", "MemoryError"),
+    "queue.no_memory": Allowed("There was no memory for a queue."),
     "reconciliation.failed": Allowed("A run that the database left: job.failed has said why."),
     "archive.failed": Allowed("A day could not be archived: the database or its lock was lost."),
     "library.log": Allowed("asyncpg's own future of a connection that is lost, and for which nobody waits.", _LINE),
