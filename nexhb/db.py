@@ -70,6 +70,7 @@ class Database:
         try:
             conn: Connection = await asyncpg.connect(
                 **self._how(),
+                connection_class=_Session,
                 timeout=timeout_s,
                 command_timeout=command_timeout_s,
                 server_settings=session.at_start(application, settings),
@@ -117,6 +118,7 @@ class Database:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""
         return await asyncpg.create_pool(
             **self._how(),
+            connection_class=_Session,
             min_size=0,  # a floor would be kept up by a task that fills the log while the database is away
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
@@ -157,6 +159,17 @@ async def lasting(conn: Connection) -> AsyncIterator[None]:
         conn.remove_log_listener(note)
     if warnings:
         raise NotConfirmed(f"{warnings[0]}.", hint="Repeat it once the standby is there.")
+
+
+class _Session(asyncpg.Connection):
+    """A connection that may be terminated by another coroutine than the one that uses it."""
+
+    def _abort(self) -> None:
+        """asyncpg 0.32 lets go of its protocol here: what is between two of a statement's steps would fail with an
+        AttributeError, in place of an InterfaceError."""
+        protocol: Any = self._protocol  # type: ignore[has-type]
+        super()._abort()  # type: ignore[misc]
+        self._protocol = protocol
 
 
 def _is_foreseen(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _CHUNK = 65_536
+_WRITER = b"application_name\0nexhb writer\0"  # of a session's first message
 _COMMIT = re.compile(rb"COMMIT(?: AND CHAIN)?[;\0]")  # as asyncpg's transactions and the writer's end
 
 
@@ -25,7 +26,7 @@ class Way(enum.Enum):
 
 
 class Trick(enum.Enum):
-    """What happens to the next COMMIT."""
+    """What happens to the writer's next COMMIT; other sessions commit at times of their own."""
 
     NONE = "none"
     SWALLOW_ANSWER = "swallow the answer"  # it is committed, and nobody hears of it
@@ -171,6 +172,7 @@ class Proxy(Relay):
         parts = urlsplit(dsn)
         self._user, self._database = parts.username, parts.path.lstrip("/")
         self.trick = Trick.NONE
+        self._of_writers: set[Line] = set()
         self.lead_to(dsn)
 
     def lead_to(self, dsn: str) -> None:
@@ -191,7 +193,9 @@ class Proxy(Relay):
         return await asyncio.open_unix_connection(self._socket)
 
     async def _look(self, data: bytes, line: Line, way: Way) -> bool:
-        if way is Way.THERE and _COMMIT.search(data) and self.trick is not Trick.NONE:
+        if way is Way.THERE and _WRITER in data:
+            self._of_writers = {line, *(self._of_writers & self._lines)}
+        if self.trick is not Trick.NONE and way is Way.THERE and line in self._of_writers and _COMMIT.search(data):
             trick, self.trick = self.trick, Trick.NONE
             self.played.set()
             if trick is Trick.CUT_BEFORE:
