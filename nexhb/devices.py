@@ -208,17 +208,21 @@ class DeviceStore:
 
     async def _read_all(self, conn: Connection, why: str) -> None:
         """In one snapshot and in pieces, between which heartbeats are served: half a million tokens take seconds. In
-        place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end."""
+        place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end. After
+        an error the connection must be closed: its transaction is still open."""
         seen: set[bytes] = set()
         life = self._lives.number
-        async with conn.transaction(isolation="repeatable_read"):
+        transaction = conn.transaction(isolation="repeatable_read")
+        with _answered(conn):
+            await transaction.start()
             # A change whose notification is still to come is counted again, which costs another reading at most.
-            with _answered(conn):
-                counted = await conn.fetchval(_Q["token_changes"])
-                cursor = await conn.cursor(_Q["all_tokens"])
-            while rows := await _piece(conn, cursor):
-                self._lives.unless_changed(life)
-                self._take_in(rows, life, seen)
+            counted = await conn.fetchval(_Q["token_changes"])
+            cursor = await conn.cursor(_Q["all_tokens"])
+        while rows := await _piece(conn, cursor):
+            self._lives.unless_changed(life)
+            self._take_in(rows, life, seen)
+        with _answered(conn):
+            await transaction.commit()
         self._lives.unless_changed(life)
         if len(self._by_hash) > len(seen):
             for token_hash in self._by_hash.keys() - seen:
@@ -247,9 +251,11 @@ class DeviceStore:
             life = self._lives.number
             rows = await self._lookup_conn.fetch(_Q["find_tokens"], hashes)
             self._lives.unless_changed(life)
-        except FROM_THE_DATABASE as error:
+        except (*FROM_THE_DATABASE, asyncio.CancelledError) as error:
             if self._lookup_conn is not None:
-                self._lookup_conn.terminate()
+                self._lookup_conn.terminate()  # the next look-up would wait for the answer to this one
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
         self._note_changes(rows)
         self._take_in(rows, life, set())
