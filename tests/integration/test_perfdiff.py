@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -344,6 +345,46 @@ async def test_the_databases_absence_costs_comparisons_and_no_daemon(
 
 
 # ---- afterwards -----------------------------------------------------------------------------------------------------
+
+
+class Quiet(perfdiff.PerfDiff):
+    """Comparisons that are none, and take as long as they are said to."""
+
+    took_s = 0.0
+
+    def ready(self) -> Quiet:
+        """With an ear for what happens."""
+        self.begun: list[float] = []
+        self.closed = asyncio.Event()
+        return self
+
+    async def _compare(self, question: Question) -> float:
+        self.begun.append(asyncio.get_running_loop().time())
+        return self.took_s
+
+    async def _disconnect(self) -> None:
+        self.closed.set()
+
+
+async def test_after_a_comparison_comes_a_rest_as_long_and_an_idle_connection_is_given_back(
+    database: Database, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a reader who asks all the time would have a core compared away."""
+    monkeypatch.setattr(perfdiff, "IDLE_S", 0.05)
+    store = flags.FlagStore(database, Flags(perf_diff=True), lambda: now)
+    settings = Settings(data_dir=Path("/nowhere"), reads=ALWAYS)
+    diff = Quiet(database, store, settings, lambda: now, lambda: 0.0).ready()
+    diff.took_s = 0.3
+    running = asyncio.create_task(diff.run())
+    async with asyncio.timeout(SOON_S):
+        while len(diff.begun) < 3:
+            if not diff._wanted.full():
+                diff.offer(OFFLINE)
+            await asyncio.sleep(0.01)
+        await diff.closed.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert all(later - earlier >= 0.25 for earlier, later in itertools.pairwise(diff.begun))
 
 
 async def test_the_report_has_both_ways_and_what_differed(database: Database, conn: Connection, now: datetime) -> None:

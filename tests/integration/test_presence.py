@@ -22,7 +22,7 @@ from nexhb.presence import AGENT_WAIT
 from tests.conftest import Agent, Nexhb, StartDaemon, example, shown
 from tests.unit.beats import NOON, beat
 
-MINUTE = timedelta(minutes=1)
+MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
 UPTIME = 100_000.0
 
 
@@ -345,6 +345,21 @@ async def test_a_daemon_that_cannot_commit_does_not_renew(database: Database, co
     await keeper._once()
     assert await conn.fetchval("SELECT count(*) FROM taking_heartbeats") == 1
     await keeper._disconnect()
+
+
+async def test_no_more_blackouts_are_read_than_the_bound_and_none_is_kept_for_ever(
+    conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking, "BLACKOUTS_MOST", 2)
+    await conn.executemany(
+        "INSERT INTO blackouts (began_at, ended_at) VALUES ($1, $2)",
+        [(now - days * DAY, now - days * DAY + MINUTE) for days in (-1, 1, 2, 3, 401)],
+    )
+    assert [one.start for one in (await taking.read(conn, now, MINUTE)).blackouts] == [now - DAY, now - 2 * DAY]
+    await taking.renew(conn, now - MINUTE)
+    assert await taking.renew(conn, now)
+    kept = await conn.fetch("SELECT began_at FROM blackouts WHERE began_at < $1 ORDER BY began_at", now - MINUTE)
+    assert [row["began_at"] for row in kept] == [now - 3 * DAY, now - 2 * DAY, now - DAY]
 
 
 # ---- the clock ------------------------------------------------------------------------------------------------------
