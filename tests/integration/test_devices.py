@@ -687,6 +687,34 @@ async def test_a_registration_whose_answer_was_lost_is_admitted_again(
         assert (await register(open_house, other, name)).status == 409, "the operator decides about it now"
 
 
+async def test_a_registration_that_is_repeated_while_the_operator_decides_waits_for_him(
+    open_house: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The token that a rotation had just given was replaced by the device's."""
+    key = await issue(open_house, uses=5)
+    assert (await register(open_house, key, "kiosk-1")).status == 200
+    async with conn.transaction():
+        token = await devices.rotate(conn, "kiosk-1")
+        again = asyncio.create_task(register(open_house, key, "kiosk-1"))
+        waits = "SELECT FROM pg_stat_activity WHERE application_name = 'nexhb http' AND wait_event_type = 'Lock'"
+        async with asyncio.timeout(SOON_S):
+            while not await open_house.rows(waits):
+                assert not again.done()
+                await asyncio.sleep(0.01)
+    assert (await again).status == 409
+    assert (await sending(open_house, "kiosk-1", token, now)()).status == 200
+
+
+async def test_a_revoked_device_is_not_admitted_by_the_key_that_it_registered_with(
+    open_house: Nexhb, conn: Connection
+) -> None:
+    """Also where a hand revoked it, and left the enrolment."""
+    key = await issue(open_house, uses=5)
+    assert (await register(open_house, key, "kiosk-1")).status == 200
+    await conn.execute("UPDATE devices SET revoked_at = now()")
+    assert (await register(open_house, key, "kiosk-1")).status == 409
+
+
 async def test_of_devices_that_race_for_the_last_uses_exactly_so_many_win(start_daemon: StartDaemon) -> None:
     auth = Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open")
     daemons = [await start_daemon(auth=auth), await start_daemon(auth=auth)]
