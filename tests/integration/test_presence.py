@@ -272,6 +272,44 @@ async def test_a_status_that_is_lost_is_healed_to_what_the_writer_had_made_of_it
     assert [one | digests for one in healed] == [one | digests for one in right]
 
 
+PARTIAL: dict[str, dict[str, Any]] = {
+    "nothing": {}, "signal": {"signal_dbm": -50}, "unity": {"unity_process_running": False},
+    "agent": {"app_version": "2.0.0"}, **{section: {section: {}} for section in SAYS_NOTHING},
+}  # fmt: skip
+
+
+async def test_a_partial_heartbeat_is_healed_to_what_the_writer_had_made_of_it(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The two statements have the same list of sections. A signal, Unity's state and the agent's version may come
+    without theirs."""
+    absent: dict[str, Any] = dict.fromkeys(
+        [*SAYS_NOTHING, "app_version", "unity_process_running", "monitored_foreground_recent_s"]
+    )
+    agents = {name: await nexhb.agent(name) for name in PARTIAL}
+    for agent in agents.values():
+        await agent.live(now - 3 * MINUTE, signal_dbm=-60)
+    columns = await conn.fetchval(
+        """SELECT string_agg(column_name, ', ') FROM information_schema.columns
+           WHERE table_name = 'device_last_status' AND is_generated = 'NEVER'"""
+    )
+    await conn.execute(f"CREATE TABLE before AS SELECT {columns} FROM device_last_status")
+    for name, agent in agents.items():
+        await agent.live(now - MINUTE, **absent | PARTIAL[name])
+    statuses = f"SELECT {columns} FROM device_last_status ORDER BY device_no"
+    right = [dict(row) for row in await conn.fetch(statuses)]
+    by_name = {one["device_id"]: one for one in right}
+    assert (by_name["signal"]["signal_dbm"], by_name["signal"]["ssid"]) == (-50, "Store-42")
+    assert (by_name["unity"]["unity_running"], by_name["unity"]["unity_pkg_version"]) == (False, "2.1.0")
+    assert (by_name["agent"]["agent_version"], by_name["nothing"]["agent_version"]) == ("2.0.0", "1.0.9")
+    await conn.execute("DELETE FROM device_last_status")
+    await conn.execute(f"INSERT INTO device_last_status ({columns}) SELECT * FROM before")
+    assert (await reconcile(conn, now, max_rows=100)).updated == len(PARTIAL)
+    digests = {"said_facts": None, "kept_facts": None}
+    healed = [dict(row) | digests for row in await conn.fetch(statuses)]
+    assert healed == [one | digests for one in right]
+
+
 # ---- blackouts ------------------------------------------------------------------------------------------------------
 
 
@@ -303,12 +341,14 @@ async def test_nexhbs_own_outage_is_no_silence_of_the_fleet(start_daemon: StartD
 async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon(now=now)
     for name, minutes in (("before", 100), ("meanwhile", 55), ("after", 9), ("after it, gone", 31)):
-        await (await nexhb.agent(name)).live(now - minutes * MINUTE)
+        await (await nexhb.agent(name)).live(now - minutes * MINUTE, unity_process_running=name != "meanwhile")
     await nexhb.rows("INSERT INTO taking_heartbeats (since, renewed_at) VALUES ($1, $2)", now - 40 * MINUTE, now)
     await nexhb.rows("INSERT INTO blackouts VALUES ($1, $2)", now - 60 * MINUTE, now - 40 * MINUTE)
     nexhb.clock.fixed = now - 26 * MINUTE
     fast = await nexhb.get("/v1/devices/offline")
     assert [row["device_id"] for row in fast["devices"]] == ["before"]
+    fleet = await nexhb.get("/v1/fleet")
+    assert [fleet[name] for name in ("online", "offline", "unity_down", "unity_down_online")] == [3, 1, 1, 1]
     nexhb.clock.fixed = now
     fast = await nexhb.get("/v1/devices/offline")
     await nexhb.rows("UPDATE feature_flags SET value = 'false' WHERE flag = 'read_from_last_status'")

@@ -190,6 +190,18 @@ async def test_of_what_two_daemons_saw_the_newer_stays_and_since_when_is_the_fir
     assert (seen[0].token_shared("kiosk-1") or {})["since"] == now
 
 
+async def test_what_is_written_is_not_written_again(database: Database, conn: Connection, now: datetime) -> None:
+    """Ten thousand rows a minute, each of them locked."""
+    await devices.add(conn, "kiosk-1", None)
+    await devices.add(conn, "kiosk-2", None)
+    kept, locked = Troubles(database, lambda: now, 10), []
+    for number in (1, 2):
+        kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "no")
+        await kept.flush()
+        locked.append(await conn.fetchval("SELECT xmax::text FROM device_refusals WHERE device_no = 1"))
+    assert locked[0] == locked[1]
+
+
 async def test_what_was_seen_of_the_database_before_is_not_written_under_its_numbers(
     database: Database, conn: Connection, now: datetime
 ) -> None:
