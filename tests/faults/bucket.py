@@ -12,7 +12,7 @@ from aiohttp import web
 
 from nexhb.config import Archive
 
-TIMEOUT_S = 4.0  # how long who asks has patience for an object; the hostile store has more
+TIMEOUT_S = 2.0  # how long who archives there has patience for an object; the hostile store has more
 URL = "s3://faults/archive"
 _BOMB = bytes(1 << 20)
 _BOMB_TIMES = 32
@@ -44,7 +44,8 @@ class Bucket:
     @property
     def reading(self) -> dict[str, str]:
         """What a command that archives elsewhere reads there with."""
-        return {name: value for name, value in self.environment.items() if name != "NEXHB_ARCHIVE__URL"}
+        there = {"NEXHB_ARCHIVE__URL", "NEXHB_ARCHIVE__TIMEOUT_SECONDS"}
+        return {name: value for name, value in self.environment.items() if name not in there}
 
     @property
     def settings(self) -> Archive:

@@ -163,19 +163,44 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running(guard: Guard) -> AsyncIterator[Cluster]:
-    """A cluster for the block, with nexhb's schema."""
+async def running(guard: Guard, template: Path | None = None) -> AsyncIterator[Cluster]:
+    """A cluster for the block, with nexhb's schema: a copy of the stopped one in `template`, or a new one."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
     guard.tell("folder", folder)
     small = await asyncio.to_thread(_mount, folder)
     if small:
         guard.tell("mount", folder)
+    if template is not None:
+        await asyncio.to_thread(_copy, template, folder / "data")
     cluster = await asyncio.to_thread(Cluster, folder, guard, small_disk=small)
     async with cluster.kept():
-        conn = await Database(cluster.dsn).connect(application="faults")
+        if template is None:
+            conn = await Database(cluster.dsn).connect(application="faults")
+            await migrate.migrate(conn, utc_now())
+            await conn.close()
+        yield cluster
+
+
+@asynccontextmanager
+async def stopped(guard: Guard) -> AsyncIterator[Path]:
+    """The folder of a cluster with nexhb's schema that does not run, to be copied during the block."""
+    folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
+    guard.tell("folder", folder)
+    await asyncio.to_thread(folder.chmod, 0o711)  # as root, PostgreSQL's own user must pass
+    server = await asyncio.to_thread(embedded.start, folder / "data")
+    try:
+        guard.tell("postmaster", server.pgdata)
+        conn = await Database(server.dsn).connect(application="faults")
         await migrate.migrate(conn, utc_now())
         await conn.close()
-        yield cluster
+    finally:
+        await asyncio.to_thread(server.stop)
+    yield folder / "data"
+
+
+def _copy(template: Path, data_dir: Path) -> None:
+    """Owners and modes too; the copy's own paths are written at its start."""
+    subprocess.run(["cp", "-a", "--reflink=auto", template, data_dir], check=True)
 
 
 def _mount(folder: Path) -> bool:

@@ -77,6 +77,11 @@ def schedule(seed: int, kinds: Sequence[Kind], seconds: float) -> dict[str, list
     return found
 
 
+def once(kind: Kind, rng: random.Random) -> dict[str, list[Fault]]:
+    """A schedule of a single fault."""
+    return {kind.lane: [Fault(kind, PAUSE_S[0], round(rng.uniform(*kind.lasts_s), 3), rng.random())]}
+
+
 async def unleash(world: World, plan: dict[str, list[Fault]]) -> list[Struck]:
     """Carry it out, each lane by itself; what struck, in order of time."""
     lanes = [asyncio.create_task(_lane(world, faults)) for faults in plan.values()]
