@@ -357,6 +357,16 @@ async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: dateti
     assert legacy["devices"] == fast["devices"]
 
 
+async def test_a_blackout_of_a_clock_that_was_ahead_is_forgotten_once_it_is_right(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """Four days later it would have been believed, and whoever had been silent since been online again."""
+    for moment in (now - 100 * MINUTE, now - 90 * MINUTE, now - 90 * MINUTE + timedelta(days=4), now):
+        await taking.renew(conn, moment)
+    kept = await conn.fetch("SELECT began_at, ended_at FROM blackouts")
+    assert [tuple(row) for row in kept] == [(now - 100 * MINUTE, now - 90 * MINUTE)]
+
+
 async def test_of_two_daemons_that_come_back_at_once_one_finds_the_gap(database: Database, now: datetime) -> None:
     async with database.connected(application="one") as one, database.connected(application="other") as other:
         await taking.renew(one, now - MINUTE)

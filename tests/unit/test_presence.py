@@ -105,9 +105,16 @@ def test_a_renewal_that_lies_ahead_was_made_by_a_wrong_clock_and_counts_for_noth
         assert renewed(Taking(NOON, at(ahead)), NOON) == (Taking(NOON, NOON), None)
 
 
-def test_what_a_clock_that_was_ahead_wrote_of_blackouts_ends_now() -> None:
-    known = presence(at(100), None, [Span(at(150), at(200)), Span(at(50), at(120)), Span(at(0), at(10))], MINUTE)
-    assert known.blackouts == (Span(at(50), at(100)), Span(at(0), at(10)))
+def test_a_blackout_that_ends_ahead_was_written_by_a_wrong_clock_and_is_none() -> None:
+    """The database's clock was 90 hours ahead for a moment: for as long, no device went offline any more."""
+    spans = [Span(at(150), at(200)), Span(at(50), at(90 * 3600)), Span(at(0), at(10))]
+    known = presence(at(100), Taking(at(90), at(99)), spans, MINUTE)
+    assert known.blackouts == (Span(at(0), at(10)),)
+    assert seconds(known.silence(at(20))) == 80
+
+
+def test_a_blackout_that_another_daemon_ended_a_moment_before_ends_now() -> None:
+    assert presence(at(100), None, [Span(at(50), at(120))], MINUTE).blackouts == (Span(at(50), at(100)),)
 
 
 def test_blackouts_of_long_ago_cost_a_question_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
