@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -20,7 +21,7 @@ from nexhb import embedded, migrate
 from nexhb.daemon import utc_now
 from nexhb.db import Database
 from nexhb.errors import NexhbError
-from tests.faults import standby
+from tests.faults import faketime, standby
 from tests.faults.guard import Guard
 from tests.faults.processes import ended
 from tests.faults.standby import Standby
@@ -98,6 +99,28 @@ class Cluster:
             finally:
                 conn.terminate()
         return 0
+
+    @asynccontextmanager
+    async def by_a_clock_of_its_own(self) -> AsyncIterator[faketime.Clock]:
+        """For the block its clock can be stepped: it is started anew with it, and behind the block without."""
+        library = faketime.library()
+        assert library is not None  # such kinds are drawn only where it is installed
+        clock = faketime.Clock(self._folder / "clock", library)
+        await asyncio.to_thread(clock.step, timedelta(0))
+        try:
+            await self._started_by(clock)
+            yield clock
+        finally:
+            pid = self.pid
+            await self._started_by(None)
+            faketime.clear_away(pid)
+
+    async def _started_by(self, clock: faketime.Clock | None) -> None:
+        faketime.goes_by(self.data_dir, clock)
+        starts = self.starts
+        self.stop()
+        self.may_start()
+        await self.started_again(starts)
 
     def make_standby(self) -> Standby:
         """A standby beside it. Raises EmbeddedPostgresError."""

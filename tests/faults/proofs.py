@@ -8,12 +8,12 @@ life ends when it is caught.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import count
 
 from tests.faults.check import Violation, check
 from tests.faults.nemesis import Kind, Struck, once, unleash
@@ -34,6 +34,7 @@ class Proof:
     saying: str
     crashes: bool = False  # PostgreSQL does, so that it must be the run's own
     root: bool = False  # it wants a small disk of its own
+    own_clock: bool = False  # PostgreSQL's
     quiet_s: float = 0.0  # for what shows only in what is logged behind the healing
     keyless: bool = False  # the key of the rows is taken away: it would hide what the writer does
 
@@ -77,6 +78,16 @@ PROOFS = (
     # Not readmitted: it has to stay revoked for longer than the bound.
     Proof("keeps-the-revoked", ("device revoked", "token rotated"), "wrong", "a token that is revoked heard 200"),
     Proof("turns-away-the-new", _TOKENS, "wrong", "a good token heard 401"),
+    Proof(
+        "keeps-the-first-time",
+        ("database's clock jumps",),
+        "wrong",
+        "clock jumped by",
+        crashes=True,
+        own_clock=True,
+    ),
+    Proof("trusts-its-listener", ("listener's line stalled",), "wrong", "a token that is revoked heard 200"),
+    Proof("trusts-any-store", ("another store",), "wrong", "without its marker"),
     Proof("dies-of-a-cancel", ("each session cancelled",), "unexpected", "daemon.part_died"),
     Proof("forgets-at-the-stop", ("daemon stopped in mid-transaction",), "lost", _NOT_THERE),
 )
@@ -84,14 +95,15 @@ PROOFS = (
 
 async def caught(world: World, proof: Proof) -> bool:
     """Whether the proof's faults, again and again, reveal the broken writer that lives in this world."""
-    rng = random.Random(f"nexhb proof:{world.seed}")  # noqa: S311 - a simulation
     until = time.monotonic() + CAUGHT_WITHIN_S
     await _begin(world, Outcome(world.seed), keyless=proof.keyless)
-    while time.monotonic() < until:
+    for number in count():
         for kind in proof.kinds:
-            await unleash(world, once(kind, rng))
+            await unleash(world, once(kind, number))
             if any(one.what == proof.caught_as and proof.saying in one.story for one in await _found(world, proof)):
                 return True
+        if time.monotonic() > until:
+            break
     return False
 
 
@@ -108,19 +120,18 @@ async def _found(world: World, proof: Proof) -> list[Violation]:
 
 async def lived(world: World, proofs: Sequence[Proof]) -> Outcome:
     """What comes of the faults of all these proofs, one after the other; each is carried out."""
-    rng = random.Random(f"nexhb proof:{world.seed}")  # noqa: S311 - a simulation
     outcome = Outcome(world.seed)
     if await _begin(world, outcome, keyless=any(proof.keyless for proof in proofs)):
         for kind in dict.fromkeys(kind for proof in proofs for kind in proof.kinds):
-            outcome.struck += await _carried_out(world, kind, rng)
+            outcome.struck += await _carried_out(world, kind)
         await conclude(world, outcome, max(proof.quiet_s for proof in proofs))
     return outcome
 
 
-async def _carried_out(world: World, kind: Kind, rng: random.Random) -> list[Struck]:
+async def _carried_out(world: World, kind: Kind) -> list[Struck]:
     struck: list[Struck] = []
-    for _ in range(CARRIED_OUT_WITHIN):
-        struck += await unleash(world, once(kind, rng))
+    for number in range(CARRIED_OUT_WITHIN):
+        struck += await unleash(world, once(kind, number))
         if not struck[-1].failed:
             break
     return struck

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from tests.faults import (
+    faketime,
+    kinds_clocks,
     kinds_databases,
     kinds_limits,
     kinds_lines,
+    kinds_listeners,
     kinds_processes,
     kinds_sessions,
+    kinds_stores,
     kinds_tables,
     kinds_tokens,
     logs,
@@ -35,6 +39,9 @@ KINDS: tuple[Kind, ...] = (
     *kinds_limits.KINDS,
     *kinds_databases.KINDS,
     *kinds_tokens.KINDS,
+    *kinds_clocks.KINDS,
+    *kinds_listeners.KINDS,
+    *kinds_stores.KINDS,
 )
 FIRST_S = 60.0  # for the first start
 READY_S = 15.0  # from the healing until the daemon can commit
@@ -42,7 +49,7 @@ STILL_S = 15.0  # a device that holds heartbeats, and for so long hears of none 
 DRAIN_S = 600.0  # from then until no device holds anything; 1 to 5 s where the machine has nothing else to do
 NIGHT_S = 30.0  # a nightly run, when all is well again
 LOOK_S = 0.02
-_SEND_DAYS_AWAY = (SENT_AWAY, HOSTILE, kinds_limits.FULL_SPOOL)
+_SEND_DAYS_AWAY = (SENT_AWAY, HOSTILE, kinds_limits.FULL_SPOOL, kinds_stores.ANOTHER)
 _SETTLED = ("hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total", "nexhb_heartbeats_failed_total")
 
 
@@ -71,7 +78,9 @@ def possible(world: World, kinds: Sequence[Kind]) -> list[Kind]:
     return [
         kind
         for kind in kinds
-        if (cluster is not None or not kind.own_cluster) and (not kind.small_disk or (cluster and cluster.small_disk))
+        if (cluster is not None or not kind.own_cluster)
+        and (not kind.small_disk or (cluster and cluster.small_disk))
+        and (not kind.own_clock or faketime.library())
     ]
 
 
