@@ -300,5 +300,6 @@ async def test_names_are_those_of_objects_and_no_more_than_asked_for(store: Fold
     (store.folder / ".snapshots" / "five").touch()
     (store.folder / "loop").symlink_to(store.folder, target_is_directory=True)
     assert {name async for name in store.names(100)} == {"one", "day/two", "day/three", "loop"}
-    assert len([name async for name in store.names(2)]) == 2
+    for most in (1, 2):
+        assert len([name async for name in store.names(most)]) == most
     assert [name async for name in FolderStore(store.folder / "nowhere", timeout_s=30).names(2)] == []
