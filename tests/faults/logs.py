@@ -44,8 +44,8 @@ ALLOWED = {
     "writer.not_ready": Allowed("The database is away: the writer says so once, until it is ready again.", _LINE),
     "partition.create_failed": Allowed("The database went away, or the disk is full, while a day was made.", _LINE),
     "job.failed": Allowed(
-        "The database went away while a job ran; the run is written down as failed.",
-        rf"{_LINE}|(nexhb\.errors\.)?JobFailed: .*Its connection was lost",
+        "The database went away while a job ran, or its clock is another; the run is written down as failed.",
+        rf"{_LINE}|(nexhb\.errors\.)?JobFailed: .*(Its connection was lost|in the database: set the clocks)",
     ),
     "job.metrics_not_read": Allowed("The database was away; the next look is a minute later.", _LINE),
     "job.not_run": Allowed("The database was away when a job was due; the next look is soon.", _LINE),
