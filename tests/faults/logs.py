@@ -59,7 +59,10 @@ ALLOWED = {
     "queue.no_memory": Allowed("There was no memory for a queue."),
     "reconciliation.failed": Allowed("A run that the database left: job.failed has said why."),
     "archive.failed": Allowed("A day could not be archived: the database or its lock was lost."),
-    "library.log": Allowed("asyncpg's own future of a connection that is lost, and for which nobody waits.", _LINE),
+    "library.log": Allowed(
+        "asyncpg's own future of a connection that is lost, and for which nobody waits; a transport without memory.",
+        rf"{_LINE}|MemoryError",
+    ),
     "database.older": Allowed("A copy or a lagging standby took the database's place, and is known to be older."),
     "daemon.not_started": Allowed("A start that met a database that was away for longer than it waits."),
 }
