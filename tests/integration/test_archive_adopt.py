@@ -331,6 +331,10 @@ async def test_a_supplement_of_which_the_archives_have_a_part_is_named_and_one_t
         report = await adopted(house)
         assert [one["url"] for one in getattr(report, verdict)] == [house.store.url(name)], report
     assert len(await house.archived(OLD)) == 152
+    await house.conn.execute("DELETE FROM archive_supplements; DELETE FROM archive_superseded")
+    assert len((await adopted(house)).adopted) == 1  # of all three at once
+    keys = [(row[0], row[-1]) for row in await house.archived(OLD)]
+    assert len(keys) == len(set(keys)) == 152
 
 
 async def test_what_is_read_of_a_store_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,20 @@ async def test_a_name_that_was_refused_once_is_taken_as_soon_as_it_is_newer(
     assert (await facts(conn))[0] == "New name"
 
 
+async def test_a_heartbeat_that_says_nothing_of_the_device_leaves_nothing_to_be_written(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """Each would have devices updated, and the next one that says something once more."""
+    agent = await nexhb.agent("kiosk")
+    assert (await agent.send(now - 2 * MINUTE)).status == 200
+    said = "SELECT said_facts, kept_facts FROM device_last_status"
+    [before] = await conn.fetch(said)
+    assert before["said_facts"] == before["kept_facts"] is not None
+    assert (await agent.post(orjson.dumps({"timestamp_utc": shown(now - MINUTE)}))).status == 200
+    assert await conn.fetch(said) == [before]
+    assert (await device(nexhb, "kiosk"))["last_ts"] == shown(now - MINUTE)
+
+
 async def test_two_daemons_agree_on_a_name_that_changes_there_and_back(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
