@@ -279,6 +279,28 @@ async def test_mismatches_of_hours_ago_are_not_counted(start_daemon: StartDaemon
     assert (await nexhb.get("/ops/flags"))["read_from_last_status"] is True
 
 
+async def test_what_a_clock_that_was_ahead_wrote_down_counts_for_nothing(conn: Connection, now: datetime) -> None:
+    """Neither its comparisons, nor its switching on, behind which nothing would count until that time."""
+
+    async def counted() -> int:
+        return await perfdiff.mismatches(conn, now - 60 * MINUTE, now + 1440 * MINUTE)
+
+    for minutes, seen in ((2_000, 0), (-61, 0), (-30, 1)):
+        await conn.execute(
+            """INSERT INTO perf_diff_comparisons (query, compared_at, fast_ms, legacy_ms, fast_rows, legacy_rows,
+            rows_differ, examples, host) VALUES ('offline', $1, 1, 1, 1, 1, 1, '{}', 'there')""",
+            now + minutes * MINUTE,
+        )
+        assert await counted() == seen
+    for minutes, seen in ((2_000, 1), (-40, 1), (-20, 0)):
+        await conn.execute(
+            """INSERT INTO feature_flag_changes (flag, value_from, value_to, changed_at, changed_by)
+            VALUES ('read_from_last_status', 'false', 'true', $1, 'Ada')""",
+            now + minutes * MINUTE,
+        )
+        assert await counted() == seen
+
+
 async def test_one_is_compared_at_a_time_and_the_others_are_counted(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
