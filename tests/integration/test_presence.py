@@ -324,6 +324,22 @@ async def test_a_partial_heartbeat_is_healed_to_what_the_writer_had_made_of_it(
     assert healed == [one | digests for one in right]
 
 
+async def test_content_that_is_healed_leaves_when_the_device_was_heard(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """A duplicate was its last sign of life, of which the history has no row."""
+    agent = await nexhb.agent("kiosk")
+    await agent.live(now - 3 * MINUTE, battery={"pct": 50.0})
+    await agent.live(now - 2 * MINUTE, battery={"pct": 60.0})
+    await agent.live(now - 2 * MINUTE, received_at=now - MINUTE)
+    await conn.execute(
+        "UPDATE device_last_status SET last_ts = $1, received_at = $1, battery_pct = 50", now - 3 * MINUTE
+    )
+    assert (await reconcile(conn, now, max_rows=10)).updated == 1
+    [found] = await conn.fetch("SELECT last_ts, battery_pct, heard_at FROM device_last_status")
+    assert tuple(found) == (now - 2 * MINUTE, 60, now - MINUTE)
+
+
 # ---- blackouts ------------------------------------------------------------------------------------------------------
 
 
