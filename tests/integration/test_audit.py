@@ -15,9 +15,9 @@ from nexhb.archive import catalog, restore
 from nexhb.archive.file import FolderStore
 from nexhb.audit import audit
 from nexhb.config import Settings
-from nexhb.db import Connection
+from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 from tests.integration.test_late_heartbeats import gone, run_nightly
 
 BACK = timedelta(days=5)
@@ -230,6 +230,14 @@ async def test_a_number_is_in_use_wherever_it_stands(
     assert (line.good, says in line.said) == (False, True), line
     await numbers.raise_sequences(conn)
     assert await numbers.behind(conn) == []
+
+
+async def test_a_table_that_is_locked_does_not_hold_up_the_start(database: Database, conn: Connection) -> None:
+    """Devices wait for it, and the lock may be held for hours."""
+    async with database.connected(application="test start") as starting, conn.transaction():
+        await conn.execute("LOCK TABLE late_heartbeats IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(SOON_S):
+            await numbers.raise_sequences(starting)
 
 
 async def test_sequences_that_would_give_a_number_twice_are_raised_at_the_start(

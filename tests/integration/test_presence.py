@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from nexhb import batch, clock, sql, taking
+from nexhb import batch, clock, reads, sql, taking
 from nexhb import daemon as daemon_module
 from nexhb.clock import DatabaseClock
 from nexhb.config import HeartbeatRules
@@ -58,6 +58,13 @@ async def test_a_live_kiosk_whose_clock_is_slow_is_online_and_its_skew_is_shown(
     nexhb.clock.fixed = now + 11 * MINUTE
     [row] = (await nexhb.get("/v1/devices/offline"))["devices"]
     assert (row["offline_seconds"], row["clock_skew_seconds"], row["heard_at"]) == (660, -1500, shown(now))
+
+
+def test_a_clock_outside_the_window_has_no_skew_that_could_be_told(now: datetime) -> None:
+    """Its ts is the time of its receipt: the skew would be shown as none."""
+    assert reads.skew_s(now - MINUTE, now, clock_wrong=False) == -60
+    assert reads.skew_s(now, now, clock_wrong=True) is None
+    assert reads.skew_s(None, now, clock_wrong=False) is None
 
 
 async def test_whoever_replays_is_there_and_so_is_who_sends_a_duplicate_but_not_who_is_refused(
