@@ -50,7 +50,7 @@ demo: $(VENV)/.test ## run the daemon with a simulated fleet of 2,000 devices fo
 	@$(BIN)/python -m bench demo
 
 test: $(VENV)/.test $(SWIFT)/.made ## run every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test ## ruff, mypy strict, import rules
 	@$(BIN)/ruff check .

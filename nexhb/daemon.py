@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ NOBODY = notify.Notifier()
 
 
 def utc_now() -> datetime:
-    """This host's clock: for what a start waits for, and for commands."""
+    """This host's clock: for commands."""
     return datetime.now(UTC)
 
 
@@ -311,9 +312,9 @@ def _where(name: str) -> list[str]:
 async def _prepare(database: Database, settings: Settings, state: State, now: Callable[[], datetime]) -> None:
     """Schema and partitions, and whether the database keeps what it commits. A database that goes away meanwhile is
     waited for as one that is not there yet."""
-    until = utc_now() + timedelta(seconds=START_PATIENCE_S)
+    until_s = time.monotonic() + START_PATIENCE_S
     while True:
-        conn = await _connect_patiently(database, until)
+        conn = await _connect_patiently(database, until_s)
         try:
             _refuse_pooler(await _look_at_settings(conn, settings, state))
             if isinstance(now, DatabaseClock):
@@ -324,7 +325,7 @@ async def _prepare(database: Database, settings: Settings, state: State, now: Ca
             await partitions.ensure(conn, window_days(settings, now()))
             await numbers.raise_sequences(conn)
         except Exception as error:
-            if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or utc_now() > until:
+            if isinstance(error, DatabaseUnfit) or classify(error) is not Kind.LOST or time.monotonic() > until_s:
                 raise
             _log.warning("database.waiting", error=f"{type(error).__name__}: {error}")
             await asyncio.sleep(1)
@@ -405,13 +406,18 @@ def window_days(settings: Settings, now: datetime) -> list[Any]:
     return partitions.days_between(first, now.date() + timedelta(days=settings.partitions.days_ahead))
 
 
-async def _connect_patiently(database: Database, until: datetime) -> db.Connection:
+async def _connect_patiently(database: Database, until_s: float) -> db.Connection:
+    """A connection, by the host's monotonic clock until `until_s` if the database is not there yet."""
     while True:
         try:
             return await database.connect(application="nexhb start", lock_timeout="30000")
         except DatabaseUnavailable as error:
             # A wrong password, a database that does not exist, one that is not fit or a pooler will not mend itself.
-            if utc_now() > until or isinstance(error, DatabaseUnfit) or not is_retryable(error.__cause__ or error):
+            if (
+                time.monotonic() > until_s
+                or isinstance(error, DatabaseUnfit)
+                or not is_retryable(error.__cause__ or error)
+            ):
                 raise
             _log.warning("database.waiting", error=str(error))
             await asyncio.sleep(1)
@@ -608,9 +614,9 @@ async def serve(settings: Settings, ready: Callable[[Running], None]) -> int:
 async def _started(starting: asyncio.Future[Running], stopped: asyncio.Future[Any], manager: notify.Notifier) -> None:
     """Wait until it has started or is to stop; a start that is slow, by crash recovery, a migration or a database that
     is away, asks the service manager for time."""
-    until = utc_now() + timedelta(seconds=ASKED_MOST_S)
+    until_s = time.monotonic() + ASKED_MOST_S
     waiting: set[asyncio.Future[Any]] = {starting, stopped}
-    while len(waiting) == 2 and utc_now() < until:
+    while len(waiting) == 2 and time.monotonic() < until_s:
         manager.ask_for_time(ASKED_S)
         _, waiting = await asyncio.wait(waiting, timeout=ASK_S, return_when=asyncio.FIRST_COMPLETED)
     if len(waiting) == 2:

@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 
 from nexhb import dburl, pgfiles, pgreach, session, sql, supported
-from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, PoolerBetween
+from nexhb.errors import ConfigError, DatabaseUnavailable, DatabaseUnfit, NotConfirmed, PoolerBetween
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 from nexhb.wire import pack_moment, unpack_moment
 
@@ -70,6 +70,7 @@ class Database:
         try:
             conn: Connection = await asyncpg.connect(
                 **self._how(),
+                connection_class=_Session,
                 timeout=timeout_s,
                 command_timeout=command_timeout_s,
                 server_settings=session.at_start(application, settings),
@@ -117,6 +118,7 @@ class Database:
         """A bounded pool; each statement ends after `timeout_s`, on the server too."""
         return await asyncpg.create_pool(
             **self._how(),
+            connection_class=_Session,
             min_size=0,  # a floor would be kept up by a task that fills the log while the database is away
             max_size=size,
             timeout=CONNECT_TIMEOUT_S,
@@ -131,6 +133,43 @@ class Database:
     async def _prepare_reader(self, conn: Connection) -> None:
         await self._settle(conn)
         await _use_text(conn)
+
+
+@asynccontextmanager
+async def lasting(conn: Connection) -> AsyncIterator[None]:
+    """A transaction which, once the block has ended, is as durable as synchronous_commit promises.
+
+    A wait for a synchronous standby that is cancelled ends in success with a WARNING. A later transaction that the
+    standby confirms proves the earlier ones. Raises NotConfirmed.
+    """
+    warnings: list[str] = []
+
+    def note(_conn: object, message: asyncpg.PostgresLogMessage) -> None:
+        if getattr(message, "severity_en", None) == "WARNING":
+            warnings.append(getattr(message, "message", ""))
+
+    conn.add_log_listener(note)
+    try:
+        async with conn.transaction():
+            yield
+        if warnings:
+            warnings.clear()
+            await conn.execute(_Q["write_after"])
+    finally:
+        conn.remove_log_listener(note)
+    if warnings:
+        raise NotConfirmed(f"{warnings[0]}.", hint="Repeat it once the standby is there.")
+
+
+class _Session(asyncpg.Connection):
+    """A connection that may be terminated by another coroutine than the one that uses it."""
+
+    def _abort(self) -> None:
+        """asyncpg 0.32 lets go of its protocol here: what is between two of a statement's steps would fail with an
+        AttributeError, in place of an InterfaceError."""
+        protocol: Any = self._protocol  # type: ignore[has-type]
+        super()._abort()  # type: ignore[misc]
+        self._protocol = protocol
 
 
 def _is_foreseen(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ from uuid import uuid4
 import asyncpg
 
 from nexhb import devicefile, log, metrics, sql
-from nexhb.db import Connection, Database
+from nexhb.db import Connection, Database, lasting
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, EnrolmentRefused, UnknownDevice
 from nexhb.identity import Lives
 from nexhb.pgerrors import FROM_THE_DATABASE
@@ -202,7 +202,6 @@ class DeviceStore:
         self._note_changes(rows)
         found = {row["token_sha256"]: _device(row, life) for row in rows}
         for token_hash in hashes:
-            self._misses.pop(token_hash, None)
             if device := found.get(token_hash):
                 self._by_hash[token_hash] = device
             else:
@@ -214,22 +213,25 @@ class DeviceStore:
 
     async def _read_all(self, conn: Connection, why: str) -> None:
         """In one snapshot and in pieces, between which heartbeats are served: half a million tokens take seconds. In
-        place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end."""
+        place, because to free as many at once holds the loop too. What changes meanwhile is notified at the end. After
+        an error the connection must be closed: its transaction is still open."""
         seen: set[bytes] = set()
         life = self._lives.number
-        async with conn.transaction(isolation="repeatable_read"):
+        transaction = conn.transaction(isolation="repeatable_read")
+        with _answered(conn):
+            await transaction.start()
             # A change whose notification is still to come is counted again, which costs another reading at most.
-            with _answered(conn):
-                counted = await conn.fetchval(_Q["token_changes"])
-                cursor = await conn.cursor(_Q["all_tokens"])
-            while rows := await _piece(conn, cursor):
-                self._lives.unless_changed(life)
-                self._take_in(rows, life, seen)
+            counted = await conn.fetchval(_Q["token_changes"])
+            cursor = await conn.cursor(_Q["all_tokens"])
+        while rows := await _piece(conn, cursor):
+            self._lives.unless_changed(life)
+            self._take_in(rows, life, seen)
+        with _answered(conn):
+            await transaction.commit()
         self._lives.unless_changed(life)
         if len(self._by_hash) > len(seen):
             for token_hash in self._by_hash.keys() - seen:
                 del self._by_hash[token_hash]
-        self._misses.clear()
         self._counted = counted
         self._lives.counted(counted)
         metrics.devices_known.set(len(self._by_hash))
@@ -254,9 +256,11 @@ class DeviceStore:
             life = self._lives.number
             rows = await self._lookup_conn.fetch(_Q["find_tokens"], hashes)
             self._lives.unless_changed(life)
-        except FROM_THE_DATABASE as error:
+        except (*FROM_THE_DATABASE, asyncio.CancelledError) as error:
             if self._lookup_conn is not None:
-                self._lookup_conn.terminate()
+                self._lookup_conn.terminate()  # the next look-up would wait for the answer to this one
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise DatabaseUnavailable(f"The token store cannot be read: {error}") from error
         self._note_changes(rows)
         self._take_in(rows, life, set())
@@ -305,7 +309,7 @@ async def add(conn: Connection, device_id: str, alias: str | None) -> str:
     if alias is not None:
         _check_text(alias, "alias", 200)
     token = new_token()
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await conn.fetchval(_Q["add_device"], device_id, alias)
         if device_no is None:
             raise DeviceExists(
@@ -321,7 +325,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
     Raises UnknownDevice.
     """
     token = new_token()
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["mark_rotated"], device_no)
         await conn.execute(_Q["drop_tokens"], device_no)
@@ -335,7 +339,7 @@ async def rotate(conn: Connection, device_id: str) -> str:
 
 async def revoke(conn: Connection, device_id: str, now: datetime) -> None:
     """Its heartbeats are answered 410 from now on, and it no longer counts. Raises UnknownDevice."""
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         since = await conn.fetchval(_Q["revoke_device"], device_no, now)
         await conn.execute(_Q["end_enrolment"], device_no)
@@ -354,7 +358,7 @@ async def readmit(conn: Connection, device_id: str) -> Readmitted:
 
     A device that is not revoked stays as it is. Raises UnknownDevice.
     """
-    async with conn.transaction():
+    async with lasting(conn):
         device_no = await _device_no(conn, device_id)
         await conn.execute(_Q["readmit_tokens"], device_no)
         was_revoked = await conn.fetchval(_Q["readmit_device"], device_no) is not None
@@ -412,7 +416,7 @@ async def import_csv(conn: Connection, path: Path) -> Imported:
             bad.append((row.line, error.detail.rstrip("."), ""))
     if bad:
         raise _bad_lines(sorted(bad))
-    async with conn.transaction():
+    async with lasting(conn):
         await conn.execute(_Q["import_table"])
         await conn.copy_records_to_table("device_import", records=records)
         if conflicts := await conn.fetch(_Q["import_conflicts"]):
@@ -458,7 +462,8 @@ async def issue_enrolment_key(conn: Connection, *, note: str | None, uses: int, 
     if note is not None:
         _check_text(note, "note", 200)
     key = new_token()
-    await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
+    async with lasting(conn):
+        await conn.execute(_Q["add_enrolment_key"], hash_token(key), note, uses, expires_at)
     return key
 
 
@@ -471,7 +476,7 @@ async def enrol(conn: Connection, key: str, device_id: str | None, alias: str | 
     and only once the key is used up: while uses are left, the same alias may be a second kiosk's.
     """
     key_hash = hash_token(key)
-    async with conn.transaction():
+    async with lasting(conn):
         uses_left = await conn.fetchval(_Q["hold_enrolment_key"], key_hash, now)
         if uses_left is None:
             raise EnrolmentRefused("It is unknown, used up or expired.")

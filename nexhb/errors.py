@@ -63,6 +63,12 @@ class DatabaseUnavailable(NexhbError):
         self.reason = reason  # what of it may be said to whoever asks; see pgerrors.reason
 
 
+class NotConfirmed(DatabaseUnavailable):
+    """A COMMIT that a synchronous standby may not have: a failover would lose it."""
+
+    sentence = "The change is committed, but no synchronous standby has confirmed it."
+
+
 class DatabaseUnfit(DatabaseUnavailable):
     sentence = "The database is not one that nexhb can use."
 

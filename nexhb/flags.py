@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from nexhb import config, log, metrics, sql
-from nexhb.db import Connection, Database
+from nexhb.db import Connection, Database, lasting
 from nexhb.identity import Lives
 from nexhb.pgerrors import FROM_THE_DATABASE
 
@@ -71,7 +71,7 @@ def check(flag: str, value: object) -> Value:
 async def change(conn: Connection, changes: Mapping[str, Value], by: str, now: datetime, first: Flags) -> Flags:
     """Change these (checked) flags, in one transaction, and answer all. What is so already is no change. Flags that
     have no row yet begin with `first`."""
-    async with conn.transaction():
+    async with lasting(conn):
         await store_first(conn, first, now)
         await conn.fetch(_Q["hold"], sorted(changes))
         for flag, value in changes.items():

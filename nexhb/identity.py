@@ -24,7 +24,7 @@ import asyncpg
 import msgspec
 
 from nexhb import log, metrics, sql
-from nexhb.db import CONNECT_TIMEOUT_S, Connection, Database
+from nexhb.db import CONNECT_TIMEOUT_S, Connection, Database, lasting
 from nexhb.errors import DatabaseUnavailable
 from nexhb.pgerrors import FROM_THE_DATABASE
 
@@ -246,7 +246,7 @@ async def missing(conn: Connection, data_dir: Path) -> list[Missing]:
 
 async def accept(conn: Connection, data_dir: Path) -> list[Missing]:
     """Go on with this database as it is, for every daemon: what was accepted."""
-    async with conn.transaction():
+    async with lasting(conn):
         own = await asyncio.to_thread(read, data_dir)
         if own is not None:
             row = await conn.fetchrow(_Q["look"], *own, *own, [], [], 0)

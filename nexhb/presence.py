@@ -12,7 +12,7 @@ RENEW_S = 5.0
 # Two renewals missed. Shorter gaps are restarts: an agent that hears 503 for so long is back after 20 s at the most.
 GAP = timedelta(seconds=10)
 AGENT_WAIT = timedelta(seconds=375)  # the longest pause of the agent between two tries: 300 s and a quarter of jitter
-AHEAD_MOST = timedelta(minutes=1)  # a renewal that lies further ahead was made by a clock that was wrong
+AHEAD_MOST = timedelta(minutes=1)  # what lies further ahead was written by a clock that was wrong
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def renewed(known: Taking | None, now: datetime) -> tuple[Taking, Span | None]:
 
 
 def presence(now: datetime, taking: Taking | None, blackouts: Sequence[Span], interval: timedelta) -> Presence:
-    """What is known at `now`; `blackouts` newest first. `interval`: between two heartbeats of a device."""
-    spans = [Span(one.start, min(one.end, now)) for one in blackouts if one.start < now]
+    """What is known at `now`; `blackouts` newest first. `interval`: between two heartbeats of a device. A blackout that
+    ends ahead was written while the clock was wrong, and is none."""
+    spans = [Span(one.start, min(one.end, now)) for one in blackouts if one.start < now and one.end - now <= AHEAD_MOST]
     lasting = taking is not None and now - taking.renewed_at > GAP
     if taking is not None and lasting:
         spans.insert(0, Span(taking.renewed_at, now))

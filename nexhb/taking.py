@@ -16,7 +16,7 @@ from nexhb import log, sql
 from nexhb.clock import DatabaseClock
 from nexhb.db import Connection, Database
 from nexhb.pgerrors import FROM_THE_DATABASE
-from nexhb.presence import RENEW_S, Presence, Span, Taking, presence, renewed
+from nexhb.presence import AHEAD_MOST, RENEW_S, Presence, Span, Taking, presence, renewed
 
 _Q = sql.queries("presence")
 _log = log.get("presence")
@@ -41,7 +41,8 @@ async def renew(conn: Connection, now: datetime) -> Span | None:
         await conn.execute(_Q["renew"], taking.since, taking.renewed_at)
         if gap is not None:
             await conn.execute(_Q["add_blackout"], gap.start, gap.end)
-            await conn.execute(_Q["forget"], now - KEPT)
+        if taking.since == now:  # it begins anew: behind a gap, or behind a clock that was ahead
+            await conn.execute(_Q["forget"], now - KEPT, now + AHEAD_MOST)
     return gap
 
 

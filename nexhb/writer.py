@@ -22,6 +22,7 @@ from nexhb.pgerrors import Kind, classify, reason
 from nexhb.staging import Labels
 from nexhb.wire import FieldError, Heartbeat
 
+_D = sql.queries("db")
 _Q = sql.queries("writer")
 _CAN_WRITE = sql.queries("db")["can_write"]
 _log = log.get("writer")
@@ -517,7 +518,7 @@ class Writer:
         """Whether what is committed is as durable as synchronous_commit promises. pg_xact_status says "committed" as
         soon as the primary has it; a later transaction that a synchronous standby confirms proves the earlier ones."""
         self._warning = ""
-        await conn.execute(_Q["write_after"])
+        await conn.execute(_D["write_after"])
         return not self._warning
 
     async def _outcome(self, conn: Connection, doubt: _InDoubt) -> str | None:

@@ -14,7 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _CHUNK = 65_536
+_WRITER = "nexhb writer"  # the sessions whose COMMITs tricks are for
 _COMMIT = re.compile(rb"COMMIT(?: AND CHAIN)?[;\0]")  # as asyncpg's transactions and the writer's end
+_APPLICATION = re.compile(rb"\0application_name\0([^\0]*)\0")
 
 
 class Way(enum.Enum):
@@ -25,7 +27,7 @@ class Way(enum.Enum):
 
 
 class Trick(enum.Enum):
-    """What happens to the next COMMIT."""
+    """What happens to the writer's next COMMIT; other sessions commit at times of their own."""
 
     NONE = "none"
     SWALLOW_ANSWER = "swallow the answer"  # it is committed, and nobody hears of it
@@ -38,6 +40,7 @@ class Line(NamedTuple):
 
     ends: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
     deaf: asyncio.Event  # set: what comes back is thrown away, and the line cut
+    passing: asyncio.Event
 
 
 class Relay:
@@ -125,7 +128,8 @@ class Relay:
         except OSError:
             writer.transport.abort()
             return
-        line = Line((writer, to_writer), asyncio.Event())
+        line = Line((writer, to_writer), asyncio.Event(), asyncio.Event())
+        line.passing.set()
         self._lines.add(line)
         pair = [
             asyncio.create_task(self._forward(reader, to_writer, line, Way.THERE)),
@@ -146,6 +150,7 @@ class Relay:
         with suppress(ConnectionError):
             while data := await reader.read(_CHUNK):
                 await self._passing.wait()
+                await line.passing.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 if not await self._look(data, line, way):
@@ -171,6 +176,7 @@ class Proxy(Relay):
         parts = urlsplit(dsn)
         self._user, self._database = parts.username, parts.path.lstrip("/")
         self.trick = Trick.NONE
+        self._applications: dict[Line, str] = {}
         self.lead_to(dsn)
 
     def lead_to(self, dsn: str) -> None:
@@ -190,8 +196,25 @@ class Proxy(Relay):
     async def _open(self) -> Streams:
         return await asyncio.open_unix_connection(self._socket)
 
+    @contextmanager
+    def frozen(self, application: str) -> Iterator[int]:
+        """For the block nothing passes on the lines that this application has now; how many they are."""
+        lines = [line for line in self._lines if self._applications.get(line) == application]
+        for line in lines:
+            line.passing.clear()
+        try:
+            yield len(lines)
+        finally:
+            for line in lines:
+                line.passing.set()
+
     async def _look(self, data: bytes, line: Line, way: Way) -> bool:
-        if way is Way.THERE and _COMMIT.search(data) and self.trick is not Trick.NONE:
+        if line not in self._applications:  # its first message is the startup packet
+            found = _APPLICATION.search(data)
+            self._applications = {one: name for one, name in self._applications.items() if one in self._lines}
+            self._applications[line] = found[1].decode() if found else ""
+        commits = way is Way.THERE and self._applications[line] == _WRITER and _COMMIT.search(data)
+        if commits and self.trick is not Trick.NONE:
             trick, self.trick = self.trick, Trick.NONE
             self.played.set()
             if trick is Trick.CUT_BEFORE:

@@ -27,6 +27,7 @@ from nexhb.partitions import name_of
 
 _SEED: Final = 1
 _LOOK_S: Final = 0.05
+WHOLE_NIGHT: Final = "the same during the whole nightly run"
 BYTES: Final = Limit("bytes of an archived heartbeat, at most 18", "", 18)
 # as short as the accept window allows, so that no days lie between those that are kept and the old ones
 RETENTION_DAYS: Final = 7
@@ -202,7 +203,7 @@ def _finding(
         *loaded.trial.result.verdicts,
         hold(scenario.growth, loaded.growth_mb),
         hold(scenario.p99, loaded.during.p99_ms),
-        hold(replace(scenario.p99, name="the same during the whole nightly run"), loaded.whole_night.p99_ms),
+        hold(replace(scenario.p99, name=WHOLE_NIGHT), loaded.whole_night.p99_ms),
         hold(Limit("seconds of it without load", "", 0), loaded.uncovered_s),
         hold(scenario.ratio, alone.ratio),
         hold(BYTES, round(by_itself.compressed / rows, 2)),

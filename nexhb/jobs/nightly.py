@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 from asyncpg import Record
 
-from nexhb import locks, log, metrics, partitions, sql
+from nexhb import clock, locks, log, metrics, partitions, sql
 from nexhb.archive import catalog, late, marker, restore, verify
 from nexhb.archive.export import BUCKET_SECONDS, Source, clean_spool, export
 from nexhb.archive.store import Store
@@ -68,7 +68,7 @@ def job(means: Means) -> Job:
 
 async def _compare_clocks(conn: Connection, now: datetime) -> None:
     """Raise JobFailed where one clock is far ahead: by it, days that still fill would be old, archived and dropped."""
-    theirs: datetime = await conn.fetchval(_Q["clock"])
+    theirs = (await clock.look(conn))[0]
     if abs(now - theirs) > CLOCKS_DIFFER:
         raise JobFailed(
             f"It is {now:%Y-%m-%d %H:%MZ} here and {theirs:%Y-%m-%d %H:%MZ} in the database: set the clocks."

@@ -28,3 +28,8 @@ WHERE to_regclass(relation) IS NULL;
 -- name: clock
 -- The database's time, which is the daemon's.
 SELECT clock_timestamp();
+
+-- name: write_after
+-- A transaction of its own with nothing in it but a WAL record: its COMMIT waits for the synchronous standbys, if there
+-- are any, and they then have all that was committed before. Every role may call it.
+SELECT pg_logical_emit_message(true, 'nexhb', '');

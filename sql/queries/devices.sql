@@ -120,11 +120,12 @@ SELECT uses_left FROM enrolment_keys WHERE key_sha256 = $1 AND expires_at > $2 F
 UPDATE enrolment_keys SET uses_left = uses_left - 1 WHERE key_sha256 = $1;
 
 -- name: enrolled_in_vain
--- $1 device_id, $2 key_sha256. A device that registered with this key and never sent: the answer was lost.
+-- $1 device_id, $2 key_sha256. A device that registered with this key and never sent: the answer was lost. Both rows are
+-- locked: a rotation or revocation that is under way deletes the second one, and then there is none.
 SELECT d.device_no, d.device_id FROM devices d JOIN enrolments e USING (device_no)
 WHERE d.device_id = $1 AND e.key_sha256 = $2 AND d.revoked_at IS NULL
   AND NOT EXISTS (SELECT 1 FROM device_last_status s WHERE s.device_no = d.device_no)
-FOR UPDATE OF d;
+FOR UPDATE OF d, e;
 
 -- name: enrolled_in_vain_as
 -- $1 alias, $2 key_sha256. Likewise, by its alias; two rows where it is not clear which one.
@@ -132,7 +133,7 @@ SELECT d.device_no, d.device_id FROM devices d JOIN enrolments e USING (device_n
 WHERE d.alias = $1 AND e.key_sha256 = $2 AND d.revoked_at IS NULL
   AND NOT EXISTS (SELECT 1 FROM device_last_status s WHERE s.device_no = d.device_no)
 LIMIT 2
-FOR UPDATE OF d;
+FOR UPDATE OF d, e;
 
 -- name: rename
 -- $1 device_no, $2 alias; null keeps the name.

@@ -1,8 +1,5 @@
 -- Runs of jobs, and what the nightly run does that is neither a partition's nor an archive's.
 
--- name: clock
-SELECT clock_timestamp();
-
 -- name: started
 -- $1 job, $2 now, $3 host.
 INSERT INTO job_runs (job, started_at, status, host) VALUES ($1, $2, 'running', $3) RETURNING run_no;

@@ -14,8 +14,8 @@ ON CONFLICT (one) DO UPDATE SET since = excluded.since, renewed_at = excluded.re
 INSERT INTO blackouts (began_at, ended_at) VALUES ($1, $2) ON CONFLICT DO NOTHING;
 
 -- name: forget
--- $1: blackouts that ended before.
-DELETE FROM blackouts WHERE ended_at < $1;
+-- Blackouts that ended before $1, and those that a clock that was ahead wrote: they end behind $2.
+DELETE FROM blackouts WHERE ended_at < $1 OR ended_at > $2;
 
 -- name: presence
 -- $1 now, $2 how many blackouts at most. Since when heartbeats are taken, when that was last confirmed, and the blackouts

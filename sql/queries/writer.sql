@@ -129,11 +129,6 @@ LIMIT 1;
 -- (22023) where PostgreSQL has not given out such an id: it crashed, and had nothing of that transaction on disk.
 SELECT pg_xact_status($1::text::xid8);
 
--- name: write_after
--- A transaction of its own with nothing in it but a WAL record: its COMMIT waits for the synchronous standbys, if there
--- are any, and they then have all that was committed before. Every role may call it.
-SELECT pg_logical_emit_message(true, 'nexhb', '');
-
 -- name: is_stored
 -- $1 device_no, $2 bucket, $3 ts, $4 received_at. Whether this very arrival of a heartbeat is a row, and no other's.
 SELECT EXISTS (SELECT FROM device_heartbeats WHERE device_no = $1 AND bucket = $2 AND ts = $3 AND received_at = $4)

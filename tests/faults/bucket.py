@@ -5,17 +5,36 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from nexhb.archive.marker import CONTENT, PREFIX
 from nexhb.config import Archive
 
-TIMEOUT_S = 4.0  # how long who asks has patience for an object; the hostile store has more
+TIMEOUT_S = 2.0  # how long who archives there has patience for an object; the hostile store has more
 URL = "s3://faults/archive"
+KEYS = "faults/archive/"  # how keys begin, as their paths have them
 _BOMB = bytes(1 << 20)
 _BOMB_TIMES = 32
+
+_DAY = re.compile(r"device_heartbeats_\d{8}")
+
+
+@dataclass
+class Unmarked:
+    """A time in which the marker is gone; false until then."""
+
+    during: str | None = None  # the day that was on its way just then: it is finished, and may not be dropped
+    written: set[str] = field(default_factory=set)  # since then, of other days
+    markers: dict[str, bytes] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.markers)
+
 
 Answer = Callable[["Bucket", web.Request, bytes], Awaitable[web.StreamResponse]]
 
@@ -29,6 +48,7 @@ class Bucket:
         self.played = 0  # hostile answers so far
         self._rng = rng
         self._hostile = False
+        self._unmarked: Unmarked | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -44,7 +64,8 @@ class Bucket:
     @property
     def reading(self) -> dict[str, str]:
         """What a command that archives elsewhere reads there with."""
-        return {name: value for name, value in self.environment.items() if name != "NEXHB_ARCHIVE__URL"}
+        there = {"NEXHB_ARCHIVE__URL", "NEXHB_ARCHIVE__TIMEOUT_SECONDS"}
+        return {name: value for name, value in self.environment.items() if name not in there}
 
     @property
     def settings(self) -> Archive:
@@ -75,6 +96,41 @@ class Bucket:
             yield
         finally:
             self._hostile = False
+
+    @contextmanager
+    def unmarked(self, *, another: bool, later: bool) -> Iterator[Unmarked]:
+        """For the block its marker is missing, or another database's is there in its place; `later`: only from the
+        moment on at which something is written."""
+        self._unmarked = state = Unmarked()
+        foreign = {f"{KEYS}{PREFIX}{'0' * 16}": CONTENT} if another else {}
+        if not later:
+            self._unmark(state)
+            self.objects |= foreign
+        try:
+            yield state
+        finally:
+            self._unmarked = None
+            for key in foreign:
+                self.objects.pop(key, None)
+            self.objects |= state.markers
+
+    @property
+    def markers(self) -> set[str]:
+        """The names of the markers that lie there."""
+        return {key.removeprefix(KEYS) for key in self.objects if key.startswith(KEYS + PREFIX)}
+
+    def _unmark(self, state: Unmarked) -> None:
+        state.markers = {KEYS + name: self.objects.pop(KEYS + name) for name in self.markers}
+
+    def put(self, key: str, body: bytes) -> None:
+        """Keep it."""
+        state, day = self._unmarked, _DAY.search(key)
+        if state is not None and not state and day:
+            state.during = day[0]
+            self._unmark(state)
+        elif state is not None and (day is None or day[0] != state.during):
+            state.written.add(key)
+        self.objects[key] = body
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
@@ -108,7 +164,7 @@ async def _honest(bucket: Bucket, request: web.Request, body: bytes) -> web.Stre
     if request.method == "PUT":
         if request.headers.get("If-None-Match") and key in bucket.objects:
             return _error(412, "PreconditionFailed")
-        bucket.objects[key] = body
+        bucket.put(key, body)
         return web.Response(headers={"ETag": '"x"'})
     if key not in bucket.objects:
         return _error(404, "NoSuchKey")

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import asyncpg
@@ -20,7 +21,7 @@ from nexhb import embedded, migrate
 from nexhb.daemon import utc_now
 from nexhb.db import Database
 from nexhb.errors import NexhbError
-from tests.faults import standby
+from tests.faults import faketime, standby
 from tests.faults.guard import Guard
 from tests.faults.processes import ended
 from tests.faults.standby import Standby
@@ -99,6 +100,28 @@ class Cluster:
                 conn.terminate()
         return 0
 
+    @asynccontextmanager
+    async def by_a_clock_of_its_own(self) -> AsyncIterator[faketime.Clock]:
+        """For the block its clock can be stepped: it is started anew with it, and behind the block without."""
+        library = faketime.library()
+        assert library is not None  # such kinds are drawn only where it is installed
+        clock = faketime.Clock(self._folder / "clock", library)
+        await asyncio.to_thread(clock.step, timedelta(0))
+        try:
+            await self._started_by(clock)
+            yield clock
+        finally:
+            pid = self.pid
+            await self._started_by(None)
+            faketime.clear_away(pid)
+
+    async def _started_by(self, clock: faketime.Clock | None) -> None:
+        faketime.goes_by(self.data_dir, clock)
+        starts = self.starts
+        self.stop()
+        self.may_start()
+        await self.started_again(starts)
+
     def make_standby(self) -> Standby:
         """A standby beside it. Raises EmbeddedPostgresError."""
         return standby.make(self._server, self._folder, self._guard)
@@ -163,19 +186,44 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running(guard: Guard) -> AsyncIterator[Cluster]:
-    """A cluster for the block, with nexhb's schema."""
+async def running(guard: Guard, template: Path | None = None) -> AsyncIterator[Cluster]:
+    """A cluster for the block, with nexhb's schema: a copy of the stopped one in `template`, or a new one."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
     guard.tell("folder", folder)
     small = await asyncio.to_thread(_mount, folder)
     if small:
         guard.tell("mount", folder)
+    if template is not None:
+        await asyncio.to_thread(_copy, template, folder / "data")
     cluster = await asyncio.to_thread(Cluster, folder, guard, small_disk=small)
     async with cluster.kept():
-        conn = await Database(cluster.dsn).connect(application="faults")
+        if template is None:
+            conn = await Database(cluster.dsn).connect(application="faults")
+            await migrate.migrate(conn, utc_now())
+            await conn.close()
+        yield cluster
+
+
+@asynccontextmanager
+async def stopped(guard: Guard) -> AsyncIterator[Path]:
+    """The folder of a cluster with nexhb's schema that does not run, to be copied during the block."""
+    folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
+    guard.tell("folder", folder)
+    await asyncio.to_thread(folder.chmod, 0o711)  # as root, PostgreSQL's own user must pass
+    server = await asyncio.to_thread(embedded.start, folder / "data")
+    try:
+        guard.tell("postmaster", server.pgdata)
+        conn = await Database(server.dsn).connect(application="faults")
         await migrate.migrate(conn, utc_now())
         await conn.close()
-        yield cluster
+    finally:
+        await asyncio.to_thread(server.stop)
+    yield folder / "data"
+
+
+def _copy(template: Path, data_dir: Path) -> None:
+    """Owners and modes too; the copy's own paths are written at its start."""
+    subprocess.run(["cp", "-a", "--reflink=auto", template, data_dir], check=True)
 
 
 def _mount(folder: Path) -> bool:

@@ -135,6 +135,16 @@ class Daemon:
                 return answer.status == 200
         return False
 
+    async def reasons(self) -> str:
+        """What it says of its readiness; empty where it does not answer."""
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2), headers=_KEY) as http,
+                http.get(f"{self.url}/readyz") as answer,
+            ):
+                return await answer.text()
+        return ""
+
     async def post(self, path: str, bound_s: float = 30.0) -> int:
         """The status of an operator's call, 0 where there was no answer."""
         with suppress(aiohttp.ClientError, TimeoutError):

@@ -263,16 +263,15 @@ class Guests:
             return True
         return False
 
-    async def settled(self, bound_s: float = BOUND_S + MACHINE_S) -> list[tuple[int, str]]:
-        """With nothing broken, one more is revoked, and each token hears what it must within the bound. What was wrong,
-        now and before."""
+    async def settle(self, bound_s: float = BOUND_S + MACHINE_S) -> None:
+        """With nothing broken, one more is revoked, and each token hears what it must within the bound; `wrong` says
+        which one does not."""
         for guest in self.all:
             if guest.may_be(State.CHANGING):
                 await self._read(guest)
         if one := self.pick(State.GOOD, 0.0):
             await self.revoke(one)
         await asyncio.gather(*(self._settle(guest, token, bound_s) for guest in self.all for token in guest.tokens))
-        return self.wrong
 
     async def _settle(self, guest: Guest, token: str, bound_s: float) -> None:
         state, heard = guest.tokens[token].state, ""

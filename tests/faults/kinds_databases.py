@@ -77,6 +77,7 @@ async def _swap(world: World, fault: Fault) -> None:
         raise Unable(f"{type(error).__name__}: {error}") from error
     finally:
         conn.terminate()
+    _repeat(world)
     await _goes_on(world)
 
 
@@ -87,10 +88,14 @@ async def _meanwhile(world: World, fault: Fault) -> None:
     await asyncio.sleep(fault.lasts_s)
 
 
-async def _goes_on(world: World) -> None:
-    """Devices send again what they heard was in; the operator finds out who is known, and accepts what is gone."""
+def _repeat(world: World) -> None:
+    """Devices send again what they heard was in: the older copy has it not, whoever may remember it."""
     for kiosk in world.kiosks:
         kiosk.repeat()
+
+
+async def _goes_on(world: World) -> None:
+    """The operator finds out who is known, and accepts what is gone."""
     await world.guests.found_anew()
     await world.daemons[0].ready(READY_S)
     await asyncio.sleep(HELD_S)
@@ -154,6 +159,7 @@ async def _promote_lagging(world: World, fault: Fault) -> None:
         async with _unreached(world):
             world.forgiven.append((copied_s, time.monotonic()))
             await _promote(world, standby)
+    _repeat(world)
     await _goes_on(world)
 
 
@@ -182,7 +188,7 @@ async def _end_waits(primary: asyncpg.Connection, lasts_s: float) -> None:
 
 async def _promote_synchronous(world: World, fault: Fault) -> None:
     """The standby dies for a while, and COMMITs wait for it; whoever waits is cancelled, or ended. Then the primary is
-    lost: the standby has all that was acknowledged."""
+    lost: the standby has all that was acknowledged, also what nobody sends again."""
     async with _standby(world) as (standby, primary), _synchronous(primary):
         await standby.caught_up(primary)
         await asyncio.sleep(fault.lasts_s / 4)

@@ -41,8 +41,8 @@ async def _full_log(world: World, fault: Fault) -> None:
     """Not a line can be logged, from the daemon's start on: it serves nevertheless."""
     daemon = world.daemons[0]
     daemon.logs_to = Path("/dev/full")
+    ends = len(daemon.ended_by_itself)
     try:
-        ends = len(daemon.ended_by_itself)
         if not daemon.send_signal(signal.SIGTERM):
             raise Unable("the daemon does not run")
         until = time.monotonic() + READY_S
@@ -54,6 +54,7 @@ async def _full_log(world: World, fault: Fault) -> None:
     finally:
         daemon.logs_to = daemon.log_path
         await hit(daemon, signal.SIGTERM)
+        del daemon.ended_by_itself[ends:]  # a start without a database could not say why it ended
 
 
 @contextmanager

@@ -67,7 +67,7 @@ async def _hostile_store(world: World, fault: Fault) -> None:
 
 async def send_days_away(world: World, bound_s: float, **settings: str) -> int | None:
     """A nightly run by such a command; its exit code, None where it had to be killed."""
-    process = world.daemons[0].run("nightly", **SHORT, **settings)
+    process = world.daemons[0].run("nightly", **SHORT | settings)
     try:
         async with asyncio.timeout(bound_s):
             await ended(process.pid)

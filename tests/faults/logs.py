@@ -44,8 +44,8 @@ ALLOWED = {
     "writer.not_ready": Allowed("The database is away: the writer says so once, until it is ready again.", _LINE),
     "partition.create_failed": Allowed("The database went away, or the disk is full, while a day was made.", _LINE),
     "job.failed": Allowed(
-        "The database went away while a job ran; the run is written down as failed.",
-        rf"{_LINE}|(nexhb\.errors\.)?JobFailed: .*Its connection was lost",
+        "The database went away while a job ran, or its clock is another; the run is written down as failed.",
+        rf"{_LINE}|(nexhb\.errors\.)?JobFailed: .*(Its connection was lost|in the database: set the clocks)",
     ),
     "job.metrics_not_read": Allowed("The database was away; the next look is a minute later.", _LINE),
     "job.not_run": Allowed("The database was away when a job was due; the next look is soon.", _LINE),
@@ -56,9 +56,13 @@ ALLOWED = {
         "The database or the store went away, or a disk is full.", rf"$|{_STORE}"
     ),
     "batch.failed_unexpectedly": Allowed("There was no memory for it.", "MemoryError"),
+    "queue.no_memory": Allowed("There was no memory for a queue."),
     "reconciliation.failed": Allowed("A run that the database left: job.failed has said why."),
     "archive.failed": Allowed("A day could not be archived: the database or its lock was lost."),
-    "library.log": Allowed("asyncpg's own future of a connection that is lost, and for which nobody waits.", _LINE),
+    "library.log": Allowed(
+        "asyncpg's own future of a connection that is lost, and for which nobody waits; a transport without memory.",
+        rf"{_LINE}|MemoryError",
+    ),
     "database.older": Allowed("A copy or a lagging standby took the database's place, and is known to be older."),
     "daemon.not_started": Allowed("A start that met a database that was away for longer than it waits."),
 }

@@ -24,6 +24,7 @@ class Kind:
     weight: int = 1
     own_cluster: bool = False  # only where the database is the run's own
     small_disk: bool = False
+    own_clock: bool = False  # PostgreSQL's, which is not the machine's
     parts: bool = True  # daemon and database may not hear each other while it lasts
 
 
@@ -49,6 +50,7 @@ class Struck:
     failed: str = ""  # why it could not be carried out
 
 
+GOLDEN = 0.618
 PAUSE_S = (0.1, 0.9)
 GRACE_S = 0.2  # behind a fault: what it did to devices is heard by then
 
@@ -75,6 +77,12 @@ def schedule(seed: int, kinds: Sequence[Kind], seconds: float) -> dict[str, list
             faults.append(Fault(kind, pause_s, lasts_s, rng.random()))
         found[lane] = faults
     return found
+
+
+def once(kind: Kind, number: int) -> dict[str, list[Fault]]:
+    """A schedule of a single fault, the number-th of its kind: what it decides by dice comes out evenly after a few."""
+    dice = (0.5 + number * GOLDEN) % 1
+    return {kind.lane: [Fault(kind, PAUSE_S[0], kind.lasts_s[0] + dice * (kind.lasts_s[1] - kind.lasts_s[0]), dice)]}
 
 
 async def unleash(world: World, plan: dict[str, list[Fault]]) -> list[Struck]:

@@ -93,8 +93,10 @@ def _append(file: int, data: bytes) -> None:
 
 
 def read(path: Path) -> Iterator[Entry]:
-    """Every line, oldest first."""
+    """Every line, oldest first; one that is just being written is none yet."""
     with path.open(encoding="ascii") as file:
         for line in file:
+            if not line.endswith("\n"):
+                return
             at_s, device, ts_us, what, said = line.rstrip("\n").split(",", maxsplit=4)
             yield Entry(float(at_s), Beat(int(device), int(ts_us)), What(what), said)

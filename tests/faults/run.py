@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from tests.faults import (
+    faketime,
+    kinds_clocks,
     kinds_databases,
     kinds_limits,
     kinds_lines,
+    kinds_listeners,
     kinds_processes,
     kinds_sessions,
+    kinds_stores,
     kinds_tables,
     kinds_tokens,
     logs,
@@ -35,14 +39,17 @@ KINDS: tuple[Kind, ...] = (
     *kinds_limits.KINDS,
     *kinds_databases.KINDS,
     *kinds_tokens.KINDS,
+    *kinds_clocks.KINDS,
+    *kinds_listeners.KINDS,
+    *kinds_stores.KINDS,
 )
 FIRST_S = 60.0  # for the first start
 READY_S = 15.0  # from the healing until the daemon can commit
 STILL_S = 15.0  # a device that holds heartbeats, and for so long hears of none that it is in, is stuck
-DRAIN_S = 120.0  # from then until no device holds anything; 1 to 5 s where the machine has nothing else to do
+DRAIN_S = 600.0  # from then until no device holds anything; 1 to 5 s where the machine has nothing else to do
 NIGHT_S = 30.0  # a nightly run, when all is well again
 LOOK_S = 0.02
-_SEND_DAYS_AWAY = (SENT_AWAY, HOSTILE, kinds_limits.FULL_SPOOL)
+_SEND_DAYS_AWAY = (SENT_AWAY, HOSTILE, kinds_limits.FULL_SPOOL, kinds_stores.ANOTHER)
 _SETTLED = ("hb_writes_total", "hb_dedupe_total", "nexhb_heartbeats_refused_total", "nexhb_heartbeats_failed_total")
 
 
@@ -71,28 +78,45 @@ def possible(world: World, kinds: Sequence[Kind]) -> list[Kind]:
     return [
         kind
         for kind in kinds
-        if (cluster is not None or not kind.own_cluster) and (not kind.small_disk or (cluster and cluster.small_disk))
+        if (cluster is not None or not kind.own_cluster)
+        and (not kind.small_disk or (cluster and cluster.small_disk))
+        and (not kind.own_clock or faketime.library())
     ]
 
 
-async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS, quiet_s: float = logs.QUIET_S) -> Outcome:
-    """The whole of it. For `quiet_s` behind the healing nothing happens, and the logs must be silent."""
+async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS) -> Outcome:
+    """The whole of it."""
     outcome = Outcome(world.seed)
-    if await world.daemons[0].ready(FIRST_S) is None:
-        return _stuck(outcome, f"the daemon was not ready within {FIRST_S:.0f} s of its first start")
+    if not await begin(world, outcome):
+        return outcome
     began = time.monotonic()
     outcome.struck = await unleash(world, schedule(world.seed, possible(world, kinds), seconds))
     outcome.seconds = time.monotonic() - began
-    outcome.violations += [Violation(what, -1, None, why) for what, why in world.blamed]
+    await conclude(world, outcome, logs.QUIET_S)
+    return outcome
+
+
+async def begin(world: World, outcome: Outcome) -> bool:
+    """Whether the daemon is ready for the first time."""
+    if await world.daemons[0].ready(FIRST_S) is None:
+        _stuck(outcome, f"the daemon was not ready within {FIRST_S:.0f} s of its first start")
+        return False
+    return True
+
+
+async def conclude(world: World, outcome: Outcome, quiet_s: float) -> None:
+    """What comes behind the faults: everything is healed, the devices drain, and everything is read. For `quiet_s`
+    nothing happens, and the logs must be silent."""
+    outcome.violations += blamed(world)
     await _heal(world, outcome)
     healed_at = datetime.now(UTC)
     if not outcome.violations:
         if world.forgiven:
             await kinds_databases.accept(world)
-        for device, why in await world.guests.settled():
-            outcome.violations.append(Violation("wrong", device, None, why))
+        await world.guests.settle()
         await asyncio.sleep(quiet_s)
         await _counters(world, outcome)
+    outcome.violations += misheard(world)
     quiet = healed_at, datetime.now(UTC)
     for daemon in world.daemons:
         code = await daemon.stop(signal.SIGTERM)
@@ -103,15 +127,24 @@ async def live(world: World, seconds: float, kinds: Sequence[Kind] = KINDS, quie
         if code != 0:
             _stuck(outcome, f"a nightly run behind the healing ended with {code}")
     outcome.violations += await check(world)
-    outcome.violations += await asyncio.to_thread(_logged, world, quiet)
+    outcome.violations += await asyncio.to_thread(logged, world, quiet)
     outcome.counts = world.record.counts
     outcome.starts = sum(daemon.starts for daemon in world.daemons)
     outcome.ended_by_itself = [code for daemon in world.daemons for code in daemon.ended_by_itself]
-    return outcome
 
 
-def _logged(world: World, quiet: tuple[datetime, datetime]) -> list[Violation]:
-    """What no fault explains in what was logged."""
+def blamed(world: World) -> list[Violation]:
+    """What a fault found broken."""
+    return [Violation(what, -1, None, why) for what, why in world.blamed]
+
+
+def misheard(world: World) -> list[Violation]:
+    """The answers that a token may not hear, so far."""
+    return [Violation("wrong", device, None, why) for device, why in world.guests.wrong]
+
+
+def logged(world: World, quiet: tuple[datetime, datetime]) -> list[Violation]:
+    """What no fault explains in what was logged; `quiet` is a time in which nothing was broken."""
     entries = logs.read_files(path for daemon in world.daemons for path in daemon.logs)
     said = [*logs.unexpected(entries), *logs.repeating(entries, *quiet)]
     ends = sum(len(daemon.ended_by_itself) for daemon in world.daemons)

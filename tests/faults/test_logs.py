@@ -39,6 +39,11 @@ def test_an_error_that_no_fault_explains_is_unexpected(one: str) -> None:
         line("writer.not_ready", "error", error="ConnectionRefusedError: x"),
         line("job.failed", "error", exception="Traceback …\nasyncpg.exceptions.AdminShutdownError: x"),
         line("job.failed", "error", exception="Traceback …\nnexhb.errors.LockLost: x"),
+        line(
+            "job.failed",
+            "error",
+            exception="…\nnexhb.errors.JobFailed: 8Z here and 9Z in the database: set the clocks.",
+        ),
         "  a table of a command's\n",
     ],
 )

@@ -16,8 +16,8 @@ from typing import TextIO
 import asyncpg
 import structlog
 
-from nexhb import cli, daemon, identity, log, writer
-from nexhb.archive import verify
+from nexhb import cli, clock, daemon, identity, log, writer
+from nexhb.archive import marker, verify
 from nexhb.archive.store import Store
 from nexhb.daemon import State
 from nexhb.db import Connection
@@ -155,6 +155,13 @@ class TurnsAwayTheNew(KeepsTheRevoked):
         return self.known(token_hash)
 
 
+class TrustsItsListener(DeviceStore):
+    """Never asks whether it has missed a change, and so does not see that its connection is dead."""
+
+    async def _is_behind(self, conn: Connection) -> bool:
+        return False
+
+
 def _put(kind: type[Writer | DeviceStore]) -> Callable[[], None]:
     def patch() -> None:
         base = Writer if issubclass(kind, Writer) else DeviceStore
@@ -209,6 +216,28 @@ def _goes_on_without_an_archive() -> None:
     nightly.Night._archive = patched  # type: ignore[method-assign]
 
 
+def _keeps_the_first_time() -> None:
+    """Asks the database for the time once, and never again."""
+    learn = clock.DatabaseClock.learn
+    asked: set[clock.DatabaseClock] = set()
+
+    async def once(self: clock.DatabaseClock, conn: Connection) -> None:
+        if self not in asked:
+            await learn(self, conn)
+        asked.add(self)
+
+    setattr(clock.DatabaseClock, "learn", once)  # noqa: B010 - mypy: it is a method there
+
+
+def _trusts_any_store() -> None:
+    """Puts its marker there, and never looks for it: whatever lies at the url is the archive."""
+
+    async def there(_store: Store, _name: str) -> bool:
+        return True
+
+    setattr(marker, "_is_there", there)  # noqa: B010 - mypy: it is a function there
+
+
 def _keeps_the_first_facts() -> None:
     """What a device once said of itself stays, whatever it says later."""
     statement = writer._Q["update_facts"]
@@ -248,6 +277,9 @@ VARIANTS: dict[str, Callable[[], None]] = {
     "believes-the-store": _believes_the_store,
     "goes-on-without-an-archive": _goes_on_without_an_archive,
     "dies-of-a-cancel": _put(DiesOfACancel),
+    "trusts-its-listener": _put(TrustsItsListener),
+    "trusts-any-store": _trusts_any_store,
+    "keeps-the-first-time": _keeps_the_first_time,
     "never-listens-again": _put(NeverListensAgain),
 }
 

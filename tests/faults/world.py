@@ -8,8 +8,8 @@ import io
 import math
 import random
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,10 +36,21 @@ class Front(Relay):
         super().__init__()
         self._rng = rng
         self.daemons: list[Daemon] = []
+        self._closed = 0
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """For the block no device reaches a daemon, whatever else happens to its lines."""
+        self._closed += 1
+        self.cut()
+        try:
+            yield
+        finally:
+            self._closed -= 1
 
     async def _open(self) -> Streams:
         running = [daemon for daemon in self.daemons if daemon.is_running]
-        if not running:
+        if not running or self._closed:
             raise ConnectionRefusedError
         return await asyncio.open_connection("127.0.0.1", self._rng.choice(running).port)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from nexhb.audit import audit
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.doctor import Line
+from nexhb.errors import BadInput
 from tests.integration.test_nightly import NOW, OLD, House
 
 NAME = partitions.name_of(OLD)
@@ -246,3 +248,114 @@ async def test_a_day_whose_table_is_here_stays_the_tables(house: House) -> None:
     assert len((await adopted(house)).present) == 1
     assert (await house.nightly()).status == "completed"
     assert len(await house.archived(OLD)) == 150
+
+
+async def test_a_dry_run_writes_nothing_down_whatever_it_would_say(house: House) -> None:
+    await with_a_supplement(house)
+    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
+    await catalog.release(house.conn, OLD)
+    assert (await house.nightly()).status == "completed"
+    [current] = await catalog.find(house.conn, OLD)
+    await forgotten(house)
+    planned = await adopted(house, dry_run=True, take=frozenset({current.url}))
+    assert (len(planned.adopted), len(planned.superseded)) == (1, 2)
+    assert await house.conn.fetch(EVERY_TRACE) == []
+
+
+EVERY_TRACE = """SELECT archive_url FROM hb_partitions WHERE archive_url IS NOT NULL UNION ALL
+    SELECT archive_url FROM archive_supplements UNION ALL SELECT archive_url FROM archive_superseded UNION ALL
+    SELECT marker FROM archive_markers"""
+
+
+async def test_the_operators_second_word_counts_too(house: House) -> None:
+    """The archive that was taken first is named as superseded once the other one is taken, and never both."""
+    await with_a_supplement(house)
+    [first, *_] = await catalog.find(house.conn, OLD)
+    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
+    await catalog.release(house.conn, OLD)
+    assert (await house.nightly()).status == "completed"
+    [second] = await catalog.find(house.conn, OLD)
+    for taken in (first, second):
+        await house.conn.execute(
+            "DELETE FROM archive_supplements; DELETE FROM hb_partitions WHERE archive_url IS NOT NULL"
+        )
+        report = await adopted(house, take=frozenset({taken.url}))
+        assert [one["url"] for one in report.adopted if one["kind"] == "day"] == [taken.url]
+        superseded = await house.conn.fetch("SELECT archive_url FROM archive_superseded")
+        assert taken.url not in [row["archive_url"] for row in superseded]
+
+
+async def test_a_day_whose_time_another_partition_has_is_named_and_not_adopted(house: House) -> None:
+    """Its rows would be read twice, once from the archive and once from the table that spans it."""
+    await with_a_supplement(house)
+    await forgotten(house)
+    await house.conn.execute(
+        "INSERT INTO hb_partitions (partition_name, range_start, range_end, state) "
+        "VALUES ('a_week', $1::timestamptz - interval '3 days', $1::timestamptz + interval '4 days', 'active')",
+        partitions.midnight(OLD),
+    )
+    report = await adopted(house)
+    assert (report.adopted, len(report.conflicts)) == ([], 2)
+    assert all("a_week is in the database" in one["reason"] for one in report.conflicts)
+    assert await catalog.every(house.conn) == []
+
+
+async def test_an_archive_that_was_copied_to_another_store_is_the_known_one(house: House) -> None:
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    (house.folder / "archive").rename(house.folder / "moved")
+    moved = FolderStore(house.folder / "moved", timeout_s=30)
+    report = await adopt.adopt(house.conn, moved, house.folder / "spool", NOW, wishes=Wishes())
+    assert (report.known, report.conflicts, report.adopted) == (1, [], [])
+
+
+async def test_a_supplement_of_which_the_archives_have_a_part_is_named_and_one_that_comes_twice_is_superseded(
+    house: House,
+) -> None:
+    """Adopted, it would bring rows into the day twice."""
+    await with_a_supplement(house)
+    for bucket, kept in ((72_000, "the same two rows, stored again"), (72_010, "one of them, and another")):
+        await house.conn.execute("DELETE FROM archive_supplements")
+        await house.conn.execute(LATE, partitions.midnight(OLD), "device 1", 72_000)
+        await house.conn.execute(LATE, partitions.midnight(OLD), "device 2", bucket)
+        await house.conn.execute("UPDATE late_heartbeats SET battery_pct = 1")  # another manifest
+        assert (await house.nightly()).counts["late_archived"] == 2, kept
+        [again] = await house.conn.fetch("SELECT archive_url FROM archive_supplements")
+        (house.folder / "archive" / house.store.name_of(again["archive_url"])).rename(house.folder / f"{bucket}.json")
+    await house.conn.execute("DELETE FROM archive_supplements")
+    assert [one["kind"] for one in (await adopted(house)).adopted] == ["late"]
+    for bucket, verdict in ((72_000, "superseded"), (72_010, "conflicts")):
+        raw = (house.folder / f"{bucket}.json").read_bytes()
+        name = manifest_name(NAME, "late", hashlib.sha256(raw).hexdigest())
+        await put(house.store.store, house.folder, raw, name)
+        report = await adopted(house)
+        assert [one["url"] for one in getattr(report, verdict)] == [house.store.url(name)], report
+    assert len(await house.archived(OLD)) == 152
+    await house.conn.execute("DELETE FROM archive_supplements; DELETE FROM archive_superseded")
+    assert len((await adopted(house)).adopted) == 1  # of all three at once
+    keys = [(row[0], row[-1]) for row in await house.archived(OLD)]
+    assert len(keys) == len(set(keys)) == 152
+
+
+async def test_what_is_read_of_a_store_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its names, and of what calls itself a manifest: the whole of it was read before it was refused."""
+    await house.fill(OLD)
+    assert (await house.nightly()).status == "completed"
+    await forgotten(house)
+    pieces: list[int] = []
+
+    async def endless(_name: str) -> AsyncGenerator[bytes, None]:
+        for number in range(50):
+            pieces.append(number)
+            yield b" " * (1 << 18)
+
+    monkeypatch.setattr(house.store, "store", SimpleNamespace(names=house.store.store.names, get=endless,
+                                                              put=house.store.store.put, url=house.store.store.url,
+                                                              name_of=house.store.store.name_of))  # fmt: skip
+    [refused] = (await adopted(house)).refused
+    assert "larger than a manifest" in refused["reason"]
+    assert len(pieces) == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(adopt, "MOST_NAMES", 2)
+    with pytest.raises(BadInput, match="more than 2 objects"):
+        await adopted(house)

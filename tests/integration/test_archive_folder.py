@@ -258,3 +258,48 @@ async def test_the_time_of_a_get_counts_from_its_beginning(store: FolderStore, b
     await asyncio.sleep(0.3)
     with pytest.raises(StoreError, match="took longer"):
         await anext(chunks)
+
+
+async def test_a_large_object_reaches_the_disk_piece_by_piece(
+    store: FolderStore, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One fsync of 256 MiB holds up the commits of a PostgreSQL on the same disk four times as long."""
+    monkeypatch.setattr(file, "CHUNK", CHUNK // 8)
+    monkeypatch.setattr(file, "SYNC_CHUNKS", 4)
+    sizes: list[int] = []
+    plain = file._sync
+
+    def noted(copy: BinaryIO) -> None:
+        plain(copy)
+        sizes.append(copy.tell())
+
+    monkeypatch.setattr(file, "_sync", noted)
+    await store.put(NAME, body.path, body.sha256)
+    assert sizes == [CHUNK // 2, CHUNK, CHUNK * 3 // 2, 2 * CHUNK, 2 * CHUNK]
+
+
+async def test_an_object_that_is_there_is_not_copied_beside_first(
+    store: FolderStore, body: Body, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that begins again puts what the one before has stored: a day of hundreds of MB."""
+    await store.put(NAME, body.path, body.sha256)
+    monkeypatch.setattr(file, "_create", None)
+    with pytest.raises(ObjectExists):
+        await store.put(NAME, body.path, body.sha256)
+
+
+async def test_names_are_those_of_objects_and_no_more_than_asked_for(store: FolderStore, body: Body) -> None:
+    """What is hidden, lies deeper, or behind a link, is none of ours: a folder above another archive, a disk's own."""
+    for name in ("one", "day/two", "day/three"):
+        await store.put(name, body.path, body.sha256)
+    (store.folder / "day" / "deeper").mkdir()
+    (store.folder / "day" / "deeper" / "four").touch()
+    for hidden in (".hidden", "day/.two.0123.partial"):
+        (store.folder / hidden).touch()
+    (store.folder / ".snapshots").mkdir()
+    (store.folder / ".snapshots" / "five").touch()
+    (store.folder / "loop").symlink_to(store.folder, target_is_directory=True)
+    assert {name async for name in store.names(100)} == {"one", "day/two", "day/three", "loop"}
+    for most in (1, 2):
+        assert len([name async for name in store.names(most)]) == most
+    assert [name async for name in FolderStore(store.folder / "nowhere", timeout_s=30).names(2)] == []

@@ -7,7 +7,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -545,3 +545,76 @@ async def test_the_bucket_is_named_as_the_settings_say(
     store: Any = await opened(endpoint, addressing=addressing)
     url = await store.client.generate_presigned_url("get_object", {"Bucket": store.bucket, "Key": "nexhb/x"})
     assert url.partition("?")[0] == address
+
+
+# ---- lists --------------------------------------------------------------------------------------------------------
+
+
+def page_of(*keys: str, following: str = "") -> web.Response:
+    """A page of a list."""
+    contents = "".join(f"<Contents><Key>nexhb/{key}</Key><Size>1</Size></Contents>" for key in keys)
+    after = f"<NextContinuationToken>{following}</NextContinuationToken>" if following else ""
+    text = (
+        f"<ListBucketResult><IsTruncated>{str(bool(after)).lower()}</IsTruncated>{contents}{after}</ListBucketResult>"
+    )
+    return web.Response(text=text, content_type="application/xml")
+
+
+async def test_a_store_that_begins_its_list_again_and_again_is_not_followed(
+    fake: tuple[Fake, str], opened: Opening
+) -> None:
+    """The same token twice: some ignore the one that they are given, and the list had no end."""
+    server, url = fake
+    server.handlers["GET"] = lambda _request: _soon(page_of("a", "b", following="again"))
+    names = [name async for name in listing(await opened(url)).names(1_000)]
+    assert names == ["a", "b", "a", "b"]
+    assert len(server.asked) == 2
+
+
+async def test_a_list_is_read_as_far_as_it_is_wanted(fake: tuple[Fake, str], opened: Opening) -> None:
+    """Also of a store that gives more than it is asked for."""
+    server, url = fake
+    server.handlers["GET"] = each(
+        lambda _: page_of("a", "b", "c", following="1"), lambda _: page_of("d", "e", "f", following="2")
+    )
+    store = listing(await opened(url))
+    assert [name async for name in store.names(2)] == ["a", "b"]
+    assert [request.query["max-keys"] for request in server.asked] == ["2"]
+    assert [name async for name in store.names(4)] == ["d", "e", "f", "d"]
+    assert [request.query["max-keys"] for request in server.asked[1:]] == ["4", "1"]
+
+
+async def test_after_an_answer_that_was_lost_no_more_is_read_of_what_is_there_than_was_put(
+    fake: tuple[Fake, str], opened: Opening, body: Body
+) -> None:
+    """Under the name lies something else, and much larger."""
+    server, url = fake
+    sent: list[int] = []
+
+    async def huge(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(100 * CHUNK)})
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            for number in range(100):
+                await response.write(bytes(CHUNK))
+                sent.append(number)
+        return response
+
+    server.handlers = {
+        "HEAD": each(lambda _: web.Response(status=404)),
+        "PUT": each(lambda _: error(500, "InternalError"), lambda _: error(412, "PreconditionFailed")),
+        "GET": huge,
+    }
+    with pytest.raises(ObjectExists):
+        await (await opened(url)).put(NAME, body.path, body.sha256)
+    assert len(sent) < 50
+
+
+async def _soon(response: web.Response) -> web.StreamResponse:
+    return response
+
+
+def listing(store: Store) -> Bucket:
+    """The same, of which names can be asked."""
+    assert isinstance(store, Bucket)
+    return store

@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from pydantic import SecretStr
 
 from nexhb import __version__, cli, daemon
@@ -78,6 +79,30 @@ async def test_what_cannot_be_asked_is_said_and_so_is_what_does_not_suffice(nexh
         False,
         True,
     )
+
+
+async def test_a_key_is_sent_to_nobody_that_the_answer_names(nexhb: Nexhb) -> None:
+    """Whatever listens there may lead elsewhere."""
+    keys: list[str | None] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        keys.append(request.headers.get("x-admin"))
+        if request.host.startswith("localhost"):
+            return web.json_response({"status": "ok"})
+        raise web.HTTPFound(f"http://localhost:{request.url.port}{request.path}")
+
+    app = web.Application()
+    app.router.add_get("/{tail:.*}", elsewhere)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        heard = await asking.ask(settings_of(nexhb), site.name, ADMIN_KEY)
+    finally:
+        await runner.cleanup()
+    assert not heard.reachable
+    assert len(keys) == 1
 
 
 async def test_a_start_that_may_go_well_the_next_time_is_no_error_of_the_configuration(nexhb: Nexhb) -> None:

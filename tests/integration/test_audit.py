@@ -15,9 +15,9 @@ from nexhb.archive import catalog, restore
 from nexhb.archive.file import FolderStore
 from nexhb.audit import audit
 from nexhb.config import Settings
-from nexhb.db import Connection
+from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon, example
+from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 from tests.integration.test_late_heartbeats import gone, run_nightly
 
 BACK = timedelta(days=5)
@@ -190,6 +190,54 @@ async def test_rows_without_their_label_or_device_are_read_and_reported(
     assert (line.good, "name a device" in line.said) == (False, True)
     for name in ("offline", "unity-down"):
         assert (await nexhb.get(f"/v1/devices/{name}"))["devices"] == []
+
+
+LATE_ROW = """INSERT INTO late_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong, reason)
+    VALUES ($1, $1, 9, 1, 7, false, 'dropped')"""
+
+
+async def test_late_rows_without_their_label_or_device_are_reported_too(conn: Connection, now: datetime) -> None:
+    await partitions.ensure(conn, [now.date()])
+    await conn.execute(LATE_ROW, now)
+    found = await audit(conn, now.date())
+    assert (found.late, found.dangling_devices, found.dangling_labels, found.ok) == (1, 1, 1, False)
+    line = await doctor._QUESTIONS["numbers"](doctor.Visit(conn, Settings(), now))
+    assert (line.good, "1 rows of today name a device that is not there, 1 a label" in line.said) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("row", "used", "says"),
+    [
+        (LATE_ROW, {"device": 9, "label": 7}, "1 rows of today name a device"),
+        ("INSERT INTO device_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong) "
+         "VALUES ($1, $1, 9, 1, 7, false)", {"device": 9}, "1 rows of today name a device"),
+        ("INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at) "
+         "VALUES (9, 'gone', $1, $1, $1)", {"device": 9}, "1 rows of today name a device"),
+        ("INSERT INTO heartbeat_labels OVERRIDING SYSTEM VALUE "
+         "SELECT 7, '1', '', '', '' WHERE $1::timestamptz < 'infinity'",
+         {"label": 7}, "the next label gets number 1 of 7"),
+    ],
+    ids=["late", "history", "status", "label"],
+)  # fmt: skip
+async def test_a_number_is_in_use_wherever_it_stands(
+    conn: Connection, now: datetime, row: str, used: dict[str, int], says: str
+) -> None:
+    """The sequence is raised above it, whichever table alone holds it."""
+    await partitions.ensure(conn, [now.date()])
+    await conn.execute(row, now)
+    assert {one["what"]: one["used"] for one in await numbers.behind(conn)} == used
+    line = await doctor._QUESTIONS["numbers"](doctor.Visit(conn, Settings(), now))
+    assert (line.good, says in line.said) == (False, True), line
+    await numbers.raise_sequences(conn)
+    assert await numbers.behind(conn) == []
+
+
+async def test_a_table_that_is_locked_does_not_hold_up_the_start(database: Database, conn: Connection) -> None:
+    """Devices wait for it, and the lock may be held for hours."""
+    async with database.connected(application="test start") as starting, conn.transaction():
+        await conn.execute("LOCK TABLE late_heartbeats IN ACCESS EXCLUSIVE MODE")
+        async with asyncio.timeout(SOON_S):
+            await numbers.raise_sequences(starting)
 
 
 async def test_sequences_that_would_give_a_number_twice_are_raised_at_the_start(

@@ -9,8 +9,10 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -20,7 +22,7 @@ from prometheus_client import REGISTRY
 from pydantic import SecretStr
 from yarl import URL
 
-from nexhb import devices
+from nexhb import devices, identity, sql
 from nexhb.config import Auth
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, DatabaseUnavailable, DeviceExists, UnknownDevice
@@ -734,6 +736,34 @@ async def test_an_agent_that_did_not_hear_the_answer_enrols_again_by_its_alias(
     assert (await register(open_house, key, alias="by the door")).status == 401, "it has sent: the answer was heard"
 
 
+async def test_a_registration_that_is_repeated_while_the_operator_decides_waits_for_him(
+    open_house: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The token that a rotation had just given was replaced by the device's."""
+    key = await issue(open_house, uses=5)
+    assert (await register(open_house, key, "kiosk-1")).status == 200
+    async with conn.transaction():
+        token = await devices.rotate(conn, "kiosk-1")
+        again = asyncio.create_task(register(open_house, key, "kiosk-1"))
+        waits = "SELECT FROM pg_stat_activity WHERE application_name = 'nexhb http' AND wait_event_type = 'Lock'"
+        async with asyncio.timeout(SOON_S):
+            while not await open_house.rows(waits):
+                assert not again.done()
+                await asyncio.sleep(0.01)
+    assert (await again).status == 409
+    assert (await sending(open_house, "kiosk-1", token, now)()).status == 200
+
+
+async def test_a_revoked_device_is_not_admitted_by_the_key_that_it_registered_with(
+    open_house: Nexhb, conn: Connection
+) -> None:
+    """Also where a hand revoked it, and left the enrolment."""
+    key = await issue(open_house, uses=5)
+    assert (await register(open_house, key, "kiosk-1")).status == 200
+    await conn.execute("UPDATE devices SET revoked_at = now()")
+    assert (await register(open_house, key, "kiosk-1")).status == 409
+
+
 async def test_of_devices_that_race_for_the_last_uses_exactly_so_many_win(start_daemon: StartDaemon) -> None:
     auth = Auth(admin_key=SecretStr(ADMIN_KEY), enrolment="open")
     daemons = [await start_daemon(auth=auth), await start_daemon(auth=auth)]
@@ -1041,3 +1071,209 @@ async def test_a_token_that_was_unknown_is_asked_for_again_while_nobody_listens(
         assert found.device_id == "kiosk-1"
     finally:
         await store.close()
+
+
+# ---- a listener that freezes, at whichever of its questions ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrozenAtFirst(Database):
+    """Its first session freezes as soon as it is made."""
+
+    frozen: list[int] = field(default_factory=list, compare=False)
+
+    async def connect(self, **how: Any) -> Connection:
+        """The same, and nothing that it is asked is answered."""
+        conn = await super().connect(**how)
+        if not self.frozen:
+            freeze(conn, self.frozen)
+        return conn
+
+
+def freeze(conn: Connection, frozen: list[int]) -> None:
+    """Stop its backend."""
+    frozen.append(conn.get_server_pid())
+    os.kill(frozen[0], signal.SIGSTOP)
+
+
+def freezes_in(store: devices.DeviceStore, step: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The listener's backend stops as this step begins, the first time; its pid."""
+    plain, frozen = getattr(store, step), list[int]()
+
+    def frozen_at_first(*args: Any) -> Any:
+        if store._follow_conn is not None and not frozen:
+            freeze(store._follow_conn, frozen)
+        return plain(*args)
+
+    monkeypatch.setattr(store, step, frozen_at_first)
+    return frozen
+
+
+@pytest.mark.parametrize("step", ["add_listener", "_read_all", "_take_in", "the end", "_take_notice"])
+async def test_a_listener_that_freezes_at_any_question_is_replaced_within_seconds(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Only its look at the count of changes was known to end: a revoked device was taken for as long as it froze."""
+    monkeypatch.setattr(devices, "ANSWER_S", 1.0)
+    monkeypatch.setattr(devices, "LOOK_S", 3600.0)
+    if step == "_take_in":  # else that was all of it, and what comes next is COMMIT
+        monkeypatch.setattr(devices, "READ_AT_ONCE", 1)
+        await devices.add(conn, "kiosk-0", None)
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    where = FrozenAtFirst(database.dsn) if step == "add_listener" else database
+    store = devices.DeviceStore(where, refresh_s=3600)
+    frozen = (
+        where.frozen
+        if isinstance(where, FrozenAtFirst)
+        else freezes_in(store, step.replace("the end", "_take_in"), monkeypatch)
+    )
+    following = asyncio.create_task(store.run())
+    try:
+        async with asyncio.timeout(SOON_S):
+            while not store._is_following and not frozen:
+                await asyncio.sleep(0.01)
+        await devices.revoke(conn, "kiosk-1", now)
+        async with asyncio.timeout(SOON_S):
+            while not ((device := store.known(token)) and device.revoked):
+                await asyncio.sleep(0.01)
+        assert frozen
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_look_up_that_is_not_answered_does_not_hold_up_the_next(
+    database: Database, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token that memory did not know was 503 for as long as that one session froze."""
+    monkeypatch.setattr(devices, "LOOKUP_TIMEOUT_S", 1.0)
+    store, frozen = devices.DeviceStore(database, refresh_s=3600), list[int]()
+    assert await store.find(devices.hash_token("stray")) is None
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    assert store._lookup_conn is not None
+    freeze(store._lookup_conn, frozen)
+    try:
+        with pytest.raises(DatabaseUnavailable):
+            await store.find(token)
+        monkeypatch.setattr(devices, "LOOKUP_TIMEOUT_S", SOON_S)
+        assert await store.find(token)
+    finally:
+        os.kill(frozen[0], signal.SIGCONT)
+        await store.close()
+
+
+# ---- what is known of changes, and of which database -----------------------------------------------------------------
+
+
+async def counted(conn: Connection) -> int:
+    """How often tokens have changed."""
+    return int(await conn.fetchval("SELECT sum(changes) FROM device_token_changes"))
+
+
+async def test_every_way_to_read_tokens_remembers_how_often_they_have_changed(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that an older copy is known: a token that was read after the copy was made proves that there were changes."""
+    monkeypatch.setattr(devices, "LOOK_S", 3600.0)
+    lives = identity.Lives()
+    store = devices.DeviceStore(database, refresh_s=3600, lives=lives)
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    await store.load()
+    assert lives._changes == await counted(conn) > 0
+    token = devices.hash_token(await devices.rotate(conn, "kiosk-1"))
+    assert await store.find(token)
+    assert lives._changes == await counted(conn)
+    before = REGISTRY.get_sample_value(*LISTENS) or 0
+    following = asyncio.create_task(store.run())
+    async with asyncio.timeout(SOON_S):
+        while (REGISTRY.get_sample_value(*LISTENS) or 0) == before:
+            await asyncio.sleep(0.01)
+        await devices.revoke(conn, "kiosk-1", now)
+        while not ((device := store.known(token)) and device.revoked):
+            await asyncio.sleep(0.01)
+    assert lives._changes == await counted(conn)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    await store.close()
+
+
+async def test_a_change_that_was_notified_is_none_that_was_missed(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a million tokens would be read again for each one that changes."""
+    monkeypatch.setattr(devices, "LOOK_S", 0.01)
+    missed = ("nexhb_device_refreshes_total", {"why": "missed", "status": "ok"})
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    async with followed(database, refresh_s=3600) as store:
+        before = REGISTRY.get_sample_value(*missed) or 0
+        await devices.revoke(conn, "kiosk-1", now)
+        async with asyncio.timeout(SOON_S):
+            while not store._by_hash[token].revoked:
+                await asyncio.sleep(0.01)
+        looks, plain = 0, store._is_behind
+
+        async def look(listener: Connection) -> bool:
+            nonlocal looks
+            looks += 1
+            return await plain(listener)
+
+        monkeypatch.setattr(store, "_is_behind", look)
+        async with asyncio.timeout(SOON_S):
+            while looks < 5:
+                await asyncio.sleep(0.01)
+        assert (REGISTRY.get_sample_value(*missed) or 0) == before
+
+
+async def test_what_is_read_while_the_database_is_replaced_is_not_taken_in(
+    database: Database, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is ended as well, but an answer may have come just before that."""
+    lives = identity.Lives()
+    store = devices.DeviceStore(database, refresh_s=3600, lives=lives)
+    token = devices.hash_token(await devices.add(conn, "kiosk-1", None))
+    [row] = await conn.fetch(sql.queries("devices")["find_tokens"], [token])
+
+    async def replaced(*_: object) -> list[Any]:
+        lives.number += 1
+        return [row]
+
+    stub: Any = SimpleNamespace(fetch=replaced, is_closed=lambda: False, terminate=lambda: None)
+    store._lookup_conn = stub
+    with pytest.raises(DatabaseUnavailable):
+        await store.find(token)
+    with pytest.raises(DatabaseUnavailable):
+        await store._take_notice(stub, token.hex())
+    assert store.known(token) is None
+    plain = devices._piece
+    for last in (False, True):
+
+        async def piece(listener: Connection, cursor: Any, last: bool = last) -> list[Any]:
+            found = await plain(listener, cursor)
+            if last != bool(found):
+                lives.number += 1
+            return found
+
+        monkeypatch.setattr(devices, "_piece", piece)
+        async with database.connected(application="test") as reader:
+            with pytest.raises(DatabaseUnavailable):
+                await store._read_all(reader, "refresh")
+        assert last or store.known(token) is None
+
+
+async def test_a_token_that_was_unknown_to_the_database_before_is_asked_for_again(
+    database: Database, conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "MISS_HOLDS_S", 3600.0)
+    store = devices.DeviceStore(database, refresh_s=3600)
+    store._is_following = True
+    token = devices.hash_token(devices.new_token())
+    assert await store.find(token) is None
+    await devices.add(conn, "kiosk-1", None)
+    await conn.execute("UPDATE device_tokens SET token_sha256 = $1", token)
+    assert await store.find(token) is None
+    store._forget()
+    store._is_following = True  # the listener's end is noticed a moment later
+    assert await store.find(token)
+    await store.close()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import itertools
+import os
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from nexhb import flags, log
 from nexhb.config import Reads, Settings
 from nexhb.db import Connection, Database
 from nexhb.flags import Flags, FlagStore
+from nexhb.identity import Lives
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon
 from tests.proxy import Proxy
 
@@ -137,6 +141,95 @@ async def test_a_follower_that_dies_stops_the_daemon(
     monkeypatch.setattr(FlagStore, "_follow", dies)
     nexhb = await start_daemon()
     assert str(await asyncio.wait_for(nexhb.running.failed, SOON_S)) == "a defect"
+
+
+async def test_what_was_read_before_a_change_is_not_in_force_after_it(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A poll that had read and not yet adopted: the change was answered, and undone in memory until the next poll."""
+    store, plain = FlagStore(database, Flags(), lambda: now), flags.read
+    await store.load()
+    has_read, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*args: Any) -> Flags:
+        found = await plain(*args)
+        if not has_read.is_set():
+            has_read.set()
+            await goes_on.wait()
+        return found
+
+    monkeypatch.setattr(flags, "read", slowly)
+    polling = asyncio.create_task(store._read(conn))
+    await has_read.wait()
+    changing = asyncio.create_task(store.change({"rollout_percent": 50}, "Ada"))
+    async with asyncio.timeout(SOON_S):
+        while not (changing.done() or store._reading._waiters):
+            await asyncio.sleep(0.01)
+    goes_on.set()
+    await asyncio.gather(polling, changing)
+    assert store.current.rollout_percent == 50
+
+
+FOLLOWER = "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb flags' AND datname = current_database()"
+
+
+@asynccontextmanager
+async def followed(store: FlagStore, conn: Connection) -> AsyncIterator[int]:
+    """A store that follows; the backend that it listens on."""
+    following = asyncio.create_task(store.run())
+    try:
+        async with asyncio.timeout(SOON_S):
+            while store._conn is None or (pid := await conn.fetchval(FOLLOWER)) is None:
+                await asyncio.sleep(0.01)
+        yield int(pid)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_another_database_has_flags_and_changes_of_its_own(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """A restore into the same database ends no connection: nobody stored the first values there, and its changes, whose
+    numbers begin anew, were not logged."""
+    lives = Lives()
+    store = FlagStore(database, Flags(rollout_percent=30), lambda: now, lives)
+    await store.load()
+    await flags.change(conn, {"perf_diff": True}, "Ada", now, Flags())
+    async with followed(store, conn):
+        async with asyncio.timeout(SOON_S):
+            while store._seen != 4:
+                await asyncio.sleep(0.01)
+        await conn.execute("TRUNCATE feature_flags, feature_flag_changes RESTART IDENTITY")
+        lives.number += 1
+        for forget in lives._forgetting:
+            forget()
+        async with asyncio.timeout(SOON_S):
+            while await conn.fetchval("SELECT count(*) FROM feature_flags") < 3 or store._seen != 3:
+                await asyncio.sleep(0.01)
+        log.setup("info", lines := io.StringIO())
+        await flags.change(conn, {"rollout_percent": 40}, "Ada", now, Flags())
+        async with asyncio.timeout(SOON_S):
+            while "flags.changed" not in lines.getvalue():
+                await asyncio.sleep(0.01)
+    assert (store.current, store._seen) == (Flags(rollout_percent=40), 4)
+
+
+async def test_a_follower_whose_session_freezes_goes_on_with_another(
+    database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flags, "ANSWER_S", 1.0)
+    store = FlagStore(database, Flags(), lambda: now)
+    await store.load()
+    async with followed(store, conn) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await flags.change(conn, {"rollout_percent": 60}, "Ada", now, Flags())
+            async with asyncio.timeout(SOON_S - 10):  # a statement's usual time is a minute
+                while store.current.rollout_percent != 60:
+                    await asyncio.sleep(0.01)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 async def test_two_who_change_at_once_leave_one_history(database: Database, now: datetime) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
-from nexhb import config, daemon, partitions
+from nexhb import config, daemon, metrics, partitions, sql
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.jobs import runner, schedule
@@ -107,6 +109,64 @@ async def test_a_run_whose_daemon_was_killed_is_closed_by_the_next(database: Dat
         ("failed", "its daemon ended in the middle of it"),
         ("completed", None),
     ]
+
+
+async def test_a_run_that_was_closed_by_the_next_stays_closed_whenever_it_ends(
+    database: Database, conn: Connection
+) -> None:
+    """Its daemon hung, lost the lock with its connection, and went on when the next run had said what became of it."""
+
+    async def work(_own: Connection, _now: datetime) -> Done:
+        await conn.execute(sql.queries("jobs")["bury"], "nightly", NOW)
+        return Done({"looked": 1})
+
+    await runner.run(database, job(work), NOW)
+    assert [row[:2] for row in await runs(conn)] == [("failed", "its daemon ended in the middle of it")]
+
+
+async def test_a_run_closes_none_of_another_job(database: Database, conn: Connection) -> None:
+    """A reconciliation that is under way beside the nightly run goes on."""
+    await conn.execute(
+        "INSERT INTO job_runs (job, started_at, status, host) VALUES ('reconcile', $1, 'running', 'x')", NOW
+    )
+    await runner.run(database, job(), NOW)
+    assert [row[0] for row in await runs(conn)] == ["running", "completed"]
+
+
+async def test_a_look_of_the_schedule_at_a_lock_that_is_held_leaves_no_run_behind(
+    database: Database, conn: Connection
+) -> None:
+    """It looks four times a minute, and a night may take hours."""
+    async with held(conn, Lock.NIGHTLY, wait=False):
+        run = await runner.run(database, job(), NOW, unless_since=NOW - timedelta(hours=1))
+    assert (run.status, run.reason) == ("skipped", "lock_held")
+    assert await runs(conn) == []
+
+
+async def test_a_dry_run_takes_no_lock_and_leaves_no_trace(database: Database, conn: Connection) -> None:
+    dry = replace(job(), dry_run=True)
+    async with held(conn, Lock.NIGHTLY, wait=False):
+        assert (await runner.run(database, dry, NOW)).status == "completed"
+    assert await runs(conn) == []
+
+
+async def test_each_job_has_its_own_metrics_and_a_failure_is_no_success(database: Database) -> None:
+    async def fails(_conn: Connection, _now: datetime) -> Done:
+        return Done({}, ("no",))
+
+    def value(name: str, **labels: str) -> float | None:
+        return REGISTRY.get_sample_value(name, labels)
+
+    ended = "nexhb_job_last_success_timestamp_seconds"
+    before = value("reconciliation_runs_total", status="failed") or 0
+    metrics.job_last_success.labels(job="nightly").set(1)
+    await runner.run(database, job(fails), NOW)
+    assert (value("reconciliation_runs_total", status="failed") or 0) == before
+    assert value(ended, job="nightly") == 1
+    await runner.run(database, Job("reconcile", Lock.RECONCILE, "reconciliation", fails), NOW)
+    assert value("reconciliation_runs_total", status="failed") == before + 1
+    await runner.run(database, job(), NOW)
+    assert (value(ended, job="nightly") or 0) >= NOW.timestamp()
 
 
 async def test_somebody_elses_lock_is_said_and_changes_nothing(database: Database, conn: Connection) -> None:

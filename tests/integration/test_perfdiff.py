@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -278,6 +279,28 @@ async def test_mismatches_of_hours_ago_are_not_counted(start_daemon: StartDaemon
     assert (await nexhb.get("/ops/flags"))["read_from_last_status"] is True
 
 
+async def test_what_a_clock_that_was_ahead_wrote_down_counts_for_nothing(conn: Connection, now: datetime) -> None:
+    """Neither its comparisons, nor its switching on, behind which nothing would count until that time."""
+
+    async def counted() -> int:
+        return await perfdiff.mismatches(conn, now - 60 * MINUTE, now + 1440 * MINUTE)
+
+    for minutes, seen in ((2_000, 0), (-61, 0), (-30, 1)):
+        await conn.execute(
+            """INSERT INTO perf_diff_comparisons (query, compared_at, fast_ms, legacy_ms, fast_rows, legacy_rows,
+            rows_differ, examples, host) VALUES ('offline', $1, 1, 1, 1, 1, 1, '{}', 'there')""",
+            now + minutes * MINUTE,
+        )
+        assert await counted() == seen
+    for minutes, seen in ((2_000, 1), (-40, 1), (-20, 0)):
+        await conn.execute(
+            """INSERT INTO feature_flag_changes (flag, value_from, value_to, changed_at, changed_by)
+            VALUES ('read_from_last_status', 'false', 'true', $1, 'Ada')""",
+            now + minutes * MINUTE,
+        )
+        assert await counted() == seen
+
+
 async def test_one_is_compared_at_a_time_and_the_others_are_counted(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
@@ -344,6 +367,46 @@ async def test_the_databases_absence_costs_comparisons_and_no_daemon(
 
 
 # ---- afterwards -----------------------------------------------------------------------------------------------------
+
+
+class Quiet(perfdiff.PerfDiff):
+    """Comparisons that are none, and take as long as they are said to."""
+
+    took_s = 0.0
+
+    def ready(self) -> Quiet:
+        """With an ear for what happens."""
+        self.begun: list[float] = []
+        self.closed = asyncio.Event()
+        return self
+
+    async def _compare(self, question: Question) -> float:
+        self.begun.append(asyncio.get_running_loop().time())
+        return self.took_s
+
+    async def _disconnect(self) -> None:
+        self.closed.set()
+
+
+async def test_after_a_comparison_comes_a_rest_as_long_and_an_idle_connection_is_given_back(
+    database: Database, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a reader who asks all the time would have a core compared away."""
+    monkeypatch.setattr(perfdiff, "IDLE_S", 0.05)
+    store = flags.FlagStore(database, Flags(perf_diff=True), lambda: now)
+    settings = Settings(data_dir=Path("/nowhere"), reads=ALWAYS)
+    diff = Quiet(database, store, settings, lambda: now, lambda: 0.0).ready()
+    diff.took_s = 0.3
+    running = asyncio.create_task(diff.run())
+    async with asyncio.timeout(SOON_S):
+        while len(diff.begun) < 3:
+            if not diff._wanted.full():
+                diff.offer(OFFLINE)
+            await asyncio.sleep(0.01)
+        await diff.closed.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert all(later - earlier >= 0.25 for earlier, later in itertools.pairwise(diff.begun))
 
 
 async def test_the_report_has_both_ways_and_what_differed(database: Database, conn: Connection, now: datetime) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from nexhb import batch, clock, sql, taking
+from nexhb import batch, clock, reads, sql, taking
 from nexhb import daemon as daemon_module
 from nexhb.clock import DatabaseClock
 from nexhb.config import HeartbeatRules
@@ -22,7 +22,7 @@ from nexhb.presence import AGENT_WAIT
 from tests.conftest import Agent, Nexhb, StartDaemon, example, shown
 from tests.unit.beats import NOON, beat
 
-MINUTE = timedelta(minutes=1)
+MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
 UPTIME = 100_000.0
 
 
@@ -58,6 +58,13 @@ async def test_a_live_kiosk_whose_clock_is_slow_is_online_and_its_skew_is_shown(
     nexhb.clock.fixed = now + 11 * MINUTE
     [row] = (await nexhb.get("/v1/devices/offline"))["devices"]
     assert (row["offline_seconds"], row["clock_skew_seconds"], row["heard_at"]) == (660, -1500, shown(now))
+
+
+def test_a_clock_outside_the_window_has_no_skew_that_could_be_told(now: datetime) -> None:
+    """Its ts is the time of its receipt: the skew would be shown as none."""
+    assert reads.skew_s(now - MINUTE, now, clock_wrong=False) == -60
+    assert reads.skew_s(now, now, clock_wrong=True) is None
+    assert reads.skew_s(None, now, clock_wrong=False) is None
 
 
 async def test_whoever_replays_is_there_and_so_is_who_sends_a_duplicate_but_not_who_is_refused(
@@ -148,6 +155,20 @@ async def test_a_name_that_was_refused_once_is_taken_as_soon_as_it_is_newer(
     for minutes in range(1, 7):
         await agent.live(now + minutes * MINUTE, alias="New name")
     assert (await facts(conn))[0] == "New name"
+
+
+async def test_a_heartbeat_that_says_nothing_of_the_device_leaves_nothing_to_be_written(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """Each would have devices updated, and the next one that says something once more."""
+    agent = await nexhb.agent("kiosk")
+    assert (await agent.send(now - 2 * MINUTE)).status == 200
+    said = "SELECT said_facts, kept_facts FROM device_last_status"
+    [before] = await conn.fetch(said)
+    assert before["said_facts"] == before["kept_facts"] is not None
+    assert (await agent.post(orjson.dumps({"timestamp_utc": shown(now - MINUTE)}))).status == 200
+    assert await conn.fetch(said) == [before]
+    assert (await device(nexhb, "kiosk"))["last_ts"] == shown(now - MINUTE)
 
 
 async def test_two_daemons_agree_on_a_name_that_changes_there_and_back(
@@ -272,6 +293,60 @@ async def test_a_status_that_is_lost_is_healed_to_what_the_writer_had_made_of_it
     assert [one | digests for one in healed] == [one | digests for one in right]
 
 
+PARTIAL: dict[str, dict[str, Any]] = {
+    "nothing": {}, "signal": {"signal_dbm": -50}, "unity": {"unity_process_running": False},
+    "agent": {"app_version": "2.0.0"}, **{section: {section: {}} for section in SAYS_NOTHING},
+}  # fmt: skip
+
+
+async def test_a_partial_heartbeat_is_healed_to_what_the_writer_had_made_of_it(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The two statements have the same list of sections. A signal, Unity's state and the agent's version may come
+    without theirs."""
+    absent: dict[str, Any] = dict.fromkeys(
+        [*SAYS_NOTHING, "app_version", "unity_process_running", "monitored_foreground_recent_s"]
+    )
+    agents = {name: await nexhb.agent(name) for name in PARTIAL}
+    for agent in agents.values():
+        await agent.live(now - 3 * MINUTE, signal_dbm=-60)
+    columns = await conn.fetchval(
+        """SELECT string_agg(column_name, ', ') FROM information_schema.columns
+           WHERE table_name = 'device_last_status' AND is_generated = 'NEVER'"""
+    )
+    await conn.execute(f"CREATE TABLE before AS SELECT {columns} FROM device_last_status")
+    for name, agent in agents.items():
+        await agent.live(now - MINUTE, **absent | PARTIAL[name])
+    statuses = f"SELECT {columns} FROM device_last_status ORDER BY device_no"
+    right = [dict(row) for row in await conn.fetch(statuses)]
+    by_name = {one["device_id"]: one for one in right}
+    assert (by_name["signal"]["signal_dbm"], by_name["signal"]["ssid"]) == (-50, "Store-42")
+    assert (by_name["unity"]["unity_running"], by_name["unity"]["unity_pkg_version"]) == (False, "2.1.0")
+    assert (by_name["agent"]["agent_version"], by_name["nothing"]["agent_version"]) == ("2.0.0", "1.0.9")
+    await conn.execute("DELETE FROM device_last_status")
+    await conn.execute(f"INSERT INTO device_last_status ({columns}) SELECT * FROM before")
+    assert (await reconcile(conn, now, max_rows=100)).updated == len(PARTIAL)
+    digests = {"said_facts": None, "kept_facts": None}
+    healed = [dict(row) | digests for row in await conn.fetch(statuses)]
+    assert healed == [one | digests for one in right]
+
+
+async def test_content_that_is_healed_leaves_when_the_device_was_heard(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """A duplicate was its last sign of life, of which the history has no row."""
+    agent = await nexhb.agent("kiosk")
+    await agent.live(now - 3 * MINUTE, battery={"pct": 50.0})
+    await agent.live(now - 2 * MINUTE, battery={"pct": 60.0})
+    await agent.live(now - 2 * MINUTE, received_at=now - MINUTE)
+    await conn.execute(
+        "UPDATE device_last_status SET last_ts = $1, received_at = $1, battery_pct = 50", now - 3 * MINUTE
+    )
+    assert (await reconcile(conn, now, max_rows=10)).updated == 1
+    [found] = await conn.fetch("SELECT last_ts, battery_pct, heard_at FROM device_last_status")
+    assert tuple(found) == (now - 2 * MINUTE, 60, now - MINUTE)
+
+
 # ---- blackouts ------------------------------------------------------------------------------------------------------
 
 
@@ -303,18 +378,30 @@ async def test_nexhbs_own_outage_is_no_silence_of_the_fleet(start_daemon: StartD
 async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon(now=now)
     for name, minutes in (("before", 100), ("meanwhile", 55), ("after", 9), ("after it, gone", 31)):
-        await (await nexhb.agent(name)).live(now - minutes * MINUTE)
+        await (await nexhb.agent(name)).live(now - minutes * MINUTE, unity_process_running=name != "meanwhile")
     await nexhb.rows("INSERT INTO taking_heartbeats (since, renewed_at) VALUES ($1, $2)", now - 40 * MINUTE, now)
     await nexhb.rows("INSERT INTO blackouts VALUES ($1, $2)", now - 60 * MINUTE, now - 40 * MINUTE)
     nexhb.clock.fixed = now - 26 * MINUTE
     fast = await nexhb.get("/v1/devices/offline")
     assert [row["device_id"] for row in fast["devices"]] == ["before"]
+    fleet = await nexhb.get("/v1/fleet")
+    assert [fleet[name] for name in ("online", "offline", "unity_down", "unity_down_online")] == [3, 1, 1, 1]
     nexhb.clock.fixed = now
     fast = await nexhb.get("/v1/devices/offline")
     await nexhb.rows("UPDATE feature_flags SET value = 'false' WHERE flag = 'read_from_last_status'")
     while (legacy := await nexhb.get("/v1/devices/offline"))["source"] != "legacy":
         pass
     assert legacy["devices"] == fast["devices"]
+
+
+async def test_a_blackout_of_a_clock_that_was_ahead_is_forgotten_once_it_is_right(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """Four days later it would have been believed, and whoever had been silent since been online again."""
+    for moment in (now - 100 * MINUTE, now - 90 * MINUTE, now - 90 * MINUTE + timedelta(days=4), now):
+        await taking.renew(conn, moment)
+    kept = await conn.fetch("SELECT began_at, ended_at FROM blackouts")
+    assert [tuple(row) for row in kept] == [(now - 100 * MINUTE, now - 90 * MINUTE)]
 
 
 async def test_of_two_daemons_that_come_back_at_once_one_finds_the_gap(database: Database, now: datetime) -> None:
@@ -345,6 +432,21 @@ async def test_a_daemon_that_cannot_commit_does_not_renew(database: Database, co
     await keeper._once()
     assert await conn.fetchval("SELECT count(*) FROM taking_heartbeats") == 1
     await keeper._disconnect()
+
+
+async def test_no_more_blackouts_are_read_than_the_bound_and_none_is_kept_for_ever(
+    conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking, "BLACKOUTS_MOST", 2)
+    await conn.executemany(
+        "INSERT INTO blackouts (began_at, ended_at) VALUES ($1, $2)",
+        [(now - days * DAY, now - days * DAY + MINUTE) for days in (-1, 1, 2, 3, 401)],
+    )
+    assert [one.start for one in (await taking.read(conn, now, MINUTE)).blackouts] == [now - DAY, now - 2 * DAY]
+    await taking.renew(conn, now - MINUTE)
+    assert await taking.renew(conn, now)
+    kept = await conn.fetch("SELECT began_at FROM blackouts WHERE began_at < $1 ORDER BY began_at", now - MINUTE)
+    assert [row["began_at"] for row in kept] == [now - 3 * DAY, now - 2 * DAY, now - DAY]
 
 
 # ---- the clock ------------------------------------------------------------------------------------------------------

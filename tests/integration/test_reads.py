@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from pydantic import SecretStr
 
-from nexhb import devices
+from nexhb import devices, partitions
 from nexhb.config import Database as DatabaseSettings
 from nexhb.config import Ingest
 from nexhb.db import Connection, Database
@@ -156,6 +156,20 @@ async def test_a_history_goes_on_page_by_page_and_says_when_it_ends(nexhb: Nexhb
         assert [ts for ts in seen if ts < shown(noon)] == [shown(moment) for moment in made]
         assert len(seen) == len(set(seen))
     assert (await nexhb.get(f"{path}&limit=8&after=0"))["heartbeats"] == []
+
+
+async def test_a_page_of_an_old_history_opens_no_newer_day(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    """Ninety days of partitions would be opened for each page, of which all but the last have nothing."""
+    agent = await nexhb.agent("kiosk-1")
+    for days in (0, 3, 4):
+        assert (await agent.send(now - timedelta(days=days))).status == 200
+    path = f"/v1/devices/kiosk-1/heartbeats?from={now - timedelta(days=6):%Y-%m-%dT%H:%M:%SZ}&limit=1"
+    page = await nexhb.get(path)
+    page = await nexhb.get(f"{path}&after={page['next']}")
+    async with conn.transaction():
+        await conn.execute(f"LOCK TABLE {partitions.name_of(now.date())} IN ACCESS EXCLUSIVE MODE")
+        page = await nexhb.get(f"{path}&after={page['next']}")
+    assert [beat["ts"] for beat in page["heartbeats"]] == [shown(now - timedelta(days=4))]
 
 
 async def test_a_history_goes_on_where_the_buckets_grew(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from nexhb import devices, flags, migrate
 from nexhb import writer as writer_module
-from nexhb.db import Database
+from nexhb.config import Reads
+from nexhb.db import Connection, Database
+from nexhb.errors import NotConfirmed
 from tests.conftest import SOON_S, Answer, Nexhb, StartDaemon
 from tests.faults.cluster import Cluster, running
 from tests.faults.guard import Guard, guarding
@@ -21,6 +24,10 @@ from tests.standby import Standby, standby_of
 WAITS = (
     "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb writer' AND wait_event = 'SyncRep'"
     " AND query LIKE $1"
+)
+CANCEL = (
+    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+    " WHERE application_name = 'test change' AND wait_event = 'SyncRep'"
 )
 
 
@@ -48,6 +55,18 @@ async def names(cluster: Cluster, standbys: str) -> None:
         while await conn.fetchval("SHOW synchronous_standby_names") != standbys:
             await asyncio.sleep(0.01)
     conn.terminate()
+
+
+@pytest.fixture
+async def lagging(primary: Cluster, now: datetime) -> AsyncIterator[Database]:
+    """A database with a device, in which each COMMIT waits for a standby that is not there."""
+    database = Database(primary.dsn)
+    async with database.connected(application="test") as conn:
+        await migrate.migrate(conn, now)
+        await devices.add(conn, "kiosk-1", None)
+    await names(primary, "nobody")
+    yield database
+    await names(primary, "")
 
 
 async def waiting(nexhb: Nexhb, statement: str) -> int:
@@ -122,3 +141,27 @@ async def test_a_commit_in_doubt_counts_once_the_standby_confirms(
     answer = await sent
     assert (answer.status, answer.body["deduplicated"]) == (200, False)
     assert len(await nexhb.rows("SELECT FROM device_heartbeats")) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conn, now: devices.add(conn, "kiosk-2", None),
+        lambda conn, now: devices.rotate(conn, "kiosk-1"),
+        lambda conn, now: devices.revoke(conn, "kiosk-1", now),
+        lambda conn, now: devices.issue_enrolment_key(conn, note=None, uses=1, expires_at=now),
+        lambda conn, now: flags.change(conn, {"perf_diff": True}, "test", now, flags.first_values(Reads())),
+    ],
+    ids=["add", "rotate", "revoke", "enrolment key", "flags"],
+)
+async def test_a_change_that_no_standby_has_is_said_to_be_unconfirmed(
+    lagging: Database, now: datetime, change: Callable[[Connection, datetime], Awaitable[object]]
+) -> None:
+    """A token was printed, and a failover lost it: the device heard 401."""
+    async with lagging.connected(application="test change") as conn, lagging.connected(application="test") as other:
+        changed = asyncio.ensure_future(change(conn, now))
+        while not changed.done():
+            await other.execute(CANCEL)
+            await asyncio.sleep(0.02)
+        with pytest.raises(NotConfirmed):
+            await changed

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+import asyncio
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import orjson
 import pytest
 
-from nexhb import daemon, devices, troubles
+from nexhb import daemon, devices, identity, troubles, wire
 from nexhb.config import Ingest
 from nexhb.db import Connection, Database
 from nexhb.devices import Device
+from nexhb.identity import Watched
 from nexhb.troubles import Troubles
-from tests.conftest import Nexhb, StartDaemon, example
+from nexhb.twins import Kiosk
+from tests.conftest import SOON_S, Nexhb, StartDaemon, example
+
+MADE = datetime(2026, 11, 24, 2, tzinfo=UTC)
 
 FIVE_HUNDRED = Ingest(device_burst=500, device_per_minute=1)
 
@@ -127,3 +133,90 @@ def test_what_is_held_and_logged_is_bounded(
     assert len(kept._refusals) == 5
     assert 100 <= len(told) < 150
     assert len((kept.last_refusal("kiosk-299") or {})["reason"]) == troubles.REASON_MOST
+    pair = (Kiosk("A", None, None, None), Kiosk("B", None, None, None))
+    for number in range(20):
+        kept._note(heartbeat(number), pair)
+    assert list(kept._shared) == [f"kiosk-{number}" for number in range(15, 20)]
+
+
+def heartbeat(device_no: int) -> wire.Heartbeat:
+    """Of a device with this number."""
+    rules = wire.Rules("io.unitynodes.unityapp", 10, timedelta(days=7), timedelta(minutes=5))
+    body = orjson.dumps(example(MADE))
+    return wire.parse(body, device_no=device_no, device_id=f"kiosk-{device_no}", received_at=MADE, rules=rules)
+
+
+async def test_whoever_goes_on_being_refused_is_logged_again_after_an_hour_and_what_was_not_logged_is_counted(
+    told: list[tuple[str, str, object]], monkeypatch: pytest.MonkeyPatch, database: Database, now: datetime
+) -> None:
+    passed_s = 1e6
+    monkeypatch.setattr(troubles, "time", SimpleNamespace(monotonic=lambda: passed_s))
+    monkeypatch.setattr(troubles, "FLUSH_S", 0.0)
+    kept, device = Troubles(database, lambda: now, 10), Device(1, "kiosk-1", revoked=False)
+    lines = []
+    for passed_s in (1e6, 1e6 + 3_599, 1e6 + 3_601, 1e6 + 3_602):  # noqa: B007 - the clock reads it
+        kept.refused(device, 422, "no", "battery")
+        lines.append(len(told))
+    assert lines == [1, 1, 2, 2]
+    for number in range(2, 204):
+        kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "no")
+    monkeypatch.setattr(kept, "flush", asyncio.Event().wait)
+    running = asyncio.create_task(kept.run())
+    async with asyncio.timeout(SOON_S):
+        while told[-1][0] != "device.refusals_not_logged":
+            await asyncio.sleep(0)
+    running.cancel()
+    assert told[-1] == ("device.refusals_not_logged", "None", 204 - (len(told) - 1))
+
+
+async def test_of_what_two_daemons_saw_the_newer_stays_and_since_when_is_the_first(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """They write once a minute each, in any order."""
+    await devices.add(conn, "kiosk-1", None)
+    device, pair = Device(1, "kiosk-1", revoked=False), (Kiosk("A", None, None, None), Kiosk("B", None, None, None))
+    seen = {}
+    for minutes in (0, 2, 1):
+        seen[minutes] = Troubles(database, lambda minutes=minutes: now + timedelta(minutes=minutes), 10)  # type: ignore[misc]
+        seen[minutes].refused(device, 422, f"reason {minutes}")
+        seen[minutes]._note(heartbeat(1), pair)
+        await seen[minutes].flush()
+    last = now + timedelta(minutes=2)
+    [refusal] = await conn.fetch("SELECT refused_at, reason FROM device_refusals")
+    [shared] = await conn.fetch("SELECT since, last_at FROM shared_tokens")
+    assert (tuple(refusal), tuple(shared)) == ((last, "reason 2"), (now, last))
+    seen[0]._now = lambda: now + timedelta(minutes=3)
+    seen[0]._note(heartbeat(1), pair)
+    assert (seen[0].token_shared("kiosk-1") or {})["since"] == now
+
+
+async def test_what_is_written_is_not_written_again(database: Database, conn: Connection, now: datetime) -> None:
+    """Ten thousand rows a minute, each of them locked."""
+    await devices.add(conn, "kiosk-1", None)
+    await devices.add(conn, "kiosk-2", None)
+    kept, locked = Troubles(database, lambda: now, 10), []
+    for number in (1, 2):
+        kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "no")
+        await kept.flush()
+        locked.append(await conn.fetchval("SELECT xmax::text FROM device_refusals WHERE device_no = 1"))
+    assert locked[0] == locked[1]
+
+
+async def test_what_was_seen_of_the_database_before_is_not_written_under_its_numbers(
+    database: Database, conn: Connection, now: datetime
+) -> None:
+    """The connection that writes it finds the other database, and makes everybody forget."""
+    await devices.add(conn, "another", None)
+    lives = identity.Lives()
+    kept = Troubles(Watched.of(database, lives), lambda: now, 10)
+    lives.on_change(kept.forget)
+    lives._oid = 1
+    kept.look(heartbeat(1))
+    kept.refused(Device(1, "kiosk-1", revoked=False), 422, "no")
+    kept._note(heartbeat(1), (Kiosk("A", None, None, None), Kiosk("B", None, None, None)))
+    await kept.flush()
+    assert (lives.number, kept.last_refusal("kiosk-1"), kept.token_shared("kiosk-1")) == (1, None, None)
+    assert kept._twins._seen == {}
+    assert (
+        await conn.fetchval("SELECT (SELECT count(*) FROM device_refusals) + (SELECT count(*) FROM shared_tokens)") == 0
+    )

@@ -66,12 +66,23 @@ def test_what_is_quoted_may_hold_every_separator() -> None:
         ("", "empty"),
         (f"device_id,token,Token\na,{TOKEN},x\n", "names token twice"),
         ("device_id,alias,token\na,Stra\udce9e,x\n", "line 2 is not UTF-8"),
+        ("device_id,token,x;device_id;token\na,b,c;d;e\n", "must name device_id"),  # by commas and by semicolons
     ],
 )
 def test_what_is_no_such_table_says_what_was_found(text: str, says: str) -> None:
     with pytest.raises(BadInput) as refused:
         parse(text.encode("utf-8", "surrogateescape"))
     assert says in str(refused.value)
+
+
+def test_of_a_first_line_that_is_something_else_the_beginning_is_repeated() -> None:
+    with pytest.raises(BadInput) as refused:
+        parse(";".join("x" * 5_000 for _ in range(500)).encode())
+    assert len(str(refused.value)) < 1_000
+
+
+def test_an_id_that_only_begins_like_a_shortened_number_is_one() -> None:
+    assert rows(f"device_id,token\n8E+14-kiosk,{TOKEN}\n") == [Row(2, "8E+14-kiosk", "", TOKEN, "")]
 
 
 def bad(text: str) -> list[tuple[int, str]]:

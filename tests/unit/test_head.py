@@ -113,6 +113,22 @@ def test_without_key_or_length_or_with_a_body_too_long_it_is_aiohttps() -> None:
     assert read(request(b"Authorization: Bearer ", AGENT[2], AGENT[3]), 100) is None
     assert read(request(*AGENT, b"Host: " + b"x" * 5000), 100) is None
     assert read(LINE + b"\r\nHost: " + b"x" * 5000, 100) is None, "a head without an end"
+    assert read(request(AGENT[0], AGENT[3], b"Content-Length: 00000007"), 100) is None
+
+
+@pytest.mark.parametrize(
+    "behind", [b"\nTransfer-Encoding: chunked", b"\rTransfer-Encoding: chunked", b"\0", b"\xc3\xa4"]
+)
+def test_a_key_or_a_length_with_more_than_plain_text_is_aiohttps(behind: bytes) -> None:
+    """These two fields have a way of their own."""
+    assert read(request(b"Authorization: Bearer abc" + behind, AGENT[2], AGENT[3]), 100) is None
+    assert read(request(AGENT[0], AGENT[3], b"Content-Length: 7" + behind), 100) is None
+
+
+def test_no_key_and_no_length_is_remembered() -> None:
+    """There are as many as devices, and a key is a secret."""
+    assert read(request(*AGENT), 100) == Request(TOKEN, b'{"a":1}')
+    assert not [line for line in head._harmless if line.lower().startswith((b"authorization", b"content-length"))]
 
 
 def test_no_more_lines_are_remembered_than_fit() -> None:

@@ -41,6 +41,9 @@ def test_rows_that_are_missing_or_not_the_same_differ() -> None:
 def test_of_lists_that_were_cut_only_the_rows_in_both_are_compared() -> None:
     fast, legacy = found(("a", 1), ("b", 2), count=3), found(("b", 3), ("c", 4), count=3)
     assert perfdiff.differing(fast, legacy) == ["b"]
+    for cut, whole in ((3, None), (None, 3)):  # also where one way alone says that there are more
+        fast, legacy = found(("a", 1), ("b", 2), count=cut), found(("b", 3), ("c", 4), count=whole)
+        assert perfdiff.differing(fast, legacy) == ["b"]
 
 
 def test_presence_is_told_from_content() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexhb.jobs import plan
-from nexhb.jobs.plan import Day, Kind, Rules, Step
+from nexhb.jobs.plan import Day, Kind, Rules, Step, Witnesses
 
 NOW = datetime(2026, 6, 15, 3, 0, tzinfo=UTC)
 TODAY = NOW.date()
@@ -91,6 +91,11 @@ def test_what_an_earlier_run_archived_is_dropped_without_being_archived_again() 
     assert (step.kind, step.needs) == (Kind.DROP, None)
 
 
+def test_an_archived_day_that_somebody_attached_again_is_archived_again_before_its_drop() -> None:
+    found = steps([day(91, state="archived")], Kind.ARCHIVE, Kind.DROP)
+    assert [(step.kind, step.needs) for step in found] == [(Kind.ARCHIVE, None), (Kind.DROP, Kind.ARCHIVE)]
+
+
 def test_a_failed_archive_is_tried_again() -> None:
     failed = day(91, state="archive_failed", attached=False)
     assert [step.reason for step in steps([failed], Kind.ARCHIVE)] == ["its last try failed"]
@@ -107,6 +112,8 @@ def test_a_detached_day_is_on_its_way_out_whatever_its_age() -> None:
 
 def test_a_foreign_table_of_a_days_name_is_not_touched() -> None:
     assert steps([day(95, state="dropped", attached=False)], Kind.ARCHIVE, Kind.DROP) == []
+    attached = day(95, state="dropped", counted_at=None)
+    assert steps([attached], Kind.ARCHIVE, Kind.DROP, Kind.COUNT) == [], "its count is the archive's"
 
 
 def test_an_interrupted_detach_comes_first_and_its_archive_needs_it() -> None:
@@ -115,6 +122,10 @@ def test_an_interrupted_detach_comes_first_and_its_archive_needs_it() -> None:
     assert (found[0].kind, found[0].target) == (Kind.FINALIZE, pending.name)
     [archive] = [step for step in found if step.kind is Kind.ARCHIVE]
     assert archive.needs is Kind.FINALIZE
+    pending = day(9, detach_pending=True, counted_at=None, frozen=False)
+    assert pending.name not in [step.target for step in steps([pending], Kind.COUNT, Kind.FREEZE, Kind.VACUUM)]
+    pending = day(2, detach_pending=True)
+    assert pending.name not in targets([pending], Kind.VACUUM)
 
 
 def test_a_restored_day_stays_until_it_is_released() -> None:
@@ -191,3 +202,53 @@ def test_whatever_there_is_nothing_is_dropped_that_was_not_archived_and_nothing_
     there: set[date] = {one.start.date() for one in days if one.attached or one.present}
     assert len(made) == len(set(made))
     assert not there & set(made)
+
+
+# ---- whether the clock is to be believed ----------------------------------------------------------------------------
+
+YESTERDAY = TODAY - timedelta(days=1)
+LAST_NIGHT = Witnesses(NOW - timedelta(days=1), (YESTERDAY, TODAY))
+
+
+def doubted(days: list[Day], leaving: int, witnesses: Witnesses = LAST_NIGHT) -> str | None:
+    """What is said of a run that archives the oldest `leaving` of these days."""
+    return plan.doubt(days, [Step(Kind.ARCHIVE, one.name, "") for one in days[:leaving]], NOW, witnesses)
+
+
+def test_a_night_like_any_other_is_not_doubted() -> None:
+    assert doubted(settled(), 1) is None
+    assert doubted(settled(), 0, Witnesses(None, ())) is None, "nothing leaves"
+
+
+def test_neither_a_large_share_of_few_days_nor_a_small_one_of_many_is_doubted() -> None:
+    """A small house, or a retention that was shortened by some days."""
+    assert doubted(settled(-6), 8) is None
+    assert "9 of the 21" in (doubted(settled(6), 9) or "")
+    assert doubted(settled(), 35) is None
+    assert "36 of the 105" in (doubted(settled(), 36) or "")
+
+
+def test_what_passed_since_the_last_run_is_no_doubt() -> None:
+    ten_days = Witnesses(NOW - timedelta(days=10), ())
+    assert doubted(settled(6), 17, ten_days) is None
+    assert "explains 10 of them" in (doubted(settled(6), 18, ten_days) or "")
+
+
+def test_a_restored_day_is_none_of_those_that_stand() -> None:
+    restored = [day(back, restored=True) for back in range(300, 200, -1)]
+    days = settled(6)
+    assert "9 of the 21" in (doubted([*days, *restored], 9) or "")
+    assert doubted([*restored, *days], 9) is None
+
+
+def test_a_gap_is_looked_for_between_whatever_bears_witness() -> None:
+    assert doubted(settled(), 1, Witnesses(NOW - timedelta(days=14), ())) is None
+    assert "15 days" in (doubted(settled(), 1, Witnesses(NOW - timedelta(days=15), ())) or "")
+    weekly = tuple(TODAY - timedelta(days=7 * n) for n in range(10))
+    assert doubted(settled(), 1, Witnesses(None, weekly)) is None
+
+
+def test_what_a_clock_that_was_ahead_wrote_bears_no_witness() -> None:
+    year = timedelta(days=365)
+    assert doubted(settled(), 1, Witnesses(NOW - timedelta(days=1), (YESTERDAY, TODAY + year))) is None
+    assert doubted(settled(), 1, Witnesses(NOW + year, (YESTERDAY,))) is None

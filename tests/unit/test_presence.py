@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexhb.presence import AGENT_WAIT, GAP, Presence, Span, Taking, presence, renewed
+from nexhb.presence import AGENT_WAIT, GAP, Presence, Silent, Span, Taking, presence, renewed
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -100,4 +101,32 @@ def test_another_daemon_that_was_there_a_moment_before_is_not_turned_back() -> N
 
 
 def test_a_renewal_that_lies_ahead_was_made_by_a_wrong_clock_and_counts_for_nothing() -> None:
-    assert renewed(Taking(NOON, at(86_400)), NOON) == (Taking(NOON, NOON), None)
+    for ahead in (86_400, 61):
+        assert renewed(Taking(NOON, at(ahead)), NOON) == (Taking(NOON, NOON), None)
+
+
+def test_a_blackout_that_ends_ahead_was_written_by_a_wrong_clock_and_is_none() -> None:
+    """The database's clock was 90 hours ahead for a moment: for as long, no device went offline any more."""
+    spans = [Span(at(150), at(200)), Span(at(50), at(90 * 3600)), Span(at(0), at(10))]
+    known = presence(at(100), Taking(at(90), at(99)), spans, MINUTE)
+    assert known.blackouts == (Span(at(0), at(10)),)
+    assert seconds(known.silence(at(20))) == 80
+
+
+def test_a_blackout_that_another_daemon_ended_a_moment_before_ends_now() -> None:
+    assert presence(at(100), None, [Span(at(50), at(120))], MINUTE).blackouts == (Span(at(50), at(100)),)
+
+
+def test_blackouts_of_long_ago_cost_a_question_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that counts is walked through once more for the next."""
+    walks: list[int] = []
+    plain = Presence._cutoff
+
+    def counted(self: Presence, blackouts: int, longer_than: timedelta) -> datetime:
+        walks.append(blackouts)
+        return plain(self, blackouts, longer_than)
+
+    monkeypatch.setattr(Presence, "_cutoff", counted)
+    old = [Span(at(-10_000 * day), at(-10_000 * day + 60)) for day in range(1, 200)]
+    assert presence(NOON, Taking(at(-9_000), at(-1)), old, MINUTE).silent(10 * MINUTE) == Silent(at(-600))
+    assert walks == [0]

@@ -19,7 +19,10 @@ NAMES = [
     "\U0001fae9",  # newer than this Python's tables
     "\ue000",
 ]
-UNFIT = ["\t", "\n", "\r", "\0", "\x1b", "\x7f", "\x85", "\x9b", "\u2028", "\u2029", "\u202e", "\u2066", "\ud83d"]
+UNFIT = [
+    "\t", "\n", "\r", "\0", "\x1b", "\x1f", "\x7f", "\x85", "\x9b", "\x9f", "\u2028", "\u2029", "\u202a", "\u202e",
+    "\u2066", "\u2069", "\ud800", "\ud83d", "\udfff",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,12 @@ def test_what_one_kiosk_goes_through_is_not_two() -> None:
     ]
     clock = [heartbeat(m, OLD + timedelta(seconds=m % 2 * 200)) for m in range(60)]
     seldom = [heartbeat(40 * m, NEW if m % 2 else OLD) for m in range(60)]
-    for life in (reboots, roaming, upgrade, clock, seldom):
+    dock = [
+        heartbeat(m, network__ip=f"10.0.0.{m % 2}", network__ssid=None, network__transport=("ethernet", "cell")[m % 2])
+        for m in range(60)
+    ]
+    leases = [heartbeat(m, network__ip=f"10.0.0.{min(m // 10, 4) % 2}") for m in range(60)]  # there and back twice
+    for life in (reboots, roaming, upgrade, clock, seldom, dock, leases):
         assert found(life) == []
 
 
@@ -88,3 +93,18 @@ def test_no_more_devices_are_watched_than_fit_and_silent_ones_make_room(monkeypa
     assert sorted(watched._seen) == [0, 1, 2]
     watched.look(heartbeat(70, device_no=9))
     assert sorted(watched._seen) == [9]
+
+
+def test_a_full_watch_is_swept_now_and_then_and_not_for_each_device_that_is_not_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(twins, "HELD", 3)
+    watched = Twins(10)
+    for number in range(4):
+        watched.look(heartbeat(0, device_no=number))
+    swept = watched._seen
+    for number in range(4, 9):
+        watched.look(heartbeat(5, device_no=number))
+    assert watched._seen is swept
+    watched.look(heartbeat(7, device_no=9))
+    assert watched._seen is not swept
