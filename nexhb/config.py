@@ -343,6 +343,19 @@ class HeartbeatRules(_Section):
         description="Android package of the Unity app",
     )
 
+    def doubt(self) -> str:
+        """Why healthy devices would count as offline; empty where they do not."""
+        if self.offline_after_seconds >= 2 * self.interval_seconds:
+            return ""
+        return (
+            f"heartbeat.offline_after_seconds is {self.offline_after_seconds}, less than two intervals of "
+            f"{self.interval_seconds} s: a device whose heartbeat is late or lost counts as offline"
+        )
+
+    def remedy(self) -> str:
+        """What to set instead."""
+        return f"set heartbeat.offline_after_seconds to {3 * self.interval_seconds}, three intervals"
+
 
 class Partitions(_Section):
     """The days."""

@@ -362,6 +362,12 @@ async def _nexmdm(visit: Visit) -> Line:
     return Line("NexMDM", True, said)
 
 
+async def _offline_after(visit: Visit) -> Line:
+    of = visit.settings.heartbeat
+    said = f"offline after {of.offline_after_seconds} s of silence, at an interval of {of.interval_seconds} s"
+    return Line("offline after", not of.doubt(), of.doubt() or said, of.remedy())
+
+
 def _at(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%MZ}" if moment else "never"
 
@@ -372,7 +378,7 @@ _QUESTIONS: dict[str, Callable[[Visit], Awaitable[Line]]] = {
     "archive": _old_days, "archive store": _store, "late heartbeats": _late,
     "nightly": _job("nightly"), "reconcile": _job("reconcile"),
     "restore drill": _drill, "drift": _drift, "locks": _locks, "HOT updates": _hot, "disk": _disk, "flags": _flags,
-    "shared tokens": _shared, "NexMDM": _nexmdm,
+    "shared tokens": _shared, "NexMDM": _nexmdm, "offline after": _offline_after,
 }  # fmt: skip
 
 

@@ -449,6 +449,7 @@ CREATE TABLE legacy_days (
     deduplicated bigint NOT NULL DEFAULT 0,
     source_rows  bigint,                                   -- how many the source had when the day was done
     finished_at  timestamptz,                              -- null: not to its end yet
+    copies       bigint NOT NULL DEFAULT 0,                -- of deduplicated: made here at another time, and no row
     PRIMARY KEY (source, day)
 );
 

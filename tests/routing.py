@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ ROUTE = {"nginx": r"include snippets/nexhb-heartbeats\.conf;", "haproxy": r"use_
 # What he takes in where devices are to enrol at nexhb.
 ENROLMENT = {"nginx": r"location = /v1/register \{|    proxy_.*|\}", "haproxy": r"use_backend queues .*register.*"}
 
+RELOAD_AGAIN_S = 10.0
 APK = bytes(range(256)) * 20_000
 
 
@@ -167,11 +169,15 @@ class Proxy:
 
     async def reload(self) -> None:
         """Take the files over: what `systemctl reload` does, and wait until new connections go by them."""
-        old = workers(self)
-        self.process.send_signal(signal.SIGHUP if self.kind == "nginx" else signal.SIGUSR2)
-        async with asyncio.timeout(SOON_S):
-            while old & workers(self):
-                await asyncio.sleep(0.02)
+        old, started = workers(self), time.monotonic()
+        asked = 0
+        while old & workers(self):
+            waited = time.monotonic() - started
+            assert waited < SOON_S, (old, workers(self), self.log.read_text()[-3000:])
+            if waited >= RELOAD_AGAIN_S * asked and workers(self) <= old:  # HAProxy misses a signal while it starts
+                self.process.send_signal(signal.SIGHUP if self.kind == "nginx" else signal.SIGUSR2)
+                asked += 1
+            await asyncio.sleep(0.02)
 
 
 def comment_out(folder: Path, wanted: str) -> int:

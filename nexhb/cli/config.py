@@ -35,6 +35,8 @@ def _group() -> None:
 def check(as_json: cli.Json = False) -> None:
     settings = cli.settings()
     refuse_unusable(settings)
+    if doubt := settings.heartbeat.doubt():
+        typer.echo(f"warning: {doubt}. Hint: {settings.heartbeat.remedy()}.", err=True)
     if as_json:
         cli.show(_values(settings))
         return

@@ -169,6 +169,8 @@ def _lines(found: Imported) -> Iterable[str]:
         verdict = day.refused_because or ("" if day.agrees else "DOES NOT AGREE")
         numbers = " ".join(f"{count:>11,}" for count in counts)
         yield f"  {day.day}  {numbers} {day.refused:>9,} {day.missing:>9,}  {verdict}".rstrip()
+    if copies := found.total("copies"):
+        yield f"  of the duplicates, {copies:,} were sent to both: nexhb has them at the time when they were made"
     if found.strangers:
         yield f"  refused: rows of {len(found.strangers):,} ids that its devices table does not have"
     for column, count in (of.dropped + found.dropped).most_common():

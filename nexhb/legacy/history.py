@@ -56,6 +56,9 @@ class Day:
     written: int = 0  # in all runs
     written_now: int = 0
     deduplicated: int = 0
+    copies: int = 0  # of these: rows of heartbeats that nexhb made a row of at another time
+    copied: set[tuple[int, int]] = field(default_factory=set)  # device and bucket of those that this run read
+    has_own: bool = False  # nexhb itself took heartbeats about that time
     refused_because: str = ""  # the whole of it
     failed: bool = False  # refused in the middle
     after: Place = START
@@ -95,8 +98,10 @@ class History:
             if row := known.get(day):
                 one.after = Place(row["after_device"], row["after_ts"], row["after_hb"])
                 one.written, one.deduplicated = row["written"], row["deduplicated"]
+                one.copies = row["copies"]
                 one.begun, one.finished, one.finished_rows = True, bool(row["finished_at"]), row["source_rows"]
             if one.source_rows:
+                one.has_own = await self.conn.fetchval(_Q["has_own"], day)
                 days.append(one)
         return days
 
@@ -129,13 +134,16 @@ class History:
                 raise
             day.refused_because, day.failed = "nexhb archived its own day meanwhile", True
 
-    async def finish(self, day: Day, refused: int) -> None:
-        """The day was read to its end; `refused`: rows of devices that are not taken."""
+    async def finish(self, day: Day, deduplicated: int) -> None:
+        """The day was read to its end; `deduplicated`: rows of the source whose bucket has another's row, or none as
+        they are copies. The ledger counts those too that the source has dropped since."""
         if not day.begun:
             return
-        deduplicated = max(day.source_rows - refused - day.written, day.deduplicated)
-        more, day.deduplicated = deduplicated - day.deduplicated, deduplicated
-        await self.conn.execute(_Q["finish"], self.source.name, day.day, day.source_rows, deduplicated, more, self.now)
+        known = max(deduplicated, day.deduplicated)
+        await self.conn.execute(
+            _Q["finish"], self.source.name, day.day, day.source_rows, known, known - day.deduplicated, self.now,
+            day.copies,
+        )  # fmt: skip
 
     async def _write(self, day: Day, table: str, chunk: list[Record]) -> None:
         converted = await self._converted(chunk)
@@ -152,6 +160,8 @@ class History:
     async def _commit(self, day: Day, table: str, place: Place, records: list[tuple[object, ...]]) -> int:
         async with self.conn.transaction():
             await staging.stage(self.conn, records)
+            if day.has_own:
+                day.copied |= {(row["device_no"], row["bucket"]) for row in await self.conn.fetch(_Q["drop_copies"])}
             new = len(await staging.insert_staged(self.conn))
             await self.conn.execute(_Q["advance"], self.source.name, day.day, *place, new, table)
         return new

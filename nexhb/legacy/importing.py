@@ -13,6 +13,7 @@ from nexhb import db, sql
 from nexhb.db import Connection
 from nexhb.errors import BadInput
 from nexhb.legacy import compare, deleted, devices, zones
+from nexhb.legacy.compare import Keys
 from nexhb.legacy.deleted import Deleted
 from nexhb.legacy.devices import Devices
 from nexhb.legacy.history import Day, History, Pace
@@ -51,6 +52,7 @@ class Compared:
     deduplicated: int  # their bucket had its row: another's of the source, or one that was here before
     refused: int
     missing: int  # of the keys
+    copies: int = 0  # of deduplicated: heartbeats that nexhb made a row of at another time
     newest: datetime | None = None
     refused_because: str = ""
     failed: bool = False
@@ -69,7 +71,7 @@ class Compared:
         return {
             "day": f"{self.day}", "source": self.source, "source_keys": self.source_keys, "read_now": self.read_now,
             "written": self.written, "written_now": self.written_now, "deduplicated": self.deduplicated,
-            "refused": self.refused, "missing": self.missing, "agrees": self.agrees, **because,
+            "refused": self.refused, "missing": self.missing, "copies": self.copies, "agrees": self.agrees, **because,
         }  # fmt: skip
 
 
@@ -127,7 +129,7 @@ class Imported:
     def shown(self) -> dict[str, Any]:
         """For machines."""
         of = self.devices
-        names = ("source", "read_now", "written", "written_now", "deduplicated", "refused", "missing")
+        names = ("source", "read_now", "written", "written_now", "deduplicated", "copies", "refused", "missing")
         return {
             "source": self.source, "since": f"{self.since}", "until": self.until,
             "timezone": self.zone.name, "timezone_from": self.zone.said_by, "newest": self.newest,
@@ -217,23 +219,25 @@ async def _one(history: History, day: Day) -> Compared:
     was_due = day.is_due
     if was_due:
         await history.take(day)
-    counts, missing = await _compared(history, day)
-    if missing:  # what committed in the source while it was read, or was passed before it was written
+    counts, keys = await _compared(history, day)
+    if keys.missing:  # what committed in the source while it was read, or was passed before it was written
         await history.again(day)
-        counts, missing = await _compared(history, day)
+        counts, keys = await _compared(history, day)
     if day.refused_because:
         return _refused(day)
     day.source_rows = counts.rows
-    if (was_due or day.read or not day.finished) and not missing:
-        await history.finish(day, counts.refused)
+    own = min(keys.imported, day.written)  # of the rows that were written, those that the source has still
+    deduplicated = counts.rows - counts.refused - own - keys.missing
+    if (was_due or day.read or not day.finished) and not keys.missing:
+        await history.finish(day, deduplicated)
     return Compared(
-        day.day, counts.rows, counts.keys, day.read, day.written, day.written_now, day.deduplicated, counts.refused,
-        missing, counts.newest,
+        day.day, counts.rows, counts.keys, day.read, day.written, day.written_now, deduplicated, counts.refused,
+        keys.missing, day.copies, counts.newest,
     )  # fmt: skip
 
 
-async def _compared(history: History, day: Day) -> tuple[Counts, int]:
-    return (Counts(0, 0, 0), 0) if day.refused_because else await compare.compare(history, day)
+async def _compared(history: History, day: Day) -> tuple[Counts, Keys]:
+    return (Counts(0, 0, 0), Keys(0, 0)) if day.refused_because else await compare.compare(history, day)
 
 
 def _refused(day: Day) -> Compared:

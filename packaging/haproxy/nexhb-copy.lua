@@ -1,7 +1,7 @@
 -- `http-request lua.copy_to_nexmdm URL` sends a copy of a heartbeat to the NexMDM at URL. A task of its own does it, so
 -- that the device does not wait. This file belongs into /etc/haproxy/. In each thread at most 32 copies wait for NexMDM;
 -- those beyond the limit are dropped, with a line in the log. A heartbeat that does not fit into one buffer
--- (tune.bufsize, 16 kB; the agent sends 1.2 kB) or comes without a Content-Length is not copied.
+-- (tune.bufsize) or comes without a Content-Length is not copied.
 
 local most, wait_ms = 32, 10000
 local waiting, dropped = 0, 0

@@ -157,7 +157,7 @@ WHERE (s.timezone, s.repeated_hour) IS DISTINCT FROM (excluded.timezone, exclude
 
 -- name: days
 -- $1 source. How far each day of it is.
-SELECT day, after_device, after_ts, after_hb, written, deduplicated, source_rows, finished_at FROM legacy_days
+SELECT day, after_device, after_ts, after_hb, written, deduplicated, source_rows, finished_at, copies FROM legacy_days
 WHERE source = $1;
 
 -- name: advance
@@ -179,9 +179,10 @@ SELECT $2, 0, $6, 0 WHERE $6 > 0
 ON CONFLICT (day, slot) DO UPDATE SET written = l.written + excluded.written;
 
 -- name: finish
--- $1 source, $2 day, $3 rows of it in the source, $4 of them deduplicated, $5 of those not in the ledger yet, $6 now.
+-- $1 source, $2 day, $3 rows of it in the source, $4 deduplicated, $5 of those not in the ledger yet, $6 now, $7 copies.
 WITH day AS (
-    UPDATE legacy_days SET source_rows = $3, deduplicated = $4, finished_at = $6 WHERE source = $1 AND day = $2
+    UPDATE legacy_days SET source_rows = $3, deduplicated = $4, finished_at = $6, copies = $7
+    WHERE source = $1 AND day = $2
 )
 INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
 SELECT $2, 0, 0, $5::bigint WHERE $5::bigint <> 0
@@ -193,10 +194,44 @@ SELECT count(*) FROM device_heartbeats h JOIN unnest($3::int[]) d (device_no) US
 WHERE h.ts >= $1 AND h.ts < $2;
 
 -- name: missing
--- $1 from (included), $2 to (excluded), $3 device_no[], $4 bucket[]. How many of these keys have no row.
-SELECT count(*) FROM unnest($3::int[], $4::int[]) k (device_no, bucket)
-WHERE NOT EXISTS (SELECT FROM device_heartbeats h
-                  WHERE h.device_no = k.device_no AND h.bucket = k.bucket AND h.ts >= $1 AND h.ts < $2);
+-- $1 from (included), $2 to (excluded), $3 device_no[], $4 bucket[]. How many of these keys have no row, and how many have
+-- one that an import wrote.
+SELECT count(*) FILTER (WHERE h.device_no IS NULL) AS missing,
+       count(*) FILTER (WHERE h.received_at = h.ts AND NOT h.clock_wrong) AS imported
+FROM unnest($3::int[], $4::int[]) k (device_no, bucket)
+LEFT JOIN device_heartbeats h
+    ON h.device_no = k.device_no AND h.bucket = k.bucket AND h.ts >= $1 AND h.ts < $2;
+
+-- name: has_own
+-- $1 day. Whether nexhb itself took heartbeats of this day or the one before.
+SELECT EXISTS (
+    SELECT FROM (SELECT day, sum(written) AS written FROM ingest_ledger WHERE day BETWEEN $1::date - 1 AND $1::date
+                 GROUP BY day) l
+    WHERE l.written > coalesce((SELECT sum(d.written) FROM legacy_days d WHERE d.day = l.day), 0));
+
+-- name: drop_copies
+-- Staged rows of heartbeats that nexhb itself has: made within the agent's 24 hours before NexMDM got them (its clock may be
+-- five minutes ahead), with all the values that NexMDM stores. The uptime tells one heartbeat from the next, so that
+-- one without it is never recognised. NexMDM cuts a temperature to whole degrees. The subquery is not to become a join:
+-- each row asks the index of two days.
+DELETE FROM hb_stage s
+WHERE s.uptime_s IS NOT NULL AND s.ram_used_mb IS NOT NULL AND (
+    SELECT true
+    FROM device_heartbeats h
+    JOIN heartbeat_labels l ON l.label_no = h.label_no
+    JOIN heartbeat_labels m ON m.label_no = s.label_no
+    WHERE h.device_no = s.device_no AND h.bucket BETWEEN s.bucket - 86400 AND s.bucket + 300
+      AND h.ts BETWEEN s.ts - interval '24 hours' AND s.ts + interval '5 minutes'
+      AND h.received_at <> h.ts AND NOT h.clock_wrong
+      AND h.uptime_s = s.uptime_s AND h.ram_used_mb = s.ram_used_mb
+      AND (h.battery_pct, h.plugged, h.ip) IS NOT DISTINCT FROM (s.battery_pct, s.plugged, s.ip)
+      AND trunc(h.temp_c) IS NOT DISTINCT FROM trunc(s.temp_c)
+      AND coalesce(s.signal_dbm, h.signal_dbm) IS NOT DISTINCT FROM h.signal_dbm
+      AND coalesce(s.unity_running, h.unity_running) IS NOT DISTINCT FROM h.unity_running
+      AND (l.agent_version, l.unity_pkg_version, l.network_type) = (m.agent_version, m.unity_pkg_version, m.network_type)
+      AND m.ssid IN ('', l.ssid)
+    LIMIT 1)
+RETURNING s.device_no, s.bucket;
 
 -- name: waiting
 -- $1 token_sha256. How many hashes wait for their token, and since when the newest does, by an index that has no others;

@@ -48,8 +48,15 @@ async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
     assert set(found) == {
         "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "archive store",
         "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
-        "shared tokens", "NexMDM",
+        "shared tokens", "NexMDM", "offline after",
     }  # fmt: skip
+
+
+async def test_an_interval_as_long_as_the_silence_that_is_allowed_is_a_bad_line(well: House) -> None:
+    rules = config.HeartbeatRules(interval_seconds=600)
+    settings = Settings(data_dir=well.folder, database=ELSEWHERE, heartbeat=rules)
+    found = {line.name: line for line in await doctor.examine(well.conn, settings, VISIT)}["offline after"]
+    assert (found.good, found.remedy) == (False, "set heartbeat.offline_after_seconds to 1800, three intervals")
 
 
 async def a_missing_day(house: House) -> None:

@@ -197,7 +197,7 @@ async def test_nexmdm_gets_a_copy_and_no_device_waits_for_it(before: Before, now
     made = (both.beat(now - timedelta(minutes=n)) for n in itertools.count())
     url, token, old = f"{both.proxy.url}/v1/heartbeat", both.agent.token, both.nexmdm
     async with both.client() as client:
-        sent = [next(made) for _ in range(5)]
+        sent = [*(next(made) for _ in range(4)), both.beat(now - timedelta(hours=9), note=60_000 * "x")]
         for body in sent:
             assert (await send(client, url, token, body)).status == 200
         await old.until(lambda: len(old.calls) == 5)
@@ -243,7 +243,7 @@ async def test_while_nexhb_is_away_devices_keep_what_they_have_and_nexmdm_gets_i
 
 async def test_a_token_that_nexhb_does_not_know_is_nexmdms(before: Before, now: datetime) -> None:
     both = await before(MIRROR)
-    body = both.beat(now)
+    body = both.beat(now, note=60_000 * "x")  # the largest that nexhb takes is 64 kB
     answer = await both.proxy.send("/v1/heartbeat", UNKNOWN_TO_NEXHB, body)
     assert (answer.status, answer.body["by"]) == (200, "NexMDM")
     [call] = both.nexmdm.calls
@@ -293,6 +293,28 @@ async def test_an_address_that_guesses_tokens_is_the_devices_own(before: Before,
         assert statuses[0] == 401
         assert statuses[-1] == 429
         assert (await send(other, url, UNKNOWN, both.beat(now))).status == 401
+
+
+async def test_any_other_refusal_of_nexhb_reaches_the_device_as_it_is(before: Before, now: datetime) -> None:
+    """Retry-After steers devices, and the reason is for whoever looks at one."""
+    said = iter((503, 429, 422, 410, 500))
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 %d No\r\nContent-Type: application/problem+json\r\nRetry-After: 7\r\nContent-Length: 17\r\n"
+            b"Connection: close\r\n\r\n%b" % (next(said), b'{"detail": "why"}')
+        )
+        await writer.drain()
+        await reader.read(60_000)
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        both = await before(MIRROR, nexhb_port=server.sockets[0].getsockname()[1])
+        for status in (503, 429, 422, 410, 500):
+            answer = await both.proxy.send("/v1/heartbeat", both.agent.token, both.beat(now))
+            assert (answer.status, answer.body, answer.headers["Retry-After"]) == (status, {"detail": "why"}, "7")
+        assert both.nexmdm.calls == []
 
 
 async def test_no_post_is_sent_twice(before: Before, now: datetime) -> None:

@@ -341,6 +341,28 @@ def test_config_check_is_a_command(tmp_path: Path) -> None:
     assert json.loads(found.stdout)["server"]["port"] == 8080
 
 
+@pytest.mark.parametrize(
+    ("interval", "offline_after", "doubtful"),
+    [(60, 600, False), (600, 600, True), (600, 1_199, True), (600, 1_200, False)],
+)
+def test_config_check_warns_where_healthy_devices_would_count_as_offline(
+    tmp_path: Path, interval: int, offline_after: int, doubtful: bool
+) -> None:
+    """600 s with an interval of 600 s was taken in silence: each device is offline from then to its next heartbeat."""
+    rules = config.HeartbeatRules(interval_seconds=interval, offline_after_seconds=offline_after)
+    assert bool(rules.doubt()) is doubtful
+    if (interval, offline_after) != (600, 600):
+        return
+    file = tmp_path / "nexhb.toml"
+    file.write_text("[heartbeat]\ninterval_seconds = 600\n")
+    words = [sys.executable, "-m", "nexhb", "--config", str(file), "config", "check", "--json"]
+    found = subprocess.run(words, capture_output=True, check=False, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert b"warning: heartbeat.offline_after_seconds is 600, less than two intervals of 600 s" in found.stderr
+    assert b"Hint: set heartbeat.offline_after_seconds to 1800, three intervals" in found.stderr
+    assert json.loads(found.stdout)["heartbeat"]["interval_seconds"] == 600
+
+
 EVERYTHING = """
 data_dir = "/mnt/Kiosks \\"7\\""
 [server]
