@@ -82,7 +82,7 @@ def test_of_a_first_line_that_is_something_else_the_beginning_is_repeated() -> N
 
 
 def test_an_id_that_only_begins_like_a_shortened_number_is_one() -> None:
-    assert rows(f"device_id,token\n8E+14-kiosk,{TOKEN}\n") == [Row(2, "8E+14-kiosk", "", TOKEN, "")]
+    assert rows(f"device_id,token\n8E+14-kiosk,{TOKEN}\n") == [Row(2, "8E+14-kiosk", "", "", TOKEN, "")]
 
 
 def bad(text: str) -> list[tuple[int, str]]:
