@@ -160,8 +160,10 @@ class History:
     async def _commit(self, day: Day, table: str, place: Place, records: list[tuple[object, ...]]) -> int:
         async with self.conn.transaction():
             await staging.stage(self.conn, records)
-            if day.has_own:
-                day.copied |= {(row["device_no"], row["bucket"]) for row in await self.conn.fetch(_Q["drop_copies"])}
+            if day.has_own and records:
+                await self.conn.execute(_Q["count_staged"])
+                copies = await self.conn.fetch(_Q["drop_copies"], *_span(records))
+                day.copied |= {(row["device_no"], row["bucket"]) for row in copies}
             new = len(await staging.insert_staged(self.conn))
             await self.conn.execute(_Q["advance"], self.source.name, day.day, *place, new, table)
         return new
@@ -186,3 +188,9 @@ class History:
         if strangers - self.devices.not_taken:
             self.devices.grow(await legacy_devices.take(self.source, self.conn, self.now))
             self.unknown |= strangers - self.devices.numbers.keys()
+
+
+def _span(records: list[tuple[object, ...]]) -> tuple[object, object]:
+    """The earliest ts of these rows, and the latest."""
+    moments = [record[0] for record in records if isinstance(record[0], datetime)]
+    return min(moments), max(moments)
