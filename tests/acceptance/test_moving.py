@@ -28,7 +28,7 @@ from aiohttp import web
 from bench import nexmdm
 from bench.nexmdm import MONOLITHIC, PARTITIONED, Version
 from bench.stack import free_port
-from nexhb import devices, wire
+from nexhb import devices
 from nexhb.db import Database
 from nexhb.pgaccount import MAJOR
 from tests import routing, warm
@@ -67,9 +67,8 @@ class Old(NexMDM):
             device_id = await self._device_of(request)
             if device_id is None:
                 return web.json_response({"detail": "Invalid device token"}, status=401)
-            if request.path == "/v1/heartbeat":
-                await self._keep(device_id, orjson.loads(body))
-        return web.json_response({"ok": True})
+            kept = request.path == "/v1/heartbeat" and await self._keep(device_id, orjson.loads(body))
+        return web.json_response({"ok": True, "kept": kept})
 
     async def _device_of(self, request: web.Request) -> str | None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -82,13 +81,24 @@ class Old(NexMDM):
                     await self.conn.execute("UPDATE devices SET token_id = $2 WHERE id = $1", found, token_id)
         return None if found is None else str(found)
 
-    async def _keep(self, device_id: str, beat: dict[str, Any]) -> None:
-        await self.conn.execute(
-            """INSERT INTO device_heartbeats (device_id, ts, battery_pct, agent_version)
-            SELECT $1::varchar, now(), $2, $3 WHERE NOT EXISTS (SELECT FROM device_heartbeats WHERE device_id = $1
-                AND ts >= to_timestamp(floor(extract(epoch FROM now()) / 10) * 10))""",
-            device_id, int(beat["battery"]["pct"]), beat["app_version"],
+    async def _keep(self, device_id: str, beat: dict[str, Any]) -> bool:
+        """Store it, unless these ten seconds have a row of the device already."""
+        battery, memory, unity = beat["battery"], beat["memory"], beat["app_versions"]["io.unitynodes.unityapp"]
+        values = (
+            beat["network"]["ip"], int(battery["pct"]), battery["charging"], int(battery["temperature_c"]),
+            beat["network"]["transport"], int(beat["system"]["uptime_seconds"]),
+            int(memory["total_ram_mb"] - memory["avail_ram_mb"]), unity["version_name"], beat["unity_process_running"],
+            beat["app_version"],
         )  # fmt: skip
+        done = await self.conn.execute(
+            """INSERT INTO device_heartbeats (device_id, ts, ip, battery_pct, plugged, temp_c, network_type, uptime_s,
+                ram_used_mb, unity_pkg_version, unity_running, agent_version)
+            SELECT $1::varchar, now(), $2, $3, $4, $5, $6, $7, $8, $9, $10, $11
+            WHERE NOT EXISTS (SELECT FROM device_heartbeats WHERE device_id = $1
+                AND ts >= to_timestamp(floor(extract(epoch FROM now()) / 10) * 10))""",
+            device_id, *values,
+        )  # fmt: skip
+        return str(done) == "INSERT 0 1"
 
     async def _register(self, request: web.Request) -> dict[str, str]:
         token, device_id = devices.new_token(), f"enrolled-{len(self.calls)}"
@@ -106,20 +116,30 @@ class Kiosk:
     device_id: str
     token: str
     queue: list[datetime] = field(default_factory=list)
-    acknowledged: list[datetime] = field(default_factory=list)
+    at_nexhb: list[datetime] = field(default_factory=list)  # when the heartbeats were made that it acknowledged
+    at_nexmdm: list[datetime] = field(default_factory=list)  # when those arrived that NexMDM stored
+    made: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(hours=1))
     refused: int = 0
 
     async def beat(self, url: str, client: aiohttp.ClientSession) -> list[int]:
-        """Make a heartbeat and send all that is queued; the statuses."""
-        self.queue.append(datetime.now(UTC))
+        """Make a heartbeat and send all that is queued; the statuses. Each was made an hour ago, in its own ten seconds:
+        NexMDM's time of it, the arrival, is another one."""
+        self.made += timedelta(seconds=11)
+        self.queue.append(self.made)
         statuses = []
         for made in list(self.queue):
-            body = orjson.dumps(example(made, device_id=self.device_id))
-            status = (await routing.send(client, f"{url}/v1/heartbeat", self.token, body)).status
+            beat = example(made, device_id=self.device_id)
+            beat["system"]["uptime_seconds"] = float(int(made.timestamp()) - 1_700_000_000)
+            answer = await routing.send(client, f"{url}/v1/heartbeat", self.token, orjson.dumps(beat))
+            status = answer.status
             statuses.append(status)
             if status < 300:
                 self.queue.remove(made)
-                self.acknowledged.append(made)
+                by_nexhb = "next_heartbeat_seconds" in answer.body
+                if by_nexhb:
+                    self.at_nexhb.append(made)
+                elif answer.body["kept"]:  # else NexMDM itself had one of these ten seconds
+                    self.at_nexmdm.append(datetime.now(UTC))
             self._count(status)
         return statuses
 
@@ -148,6 +168,7 @@ class World:
     environment: dict[str, str]
     kiosks: list[Kiosk]
     history: set[tuple[str, datetime]]
+    started: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(hours=2))
     chapters: dict[str, list[str]] = field(default_factory=lambda: runbook.chapters(PAGE))
 
     @property
@@ -310,7 +331,7 @@ async def _fill(conn: asyncpg.Connection, version: Version, zone: str) -> tuple[
     last = kiosks[-1]  # from before token_id
     await nexmdm.add_device(conn, last.device_id, token_id=None, token_hash=nexmdm.token_hash(last.token))
     times = [end - day + n * EVERY for n in range(2 * day // EVERY)]
-    times += [now - 2 * day + n * EVERY for n in range(2 * day // EVERY)]
+    times += [now - 2 * day + n * EVERY for n in range(2 * day // EVERY - 3)]  # up to two hours ago
     await conn.executemany(  # as NexMDM does it: a moment, for a column without a zone
         "INSERT INTO device_heartbeats (device_id, ts, battery_pct) VALUES ($1, $2::timestamptz, 50)",
         [(kiosk.device_id, ts) for ts in times for kiosk in kiosks],
@@ -394,11 +415,14 @@ async def test_a_fleet_moves_by_the_page_and_loses_nothing(
 
 
 async def nothing_is_lost(it: World) -> None:
-    """Every heartbeat that was answered 2xx, by whichever side, is in nexhb; and NexMDM's history, at its true time."""
-    rows = await it.nexhb.rows("SELECT device_id, ts, bucket FROM heartbeat_history")
-    buckets = {(row["device_id"], row["bucket"]) for row in rows}
+    """Every heartbeat that was answered 2xx, by whichever side, is in nexhb: once, and at its true time."""
+    rows = await it.nexhb.rows("SELECT device_id, ts FROM heartbeat_history")
+    assert it.history <= {(row["device_id"], row["ts"]) for row in rows}
     for kiosk in it.kiosks:
-        for made in kiosk.acknowledged:
-            bucket = wire.bucket_of(made, 10)
-            assert buckets & {(kiosk.device_id, bucket), (kiosk.device_id, bucket + 1)}, (kiosk.device_id, made)
-    assert {(device_id, ts) for device_id, ts in it.history} <= {(row["device_id"], row["ts"]) for row in rows}
+        there = sorted(row["ts"] for row in rows if row["device_id"] == kiosk.device_id and row["ts"] >= it.started)
+        assert [ts for ts in there if ts <= kiosk.made] == kiosk.at_nexhb
+        arrived = [ts for ts in there if ts > kiosk.made]  # those that nexhb has were made before
+        assert len(arrived) == len(kiosk.at_nexmdm), kiosk.device_id
+        assert all(
+            abs(one - other) < timedelta(seconds=SOON_S) for one, other in zip(arrived, kiosk.at_nexmdm, strict=True)
+        )
