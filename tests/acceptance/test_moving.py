@@ -122,8 +122,8 @@ class Kiosk:
     refused: int = 0
 
     async def beat(self, url: str, client: aiohttp.ClientSession) -> list[int]:
-        """Make a heartbeat and send all that is queued; the statuses. Each was made an hour ago, in its own ten seconds:
-        NexMDM's time of it, the arrival, is another one."""
+        """Make a heartbeat and send all that is queued; the statuses. Each was made an hour ago, in a bucket of its
+        own: NexMDM's time of it, the arrival, is another one."""
         self.made += timedelta(seconds=11)
         self.queue.append(self.made)
         statuses = []
