@@ -124,7 +124,7 @@ async def _numbers(visit: Visit) -> Line:
         return Line("numbers", False, said, f"nexhb audit --day {visit.now.date()}, and docs/runbook.md#rows-dangle")
     if behind := await numbers.behind(visit.conn):
         said = "; ".join(f"the next {row['what']} gets number {row['given'] + 1} of {row['used']}" for row in behind)
-        return Line("numbers", False, said, "restart a daemon: it raises the sequences")
+        return Line("numbers", False, said, "nexhb reconcile, or a daemon's restart: either raises the sequences")
     return Line("numbers", True, "every device and label that is named is there")
 
 

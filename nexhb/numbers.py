@@ -62,7 +62,8 @@ async def behind(conn: Connection) -> list[Record]:
 
 
 async def raise_sequences(conn: Connection) -> None:
-    """Set each sequence to the largest number in use, where it is behind: a restore of the data alone leaves it so.
+    """Set each sequence to the largest number in use, where it is behind: a restore of the data alone leaves it so, and
+    a crash soon after CREATE DATABASE … TEMPLATE (the copy holds its next 32 numbers to be in the WAL already).
     A table that somebody has locked is not waited for, since devices wait for this start; `nexhb doctor` looks too."""
     try:
         async with conn.transaction():

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 import orjson
 
-from nexhb import locks, log, metrics, sql
+from nexhb import locks, log, metrics, numbers, sql
 from nexhb.db import Connection, Database
 from nexhb.errors import DatabaseUnavailable, LockHeld
 from nexhb.locks import Lock
@@ -111,6 +111,7 @@ async def _ran_since(conn: Connection, job: Job, since: datetime, now: datetime)
 
 
 async def _written_down(database: Database, conn: Connection, job: Job, now: datetime) -> Run:
+    await numbers.raise_sequences(conn)  # each run has a number; and no daemon may have started since they fell behind
     # We hold the lock, so whoever is still written down as running is dead.
     await conn.execute(_Q["bury"], job.name, now)
     run_no = await conn.fetchval(_Q["started"], job.name, now, socket.gethostname())

@@ -1,4 +1,5 @@
--- Numbers of devices and of labels: rows of the history name them, and no number may be given twice.
+-- Numbers of devices and of labels: rows of the history name them, and no number may be given twice. Those of other
+-- tables are keys, and a row that gets one that is taken is refused.
 
 -- name: dangling
 -- How many rows of a table name a device or a label that is not there. `$table` may be a query in brackets.
@@ -34,6 +35,17 @@ FROM (
     UNION ALL
     SELECT 'label', pg_get_serial_sequence('heartbeat_labels', 'label_no'),
            greatest((SELECT max(label_no) FROM heartbeat_labels), (SELECT max(label_no) FROM late_heartbeats), 0)
+    UNION ALL
+    SELECT 'supplement', pg_get_serial_sequence('archive_supplements', 'supplement_no'),
+           coalesce((SELECT max(supplement_no) FROM archive_supplements), 0)
+    UNION ALL
+    SELECT 'job run', pg_get_serial_sequence('job_runs', 'run_no'), coalesce((SELECT max(run_no) FROM job_runs), 0)
+    UNION ALL
+    SELECT 'flag change', pg_get_serial_sequence('feature_flag_changes', 'change_no'),
+           coalesce((SELECT max(change_no) FROM feature_flag_changes), 0)
+    UNION ALL
+    SELECT 'comparison', pg_get_serial_sequence('perf_diff_comparisons', 'comparison_no'),
+           coalesce((SELECT max(comparison_no) FROM perf_diff_comparisons), 0)
 ) s;
 
 -- name: raise

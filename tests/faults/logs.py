@@ -15,6 +15,7 @@ QUIET_S = 11.0  # a pause between two attempts is 5 s at most: what goes on fail
 REPEATS_MOST = 1  # of one event in that time; one that was late is no repetition
 SHOWN = 400  # characters of an entry in a violation
 _SEVERE = ("error", "critical")
+_MORE = ("DETAIL:", "HINT:")
 _TRACEBACK = "Traceback (most recent call last)"
 
 # The last line of a traceback, or an event's `error`, where the cause is a database or a line that is broken.
@@ -41,7 +42,9 @@ class Allowed(NamedTuple):
 
 
 ALLOWED = {
-    "writer.not_ready": Allowed("The database is away: the writer says so once, until it is ready again.", _LINE),
+    "writer.not_ready": Allowed(
+        "The database is away: the writer says so once, until it is ready again.", rf"{_LINE}|_InDoubt"
+    ),
     "partition.create_failed": Allowed("The database went away, or the disk is full, while a day was made.", _LINE),
     "job.failed": Allowed(
         "The database went away while a job ran, or its clock is another; the run is written down as failed.",
@@ -80,7 +83,10 @@ class Entry(NamedTuple):
     def error(self) -> str:
         """What it names as the cause: its `error`, or the last line of its traceback."""
         trace = str(self.said.get("exception", "")).strip()
-        return trace.rpartition("\n")[2] if trace else str(self.said.get("error", ""))
+        if not trace:
+            return str(self.said.get("error", ""))
+        lines = [line for line in trace.splitlines() if not line.startswith(_MORE)]  # what PostgreSQL adds below
+        return lines[-1]
 
     @property
     def is_severe(self) -> bool:

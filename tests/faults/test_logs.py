@@ -39,6 +39,13 @@ def test_an_error_that_no_fault_explains_is_unexpected(one: str) -> None:
         line("writer.not_ready", "error", error="ConnectionRefusedError: x"),
         line("job.failed", "error", exception="Traceback …\nasyncpg.exceptions.AdminShutdownError: x"),
         line("job.failed", "error", exception="Traceback …\nnexhb.errors.LockLost: x"),
+        line("job.failed", "error", exception="Traceback …\nnexhb.errors.JobFailed: … Its connection was lost: x"),
+        line(
+            "nightly_maintenance.step_failed",
+            "error",
+            exception="Traceback …\nasyncpg.exceptions.DiskFullError: x\nHINT:  Check free disk space.",
+        ),
+        line("writer.not_ready", "error", error="_InDoubt: COMMIT was not answered."),
         line(
             "job.failed",
             "error",

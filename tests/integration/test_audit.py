@@ -10,13 +10,14 @@ from pathlib import Path
 import orjson
 import pytest
 
-from nexhb import doctor, numbers, partitions
+from nexhb import doctor, numbers, partitions, sql
 from nexhb.archive import catalog, restore
 from nexhb.archive.file import FolderStore
 from nexhb.audit import audit
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
+from nexhb.jobs.board import Jobs
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 from tests.integration.test_late_heartbeats import gone, run_nightly
 
@@ -216,8 +217,12 @@ async def test_late_rows_without_their_label_or_device_are_reported_too(conn: Co
         ("INSERT INTO heartbeat_labels OVERRIDING SYSTEM VALUE "
          "SELECT 7, '1', '', '', '' WHERE $1::timestamptz < 'infinity'",
          {"label": 7}, "the next label gets number 1 of 7"),
+        ("INSERT INTO job_runs (run_no, job, started_at, status, host) OVERRIDING SYSTEM VALUE "
+         "VALUES (5, 'nightly', $1, 'completed', 'a')", {"job run": 5}, "the next job run gets number 1 of 5"),
+        ("INSERT INTO feature_flag_changes (change_no, flag, changed_at, changed_by) OVERRIDING SYSTEM VALUE "
+         "VALUES (5, 'perf_diff', $1, 'a')", {"flag change": 5}, "the next flag change gets number 1 of 5"),
     ],
-    ids=["late", "history", "status", "label"],
+    ids=["late", "history", "status", "label", "job run", "flag change"],
 )  # fmt: skip
 async def test_a_number_is_in_use_wherever_it_stands(
     conn: Connection, now: datetime, row: str, used: dict[str, int], says: str
@@ -257,3 +262,25 @@ async def test_sequences_that_would_give_a_number_twice_are_raised_at_the_start(
     assert await conn.fetchval("SELECT max(label_no) FROM heartbeat_labels") == 8
     assert await numbers.behind(conn) == []
     assert not (await doctor._QUESTIONS["numbers"](visit)).good  # the status of a device that is not there
+
+
+async def test_a_job_raises_the_sequences_before_it_is_written_down(
+    conn: Connection, database: Database, now: datetime
+) -> None:
+    """A copy by CREATE DATABASE … TEMPLATE that crashed gave the number of a run once more: each nightly run failed, as
+    often as numbers were missing."""
+    await conn.execute(
+        "INSERT INTO job_runs (run_no, job, started_at, status, host) OVERRIDING SYSTEM VALUE "
+        "VALUES (1, 'reconcile', $1, 'completed', 'a')",
+        now,
+    )
+    run = await Jobs(database, Settings(), lambda: now).reconcile()
+    assert run.status == "completed"
+    assert await conn.fetchval("SELECT max(run_no) FROM job_runs") == 2
+
+
+async def test_every_sequence_is_looked_at(conn: Connection) -> None:
+    """A table with a number of its own that is added later is looked at, too."""
+    there = {row[0] for row in await conn.fetch("SELECT seqrelid::regclass::text FROM pg_sequence")}
+    asked = {row["sequence"].rpartition(".")[2] for row in await conn.fetch(sql.queries("numbers")["sequences"])}
+    assert asked == there
