@@ -69,7 +69,7 @@ async def raise_sequences(conn: Connection) -> None:
         async with conn.transaction():
             await conn.execute(_Q["briefly"])
             found = await behind(conn)
-    except asyncpg.LockNotAvailableError as error:
+    except (asyncpg.LockNotAvailableError, asyncpg.UndefinedTableError) as error:  # who needs the table will say so
         _log.warning("database.sequences_not_read", error=str(error))
         return
     for row in found:
