@@ -295,8 +295,8 @@ async def test_the_doctor_says_whether_devices_that_enrol_at_nexmdm_are_known_he
     assert unset.good
     assert f"the last import was {NOW:%Y-%m-%d %H:%MZ}" in unset.said
     assert "third heartbeat, which is 20 minutes" in unset.said
-    away = await line("postgresql://nobody:secret@127.0.0.1:1/nexmdm")
-    assert (away.good, "unknown tokens are answered 503" in away.said, "secret" in away.said) == (False, True, False)
+    away = await line("postgresql://nobody:geheim@127.0.0.1:1/nexmdm")
+    assert (away.good, "unknown tokens are answered 503" in away.said, "geheim" in away.said) == (False, True, False)
     assert (await line(empty_database.dsn)).said.endswith("no NexMDM database: devices has no alias, id, token_hash.")
     source = await empty_database.connect(application="test source")
     await MONOLITHIC.create(source, NOW, NOW)

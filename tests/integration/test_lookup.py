@@ -25,7 +25,7 @@ from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon
 from tests.integration.test_adoption import until_answered
 from tests.proxy import Proxy
 
-PASSWORD = "a-password-that-nobody-may-read"
+PASSWORD = "xk7-very-secret-0123456789"
 
 
 def asks(dsn: str) -> dict[str, Any]:
