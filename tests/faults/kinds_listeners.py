@@ -15,6 +15,7 @@ from tests.faults.world import World
 
 LISTENER = "nexhb devices"
 LASTS_S = (BOUND_S + MACHINE_S + 1.0, BOUND_S + MACHINE_S + 2.0)  # devices have to come again behind the bound
+AT_MOST_S = 15.0
 _BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = $1 AND datname = current_database()"
 
 
@@ -41,10 +42,13 @@ async def _stop(world: World, fault: Fault) -> None:
 
 @contextmanager
 def _stopped(processes: list[int]) -> Iterator[None]:
+    """At most for AT_MOST_S: where PostgreSQL is killed meanwhile, it does not start beside what is left of it."""
     _send(processes, signal.SIGSTOP)
+    timer = asyncio.get_running_loop().call_later(AT_MOST_S, _send, processes, signal.SIGCONT)
     try:
         yield
     finally:
+        timer.cancel()
         _send(processes, signal.SIGCONT)
 
 
