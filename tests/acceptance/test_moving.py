@@ -263,7 +263,8 @@ async def world(
     role = f"nexhb_import_{next(_roles)}_{os.getpid()}"
     reader = f"{source.dsn}&options=-crole%3D{role}"  # the embedded PostgreSQL lets nobody else in
     places = {
-        "postgresql://nexmdm@old-host/nexmdm": source.dsn, "postgresql://nexhb_import@old-host/nexmdm": reader,
+        "postgresql://nexmdm@old-host/nexmdm": source.dsn,
+        "postgresql://nexhb_import@old-host/nexmdm?passfile=/etc/nexhb/nexmdm.pgpass": reader,
         "nexhb_import": role, "2026-11-20": f"{datetime.now(UTC) - timedelta(days=1):%F}",
     }  # fmt: skip
     [toml] = runbook.blocks(PAGE, "toml")
@@ -356,6 +357,7 @@ async def test_a_fleet_moves_by_the_page_and_loses_nothing(
         assert (await it.follow("The old database")).strip() == zone
         await it.follow("The old database")
         await it.follow("nexhb")
+        await it.follow("nexhb")  # the daemon runs already
         await it.beat()
 
         assert "4 taken" in await it.follow("Day 1: heartbeats to nexhb")
