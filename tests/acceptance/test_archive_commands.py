@@ -24,15 +24,16 @@ DEVICES, ROWS = 20, 1_000
 
 
 @pytest.fixture
-def environment(database: Database, tmp_path: Path) -> dict[str, str]:
+def environment(database: Database, tmp_path: Path, commands: Path) -> dict[str, str]:
     """What an operator would have set."""
-    return os.environ | {"NEXHB_DATA_DIR": str(tmp_path), "DATABASE_URL": database.dsn}
+    path = f"{commands}:{os.environ['PATH']}"
+    return os.environ | {"NEXHB_DATA_DIR": str(tmp_path), "DATABASE_URL": database.dsn, "PATH": path}
 
 
 def nexhb(environment: dict[str, str], *arguments: str, code: int = 0) -> str:
     """What a command prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "nexhb", *arguments],
+        ["nexhb", *arguments],
         env=environment, capture_output=True, text=True, timeout=50, check=False,
     )  # fmt: skip
     assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)

@@ -31,17 +31,15 @@ class Site:
 
     folder: Path
     port: int
+    commands: Path
     daemons: list[subprocess.Popen[str]]
     settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         """What an operator would have set."""
-        return (
-            os.environ
-            | {"NEXHB_DATA_DIR": str(self.folder / "data"), "NEXHB_SERVER__PORT": str(self.port)}
-            | self.settings
-        )
+        own = {"NEXHB_DATA_DIR": str(self.folder / "data"), "NEXHB_SERVER__PORT": str(self.port)}
+        return os.environ | own | {"PATH": f"{self.commands}:{os.environ['PATH']}"} | self.settings
 
     @property
     def url(self) -> str:
@@ -64,7 +62,7 @@ class Site:
     def nexhb(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command beside it."""
         return subprocess.run(
-            [sys.executable, "-m", "nexhb", *arguments],
+            ["nexhb", *arguments],
             env=self.environment, check=check, capture_output=True, text=True, timeout=50,
         )  # fmt: skip
 
@@ -91,11 +89,11 @@ def _free_port() -> int:
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
+def site(commands: Path) -> Iterator[Site]:
     """An empty machine."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-site-"))
     folder.chmod(0o711)
-    site = Site(folder, _free_port(), [])
+    site = Site(folder, _free_port(), commands, [])
     yield site
     for daemon in site.daemons:
         if daemon.poll() is None:
