@@ -38,7 +38,10 @@ def report(
 
 def _show(found: dict[str, Any], hours: int) -> None:
     if not found["queries"]:
-        typer.echo(f"Nothing was compared within {hours} h; `nexhb flags set perf_diff=on` begins.")
+        typer.echo(
+            f"Nothing was compared within {hours} h. With `nexhb flags set perf_diff=on`, a share of the reads of "
+            "offline, unity-down and single devices is."
+        )
         return
     typer.echo(f"{'p50 / p95 / p99':12} {'':5} {'fast, ms':>25} {'legacy, ms':>28} {'times faster':>25} mismatches")
     for row in found["queries"]:
