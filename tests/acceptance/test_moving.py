@@ -412,6 +412,11 @@ async def test_a_fleet_moves_by_the_page_and_loses_nothing(
         await it.old.stop()
         await it.enrol("after", key)
         await it.beat()
+        await it.old.start()
+        it.old.calls.clear()
+        await it.follow("NexMDM again")
+        await it.beat()
+        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= len(it.kiosks))  # the copies
         assert not [heading for heading, blocks in it.chapters.items() if blocks]  # all of the page was followed
         await nothing_is_lost(it)
 
