@@ -25,6 +25,7 @@ class Heard:
     reasons: list[str]
     version: str | None = None
     fleet: dict[str, Any] = field(default_factory=dict)  # empty where it was not asked for
+    remarks: list[str] = field(default_factory=list)  # what an operator should look at although it is ready
 
 
 async def ask(settings: Settings, url: str | None, admin_key: str | None = None) -> Heard:
@@ -76,4 +77,5 @@ async def _ask(url: str, admin_key: str | None, trust: ssl.SSLContext | bool) ->
         if admin_key:
             well, answer = await get("/v1/fleet")
             fleet = answer if well else {"error": answer.get("detail")}
-        return Heard(url, True, bool(ready["ready"]), list(ready["reasons"]), alive.get("version"), fleet)
+        remarks = list(ready.get("remarks", []))
+        return Heard(url, True, bool(ready["ready"]), list(ready["reasons"]), alive.get("version"), fleet, remarks)

@@ -37,6 +37,9 @@ def daemon_line(heard: Heard, *, configured: bool) -> practice.Line:
     if heard.version != __version__:
         said = f"{heard.url} is ready, but runs nexhb {heard.version}, and this command is {__version__}"
         return practice.Line("daemon", False, said, "systemctl restart nexhb, or call the daemon's own nexhb")
+    if heard.remarks:
+        said = f"{heard.url} is ready. {' '.join(heard.remarks)}".replace(" Run nexhb doctor.", "")
+        return practice.Line("daemon", False, said, "the lines `database copy` and `NexMDM`; its log says more")
     return practice.Line("daemon", True, f"{heard.url} is ready, nexhb {heard.version}")
 
 

@@ -31,7 +31,8 @@ async def get_readyz(request: web.Request) -> web.Response:
     """Able to commit, or 503 with every reason why not; with the admin key, in the database's own words."""
     parts = request.app[PARTS]
     reasons = parts.not_ready(auth.is_admin(request, parts))
-    remarks = {"remarks": [f"{parts.lives.older} Run nexhb doctor."]} if parts.lives.older else {}
+    found = [f"{remark} Run nexhb doctor." for remark in (parts.lives.older, parts.adoption.trouble) if remark]
+    remarks = {"remarks": found} if found else {}
     return answer({"ready": not reasons, "reasons": reasons, **remarks}, 503 if reasons else 200)
 
 

@@ -97,6 +97,11 @@ class Adoption:
         if self._conn is not None:
             self._conn.terminate()
 
+    @property
+    def trouble(self) -> str:
+        """Why tokens that nexhb does not know are not answered 401; empty where they are."""
+        return self._lookup.trouble if self._lookup else ""
+
     async def standing(self, token: str, token_sha256: bytes) -> Standing:
         """What is to be said to an unknown token. Raises DatabaseUnavailable."""
         now = time.monotonic()

@@ -79,6 +79,13 @@ class Lookup:
         self._unknown.clear()
         self._hashes.clear()
 
+    @property
+    def trouble(self) -> str:
+        """That NexMDM's database does not answer this daemon; empty while it does, or was not asked yet."""
+        if not self._failures:
+            return ""
+        return f"{NAME} cannot be asked by this daemon: tokens that nexhb does not know are answered 503."
+
     async def ask(self, token_sha256: bytes) -> Found:
         """What NexMDM's database says of this token, within ANSWER_S."""
         if time.monotonic() - self._unknown.get(token_sha256, float("-inf")) < UNKNOWN_FOR_S:

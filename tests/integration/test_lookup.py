@@ -13,6 +13,8 @@ from pydantic import SecretStr
 
 from bench.nexmdm import MONOLITHIC, add_device, add_devices, naive, token_hash, token_id
 from nexhb import devices, log, metrics
+from nexhb.cli.asking import ask
+from nexhb.cli.doctor import daemon_line
 from nexhb.config import Auth, Legacy
 from nexhb.db import Connection, Database
 from nexhb.identity import Lives, Mark
@@ -196,9 +198,14 @@ async def test_while_nexmdms_database_is_away_nobody_hears_401(
         new, stranger = await enrolled(old, "new"), devices.new_token()
         assert {await status(nexhb, token) for token in (new, stranger, new, stranger)} == {503}
         assert await status(nexhb, known) == 200
+        # The command may reach it where the daemon, another user, does not: the daemon says so itself.
+        assert ["legacy.source" in one for one in (await nexhb.get("/readyz"))["remarks"]] == [True]
+        line = daemon_line(await ask(nexhb.settings, nexhb.url), configured=True)
+        assert (line.good, "legacy.source cannot be asked" in line.said) == (False, True)
         proxy.give_back()
         assert (await first_certain(nexhb, new))[0] == 200
         assert (await first_certain(nexhb, stranger))[0] == 401
+        assert "remarks" not in await nexhb.get("/readyz")
     said = capfd.readouterr().err
     assert '"event":"legacy.lookup_failed"' in said
     assert '"event":"device.taken_over"' in said
