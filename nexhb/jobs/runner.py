@@ -17,7 +17,7 @@ import orjson
 
 from nexhb import locks, log, metrics, numbers, sql
 from nexhb.db import Connection, Database
-from nexhb.errors import DatabaseUnavailable, LockHeld
+from nexhb.errors import DatabaseUnavailable, LockHeld, NexhbError
 from nexhb.locks import Lock
 from nexhb.pgerrors import FROM_THE_DATABASE, Kind, classify
 
@@ -137,8 +137,10 @@ async def _work(conn: Connection, job: Job, now: datetime) -> Run:
     try:
         done = await job.work(conn, now)
     except Exception as error:
-        _log.exception("job.failed", job=job.name)
-        done = Done({}, (f"{type(error).__name__}: {error}",))
+        reason = f"{type(error).__name__}: {error}"
+        # What is foreseen says all in its sentence; a command would show its user a trace besides.
+        _log.error("job.failed", job=job.name, error=reason, exc_info=None if isinstance(error, NexhbError) else error)
+        done = Done({}, (reason,))
     elapsed_ms = round((time.perf_counter() - started) * 1000)
     status = "failed" if done.failures else "completed"
     return Run(job.name, status, "; ".join(done.failures), done.counts, elapsed_ms)

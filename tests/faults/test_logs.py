@@ -39,6 +39,9 @@ def test_an_error_that_no_fault_explains_is_unexpected(one: str) -> None:
         line("writer.not_ready", "error", error="ConnectionRefusedError: x"),
         line("job.failed", "error", exception="Traceback …\nasyncpg.exceptions.AdminShutdownError: x"),
         line("job.failed", "error", exception="Traceback …\nnexhb.errors.LockLost: x"),
+        line("job.failed", "error", error="JobFailed: The job did not do all of its work. Its connection was lost: x"),
+        line("job.failed", "error", error="JobFailed: 8Z here and 9Z in the database: set the clocks."),
+        line("job.failed", "error", error="DatabaseUnavailable: x"),
         line("job.failed", "error", exception="Traceback …\nnexhb.errors.JobFailed: … Its connection was lost: x"),
         line(
             "nightly_maintenance.step_failed",

@@ -13,9 +13,10 @@ import pytest
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
-from nexhb import config, daemon, metrics, partitions, sql
+from nexhb import config, daemon, log, metrics, partitions, sql
 from nexhb.config import Settings
 from nexhb.db import Connection, Database
+from nexhb.errors import BadInput
 from nexhb.jobs import runner, schedule
 from nexhb.jobs.board import Jobs
 from nexhb.jobs.runner import Done, Job, Run
@@ -75,6 +76,21 @@ async def test_a_run_that_raises_has_failed_and_says_why(database: Database, con
     run = await runner.run(database, job(work), NOW)
     assert (run.status, run.reason) == ("failed", "ValueError: something nobody foresaw")
     assert [row[:2] for row in await runs(conn)] == [("failed", "ValueError: something nobody foresaw")]
+
+
+@pytest.mark.parametrize(("error", "traced"), [(BadInput("a choice is needed"), False), (ValueError("a bug"), True)])
+async def test_a_failure_that_is_foreseen_is_logged_as_its_sentence(
+    database: Database, capfd: pytest.CaptureFixture[str], error: Exception, traced: bool
+) -> None:
+    """An import that was refused showed a trace of Python above the sentence that says what to choose."""
+
+    async def work(_conn: Connection, _now: datetime) -> Done:
+        raise error
+
+    log.setup("info")
+    await runner.run(database, job(work), NOW)
+    [said] = [line for line in capfd.readouterr().err.splitlines() if '"job.failed"' in line]
+    assert ("Traceback" in said, f"{error}" in said) == (traced, True)
 
 
 async def test_a_run_that_loses_its_connection_has_failed_and_is_written_down_all_the_same(
