@@ -16,6 +16,7 @@ import pytest
 from nexhb import doctor, partitions
 from nexhb.archive import adopt, catalog, restore
 from nexhb.archive.adopt import Report, Wishes
+from nexhb.archive.catalog import Archived
 from nexhb.archive.file import FolderStore
 from nexhb.archive.manifest import decode, encode, manifest_name
 from nexhb.audit import audit
@@ -137,13 +138,20 @@ async def test_an_older_database_gets_the_supplement_that_it_lacks_and_no_row_tw
     assert len(await house.archived(OLD)) == 152
 
 
-async def test_several_archives_of_one_day_wait_for_the_operators_word(house: House) -> None:
+async def archived_twice_and_forgotten(house: House) -> Archived:
+    """A day that came back and was archived again: the store has both archives and a supplement, the catalog nothing.
+    The newer archive."""
     await with_a_supplement(house)
     await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
     await catalog.release(house.conn, OLD)
     assert (await house.nightly()).status == "completed"
     [current] = await catalog.find(house.conn, OLD)
     await forgotten(house)
+    return current
+
+
+async def test_several_archives_of_one_day_wait_for_the_operators_word(house: House) -> None:
+    current = await archived_twice_and_forgotten(house)
     report = await adopted(house)
     assert len(report.conflicts) == 3
     assert "there are 2 archives of that day" in report.conflicts[0]["reason"]
@@ -251,12 +259,7 @@ async def test_a_day_whose_table_is_here_stays_the_tables(house: House) -> None:
 
 
 async def test_a_dry_run_writes_nothing_down_whatever_it_would_say(house: House) -> None:
-    await with_a_supplement(house)
-    await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
-    await catalog.release(house.conn, OLD)
-    assert (await house.nightly()).status == "completed"
-    [current] = await catalog.find(house.conn, OLD)
-    await forgotten(house)
+    current = await archived_twice_and_forgotten(house)
     planned = await adopted(house, dry_run=True, take=frozenset({current.url}))
     assert (len(planned.adopted), len(planned.superseded)) == (1, 2)
     assert await house.conn.fetch(EVERY_TRACE) == []
