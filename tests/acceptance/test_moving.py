@@ -159,7 +159,7 @@ class Kiosk:
 
 @dataclass
 class World:
-    """All of it, and somebody who has the page."""
+    """The whole setup of the move, and an operator who follows the page."""
 
     nexhb: Nexhb
     old: Old

@@ -341,7 +341,7 @@ async def test_a_supplement_of_which_the_archives_have_a_part_is_named_and_one_t
 
 
 async def test_what_is_read_of_a_store_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its names, and of what calls itself a manifest: the whole of it was read before it was refused."""
+    """adopt read all names of a store, and whole objects of any size that are named as manifests, before it refused."""
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
     await forgotten(house)

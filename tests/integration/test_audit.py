@@ -227,7 +227,7 @@ async def test_late_rows_without_their_label_or_device_are_reported_too(conn: Co
 async def test_a_number_is_in_use_wherever_it_stands(
     conn: Connection, now: datetime, row: str, used: dict[str, int], says: str
 ) -> None:
-    """The sequence is raised above it, whichever table alone holds it."""
+    """The sequence is raised above the number, also where only one of the tables holds it."""
     await partitions.ensure(conn, [now.date()])
     await conn.execute(row, now)
     assert {one["what"]: one["used"] for one in await numbers.behind(conn)} == used

@@ -62,7 +62,7 @@ async def test_a_heartbeat_that_was_sent_to_both_is_one_row(
 
 
 async def test_duplicates_are_those_of_the_rows_that_the_source_has_now(move_of: Move) -> None:
-    """Rows that were taken and that NexMDM deleted since were subtracted from the duplicates: 8 printed, 12 were."""
+    """Rows that NexMDM had deleted after their import were subtracted from the duplicates: 8 were printed, not 12."""
     for second in range(6):  # three buckets, twice each
         await move_of.at(timedelta(minutes=30) - second * 5 * SECOND)
     first = await move_of.run()

@@ -31,7 +31,7 @@ def refused(ask: Callable[[], object]) -> Problem:
 
 @pytest.mark.parametrize("text", ["0", "101", "-1", "+1", "1.0", "", " 5", "\u0665", "1" * 5_000, "0000000000005"])
 def test_a_number_within_its_bounds_is_plain_digits(text: str) -> None:
-    """Python reads digits of any script, and raises at thousands of them."""
+    """int() accepts digits of any script, and raises ValueError for thousands of digits."""
     found = refused(lambda: query.number(asked(limit=text), "limit", 10, 1, 100))
     assert found.errors[0].path == "limit"
 
