@@ -1,185 +1,116 @@
-"""`python -m bench`: a fleet's load against nexhb, checked row by row, and the figures that decided its design."""
+"""`python -m bench`: a fleet's load against nexhb, checked row by row, and nexhb compared with its peers."""
 
 from __future__ import annotations
 
+import argparse
 import signal
-from collections.abc import Coroutine
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Final
 
-import typer
-import uvloop
+from bench import load_command
+from bench.finding import NOT_QUIET, PAGE, RESULTS, Finding, is_quiet, show, table_of, write, write_page
+from bench.report import at_least
+from bench.runs import Plan
+from bench.runs.agents import Kill, Outage, Reconnect
+from bench.runs.archive import Archive
+from bench.runs.compare import Compare
+from bench.runs.curve import Curve
+from bench.runs.daemons import Daemons
+from bench.runs.migration import Import
+from bench.runs.overload import Overload
+from bench.runs.status import Status
+from bench.runs.steady import STEADY_500, STEADY_2000
+from bench.stack import StackError
+from nexhb import log
 
-from bench import demo, progress, stack, suite
-from bench import load as loads
-from bench.compare.command import compare
-from bench.curve.command import curve
-from bench.daemons.command import daemons
-from bench.fleet import Device, Schedule, make_fleet, read_csv, schedule, write_csv
-from bench.micro.command import micro
-from bench.report import ALL_ACKNOWLEDGED, Limit, Result, judge, say_broken, table, write_json
-from bench.runs import idle, moving, outage, soak
-from bench.scenarios import FLOORS
-from bench.status.command import status
-from bench.trial import Trial, examine
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-
-_OPEN_LIMITS = (*ALL_ACKNOWLEDGED, *FLOORS)
-_CLOSED_LIMITS = (*ALL_ACKNOWLEDGED, Limit("nothing deduplicated", "deduplicated", 0))
-Seed = Annotated[int, typer.Option(help="What the fleet and its schedule are made from.")]
+SCENARIOS: Final[tuple[Plan, ...]] = (
+    STEADY_500, STEADY_2000, Reconnect(), Kill(), Archive(), Overload(),
+)  # fmt: skip
+COMMANDS: Final[Mapping[str, Plan]] = {
+    plan.name: plan for plan in (Archive(), Overload(), Import(), Outage(), Compare(), Curve(), Status(), Daemons())
+}
 
 
-@app.command()
-def load(  # noqa: PLR0917 - typer reads each option from a parameter
-    devices: Annotated[int, typer.Option(min=1, help="How many devices; with --tokens at most the file's.")] = 2000,
-    interval: Annotated[float, typer.Option(help="Seconds between a device's heartbeats.")] = 60.0,
-    jitter: Annotated[float, typer.Option(help="Each heartbeat up to so many seconds early or late.")] = 15.0,
-    duration: Annotated[float, typer.Option(help="Seconds of load.")] = 60.0,
-    replay_fraction: Annotated[float, typer.Option(help="Share of devices that come with a queue.")] = 0.0,
-    duplicate_factor: Annotated[float, typer.Option(help="Sends per heartbeat, all in its bucket.")] = 1.0,
-    url: Annotated[str | None, typer.Option(help="A server on a loopback address; else a daemon of one's own.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result there too.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="CSV of device_id,alias,token.")] = None,
-    seed: Seed = 1,
-    closed: Annotated[bool, typer.Option("--closed", help="As fast as it goes instead.")] = False,
-    connections: Annotated[int | None, typer.Option(min=1, help="Connections shared by the devices.")] = None,
-    pid: Annotated[int | None, typer.Option(help="The process behind --url, for its CPU time.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="An empty folder for the own daemon, kept.")] = None,
-) -> None:
-    """Send a fleet's heartbeats and report latencies from the intended send time. Exit 0: all limits kept.
-
-    Without --url a daemon is started for the run, and every row is compared with what was acknowledged.
-    """
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 if every limit was kept, 1 if not. Wrong usage ends with exit code 2."""
+    parser = make_parser()
+    args = parser.parse_args(words)
     try:
-        to = None if url is None else loads.target(url)
-        fleet = _fleet(devices, seed, tokens)
-        plan = schedule(
-            len(fleet),
-            interval,
-            jitter,
-            duration,
-            seed,
-            duplicate_factor=duplicate_factor,
-            replay_fraction=replay_fraction,
-        )
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
-    work = _Load(fleet, plan, closed=closed, connections=connections, seed=seed)
-    if to is not None:
-        finish(judge(uvloop.run(work.run(to, pid)).result, work.limits), json)
-    finish_own(work, data_dir, json)
+        return int(args.run(parser, args))
+    except StackError as error:
+        show(f"[red]{error}[/]")
+        return 1
 
 
-@app.command()
-def fleet(
-    devices: Annotated[int, typer.Option(min=1, help="How many devices.")],
-    out: Annotated[Path, typer.Option(help="The CSV to write, mode 0600.")],
-    seed: Seed = 1,
-) -> None:
-    """Write device_id,alias,token of a seeded fleet, for `nexhb devices import`."""
-    out.touch(mode=0o600)
-    with out.open("w", encoding="utf-8", newline="") as file:
-        write_csv(make_fleet(devices, seed), file)
-    progress.console().print(f"{devices:,} devices in {out}: nexhb devices import {out}", soft_wrap=True)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    load_command.add_load(commands.add_parser("load", help="send a load of your own to a daemon and judge it"))
+    load_command.add_demo(commands.add_parser("demo", help="run a daemon and a simulated fleet, compare every row"))
+    load_command.add_fleet(
+        commands.add_parser("fleet", help="write device_id,alias,token of a fleet, for `nexhb devices import`")
+    )
+    every = commands.add_parser("all", help="run every scenario and write bench/results/")
+    every.add_argument("--only", action="append", help="name of a scenario, or its beginning; may be repeated")
+    runs = [(every, SCENARIOS)]
+    runs += [(commands.add_parser(name, help=plan.title), (plan,)) for name, plan in COMMANDS.items()]
+    for command, plans in runs:
+        command.add_argument("--quick", action="store_true", help="a shorter run; results go to bench/results/quick/")
+        command.add_argument("--out", type=Path, help="the folder of the results")
+        command.set_defaults(run=_run, plans=plans)
+    return parser
 
 
-app.command()(demo.demo)
-app.command("all")(suite.run_all)
-app.command("archive")(suite.run_archive)
-app.command("overload")(suite.run_overload)
-app.command("import")(moving.moving)
-app.command()(outage.outage)
-app.command()(soak.soak)
-app.command()(idle.idle)
-app.command()(micro)
-app.command()(compare)
-app.command()(curve)
-app.command()(status)
-app.command()(daemons)
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    plans: Sequence[Plan] = args.plans
+    if only := getattr(args, "only", None):
+        plans = [each for each in plans if each.name.startswith(tuple(only))]
+        if not plans:
+            parser.error(f"no such scenario; the scenarios are {', '.join(each.name for each in args.plans)}")
+    if args.quick:
+        # a shorter run never replaces the published figures
+        return execute([plan.quicker() for plan in plans], args.out or RESULTS / "quick")
+    return execute(plans, args.out or RESULTS, None if args.out else PAGE)
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """What the options of `load` ask for."""
-
-    fleet: tuple[Device, ...]
-    plan: Schedule
-    closed: bool
-    connections: int | None
-    seed: int
-
-    @property
-    def limits(self) -> tuple[Limit, ...]:
-        """What must hold of the result."""
-        return _CLOSED_LIMITS if self.closed else _OPEN_LIMITS
-
-    def run(self, to: loads.Target, pid: int | None, show: loads.Progress | None = None) -> _Run:
-        """The load, against a server."""
-        if self.closed:
-            return loads.closed_loop(
-                to, self.fleet, connections=self.connections or 64, duration_s=self.plan.duration_s, pid=pid
-            )
-        return loads.open_loop(
-            to, self.fleet, self.plan, connections=self.connections, pid=pid, seed=self.seed, progress=show
-        )
-
-    async def examined(self, own: stack.Stack) -> Trial:
-        """The load, against a daemon of its own, and every row compared."""
-        queued = sum(len(queue.made_us) for queue in self.plan.replays)
-        with progress.line(len(self.plan) + queued, "heartbeats acknowledged") as show:
-            run = await self.run(loads.target(own.url), own.pid, show)
-        return await examine(own, self.fleet, run, self.limits)
-
-
-_Run = Coroutine[object, object, loads.LoadRun]
-
-
-def finish_own(work: _Load, data_dir: Path | None, json: Path | None) -> None:
-    """Run against a daemon of its own, print, write, and leave with 0 if every limit was kept, 1 if not."""
-    console = progress.console()
-    try:
-        with stack.running(work.fleet, data_dir=data_dir) as own:
-            trial = uvloop.run(work.examined(own))
-    except stack.StackError as error:
-        console.print(f"[red]{error}[/]", highlight=False)
-        raise typer.Exit(1) from None
-    trial.show(console)
-    if json is not None:
-        trial.write(json)
-    _leave(trial.result, json)
-
-
-def finish(result: Result, json: Path | None) -> None:
-    """Print the result, write it, and leave with 0 if every limit was kept, 1 if not."""
-    progress.console().print(table(result))
-    if json is not None:
-        write_json(json, result)
-    _leave(result, json)
-
-
-def _leave(result: Result, json: Path | None) -> NoReturn:
-    """Say where the result lies and what is wrong with it, and leave by its exit code."""
-    console = progress.console()
-    if json is not None:
-        console.print(f"Result in {json}.", soft_wrap=True, highlight=False)
-    say_broken(console, result.verdicts)
-    raise typer.Exit(0 if result.verdicts_ok else 1)
-
-
-def _fleet(devices: int, seed: int, tokens: Path | None) -> tuple[Device, ...]:
-    """The devices: from a file, or from the seed alone."""
-    if tokens is None:
-        return make_fleet(devices, seed)
-    with tokens.open(encoding="utf-8", newline="") as file:
-        known = read_csv(file, seed)
-    if len(known) < devices:
-        raise ValueError(f"{tokens} holds {len(known)} devices, not {devices}")
-    return known[:devices]
+def execute(plans: Sequence[Plan], out: Path, page: Path | None = None) -> int:
+    """Run plans, each on a daemon of its own; show and write each finding. Return the exit code."""
+    findings = []
+    # log messages about the days that a run creates would only clutter the terminal
+    log.setup("warning")
+    for plan in plans:
+        show(f"\n[bold]{plan.name}[/]  {plan.title}")
+        # if the daemon fails, this scenario is broken and the next one still runs
+        try:
+            finding = plan.run(lambda text: show(f"  {text}"))
+        except* StackError as group:
+            broken = at_least("the run reached its end", 1, 0)
+            finding = Finding(plan.name, plan.title, (broken,), {"failed": str(group.exceptions[0])})
+        findings.append(finding)
+        show(table_of(finding.figures, finding.verdicts))
+        for table in (part for part in finding.page if part.startswith("|")):
+            show(f"\n{table}")
+        path = write(finding, out)
+        if page is not None and finding.page:
+            write_page(page, finding)
+    place = f"Result in {path}." if len(findings) == 1 else f"Results in {out}, all of them in {out / 'summary.md'}."
+    show(place)
+    # printed last, so that it is seen without scrolling
+    if number := sum(not verdict.ok for finding in findings for verdict in finding.verdicts):
+        names = ", ".join(finding.name for finding in findings if not finding.ok)
+        show(f"[red]{number} limit{'s' * (number > 1)} broken in {names}.[/]")
+    if not all(is_quiet(finding.others_cores) for finding in findings):
+        show(NOT_QUIET)
+    return 0 if all(finding.ok for finding in findings) else 1
 
 
 if __name__ == "__main__":
-    # a terminated bench ends as an interrupted one does: its daemon stops, its folder goes
+    # SIGTERM ends the bench as Ctrl-C does: the daemon is stopped and its folder removed
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,19 +1,13 @@
-"""What the same PostgreSQL takes for the least there is to do: SELECT 1, a one-row commit, rows by COPY alone."""
+"""Measure how fast PostgreSQL is without a daemon: SELECT 1, a one-row commit, rows by COPY alone."""
 
 from __future__ import annotations
 
-import ipaddress
 import time
-from collections.abc import Sequence
 from statistics import median
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-import asyncpg
-
-from bench import history
-from bench.fleet import Device
-from bench.load.batches import Queue
-from nexhb import batch, wire
+from bench import stack
+from nexhb.heartbeat import HISTORY_COLUMNS
 
 _TABLE: Final = "bench_copy"
 _A_DAY: Final = """
@@ -21,78 +15,49 @@ SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'device_heart
 """
 
 
-class Orientation(NamedTuple):
-    """One client, medians in ms."""
+class Floors(NamedTuple):
+    """Median times of one client, in ms."""
 
     one_row_commit_ms: float
     select_1_ms: float
 
 
-async def orientation(conn: asyncpg.Connection, times: int = 500) -> Orientation:
-    """Measure both, so many times each."""
-    await conn.execute("CREATE TABLE bench_commit (n integer)")
-    try:
-        commit = await _median_ms(conn, "INSERT INTO bench_commit VALUES (1)", times)
-        return Orientation(commit, await _median_ms(conn, "SELECT 1", times))
-    finally:
-        await conn.execute("DROP TABLE bench_commit")
-
-
-async def _median_ms(conn: asyncpg.Connection, statement: str, times: int) -> float:
-    prepared, took = await conn.prepare(statement), []
-    for _ in range(times):
-        began = time.perf_counter()
-        await prepared.fetch()
-        took.append(time.perf_counter() - began)
-    return round(median(took) * 1e3, 3)
-
-
-def as_people_have_them(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A packed row of the history, its values as a program has them and asyncpg takes them: datetimes, an address."""
-    moments, rest, ip = row[:2], row[2:-1], row[-1]
-    return (*map(wire.unpack_moment, moments), *rest, None if ip is None else ipaddress.ip_address(ip[4:]))
-
-
-class Copy:
-    """COPY of rows as the daemon would write them, into a table of the history's layout with its key. The connection
-    takes packed values where the rows are."""
-
-    def __init__(self, conn: asyncpg.Connection, rows: list[tuple[Any, ...]]) -> None:
-        """`rows`: sorted by their key."""
-        self._conn = conn
-        self._rows = rows
-
-    @classmethod
-    async def of(cls, conn: asyncpg.Connection, fleet: Sequence[Device], queues: Sequence[Queue]) -> Copy:
-        """The rows of these queues' bodies; an empty table like a day's partition."""
-        partition = await conn.fetchval(_A_DAY)
-        await conn.execute(f"DROP TABLE IF EXISTS {_TABLE}")
-        await conn.execute(
-            f"CREATE TABLE {_TABLE} (LIKE {partition} INCLUDING DEFAULTS INCLUDING INDEXES INCLUDING STORAGE)"
-        )
-        writer = await history.Writer.of(conn, fleet)
-        beats = [history.Beat(each.device, made_us, n) for each in queues for n, made_us in enumerate(each.made_us)]
-        return cls(conn, await writer.rows(writer.heartbeats(beats)))
-
-    def plainly(self, conn: asyncpg.Connection) -> Copy:
-        """The same rows, not packed, over a connection that nothing was done to."""
-        return Copy(conn, [as_people_have_them(row) for row in self._rows])
-
-    async def rate(self, batch_rows: int, seconds: float) -> float:
-        """Rows/s of transactions of so many rows, for so long; emptied off the clock whenever all are in."""
-        taken = rows = 0.0
-        while taken < seconds:
-            await self._conn.execute(f"TRUNCATE {_TABLE}")
-            for at in range(0, len(self._rows) - batch_rows + 1, batch_rows):
-                part = self._rows[at : at + batch_rows]
+async def floors_of(own: stack.Stack, times: int = 500) -> Floors:
+    """Measure SELECT 1 and a one-row commit, each `times` times, with one client of the daemon's PostgreSQL."""
+    async with own.connected() as conn:
+        await conn.execute("CREATE TABLE bench_commit (n integer)")
+        medians = []
+        for statement in ("INSERT INTO bench_commit VALUES (1)", "SELECT 1"):
+            prepared, took = await conn.prepare(statement), []
+            for _ in range(times):
                 began = time.perf_counter()
-                await self._conn.copy_records_to_table(_TABLE, records=part, columns=batch.HISTORY_COLUMNS)
-                taken += time.perf_counter() - began
-                rows += len(part)
-                if taken >= seconds:
-                    break
-        return rows / taken
+                await prepared.fetch()
+                took.append(time.perf_counter() - began)
+            medians.append(round(median(took) * 1e3, 3))
+        await conn.execute("DROP TABLE bench_commit")
+    return Floors(*medians)
 
-    async def drop(self) -> None:
-        """Remove the table."""
-        await self._conn.execute(f"DROP TABLE IF EXISTS {_TABLE}")
+
+async def copy_rate(own: stack.Stack, batch_rows: int, seconds: float) -> float:
+    """Return the rows/s of COPY alone, in transactions of `batch_rows` rows, run for `seconds`.
+
+    The rows, enough for ten transactions, were written by the daemon before. They are sorted by their key and passed as
+    Python objects (datetimes, addresses). The table has the layout and the key of a day's partition. The time in which
+    the table is emptied does not count.
+    """
+    columns, elapsed, copied = ", ".join(HISTORY_COLUMNS), 0.0, 0
+    async with own.connected() as conn:
+        like = f"LIKE {await conn.fetchval(_A_DAY)} INCLUDING DEFAULTS INCLUDING INDEXES INCLUDING STORAGE"
+        await conn.execute(f"CREATE TABLE {_TABLE} ({like})")
+        query = f"SELECT {columns} FROM device_heartbeats ORDER BY device_no, bucket LIMIT $1"
+        rows = [tuple(row) for row in await conn.fetch(query, 10 * batch_rows)]
+        while elapsed < seconds:
+            await conn.execute(f"TRUNCATE {_TABLE}")
+            for at in range(0, len(rows), batch_rows):
+                part = rows[at : at + batch_rows]
+                began = time.perf_counter()
+                await conn.copy_records_to_table(_TABLE, records=part, columns=HISTORY_COLUMNS)
+                elapsed += time.perf_counter() - began
+                copied += len(part)
+        await conn.execute(f"DROP TABLE {_TABLE}")
+    return copied / elapsed

@@ -1,4 +1,4 @@
-"""A NexMDM database as its public versions make it: one table of heartbeats, or one a day."""
+"""Create a NexMDM database as its public versions do: with one table of heartbeats, or with a table per day."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import bcrypt
 
-from nexhb.db import Connection
+from nexhb.postgres.connections import Connection
 
 CREATED = datetime(2025, 10, 18, 12)  # noqa: DTZ001 - its columns have no zone
 DEVICES = """
@@ -28,7 +27,7 @@ COLUMNS = """
 
 @dataclass(frozen=True)
 class Version:
-    """What differs between them."""
+    """The differences between the versions."""
 
     name: str
     partitioned: bool = False
@@ -36,7 +35,7 @@ class Version:
     ssid: bool = False
 
     async def create(self, conn: Connection, first: datetime, last: datetime) -> None:
-        """Its tables, empty, with days from `first` to `last`."""
+        """Create the empty tables, with days from `first` to `last`."""
         await conn.execute(DEVICES.format(more="token_revoked_at timestamp," if self.revoked_at else ""))
         ssid = ", ssid varchar" if self.ssid else ""
         if not self.partitioned:
@@ -52,7 +51,7 @@ class Version:
         await self.add_days(conn, first, last)
 
     async def add_days(self, conn: Connection, first: datetime, last: datetime) -> None:
-        """Days that it does not have yet, where it has days."""
+        """Create the missing days, if this version has a table per day."""
         for n in range((last.date() - first.date()).days + 1 if self.partitioned else 0):
             day = first.date() + timedelta(days=n)
             name = f"device_heartbeats_{day:%Y%m%d}"
@@ -70,27 +69,17 @@ PARTITIONED = Version("partitioned", partitioned=True, ssid=True)
 
 
 def token_id(token: str) -> str:
-    """As NexMDM stores it."""
+    """Return the token's id as NexMDM stores it."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def token_hash(token: str, rounds: int = 4) -> str:
-    """Likewise, but with 12 rounds."""
+    """Return the token's bcrypt hash as NexMDM stores it, but by default with fewer rounds than the 12 of NexMDM."""
     return bcrypt.hashpw(token.encode(), bcrypt.gensalt(rounds)).decode()
 
 
-async def add_device(conn: Connection, device_id: str, token: str = "", **columns: Any) -> None:
-    """One device; its hash costs time and is of no use where there is a token_id, so it is none then."""
-    values = {
-        "id": device_id, "alias": f"Store {device_id}", "token_hash": "unused", "token_id": token_id(token),
-        "created_at": CREATED, "model": "SM-T500", "sdk_int": 33,
-    } | columns  # fmt: skip
-    names, marks = ", ".join(values), ", ".join(f"${n}" for n in range(1, len(values) + 1))
-    await conn.execute(f"INSERT INTO devices ({names}) VALUES ({marks})", *values.values())
-
-
 async def add_devices(conn: Connection, devices: Sequence[tuple[str, str]]) -> None:
-    """Many: device_id and token."""
+    """Insert many devices, given as (device_id, token)."""
     await conn.copy_records_to_table(
         "devices",
         records=[(i, f"Store {i}", "unused", token_id(t), CREATED) for i, t in devices],
@@ -99,7 +88,8 @@ async def add_devices(conn: Connection, devices: Sequence[tuple[str, str]]) -> N
 
 
 async def add_history(conn: Connection, start: datetime, end: datetime, every: timedelta) -> int:
-    """A heartbeat of each device at each of these times, a second apart by device, in the session's zone; how many."""
+    """Insert one heartbeat of each device per interval, the devices a second apart. Return the number of
+    heartbeats."""
     done = await conn.execute(
         """INSERT INTO device_heartbeats (device_id, ts, ip, battery_pct, plugged, temp_c, network_type, uptime_s,
             ram_used_mb, unity_pkg_version, unity_running, agent_version)
@@ -113,13 +103,6 @@ async def add_history(conn: Connection, start: datetime, end: datetime, every: t
     return int(done.split()[-1])
 
 
-async def add_beat(conn: Connection, device_id: str, ts: datetime, **columns: Any) -> None:
-    """One heartbeat. NexMDM gives its column without a zone a moment: PostgreSQL stores that in the session's zone."""
-    values = {"device_id": device_id, "ts": ts} | columns
-    marks = ", ".join(f"${n}" + "::timestamptz" * (name == "ts") for n, name in enumerate(values, start=1))
-    await conn.execute(f"INSERT INTO device_heartbeats ({', '.join(values)}) VALUES ({marks})", *values.values())
-
-
 def naive(moment: datetime) -> datetime:
-    """UTC, as its columns have it."""
+    """Return the moment in UTC without a zone, as NexMDM's columns have it."""
     return moment.astimezone(UTC).replace(tzinfo=None)

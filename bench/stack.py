@@ -1,19 +1,15 @@
-"""A daemon of one's own for a run: a folder, a child process, its embedded PostgreSQL; all of it gone at the end."""
+"""A daemon for a single run: a folder, a child process, its embedded PostgreSQL; all are removed at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import os
-import random
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -23,245 +19,176 @@ import orjson
 
 from bench.cost import Memory, memory_of
 from bench.fleet import Device, write_csv
-from bench.scrape import Scrape, parse
-from nexhb import embedded, keys
-from nexhb.pgaccount import USER
+from bench.process import HOST, Daemon, Process
+from nexhb import keys
+from nexhb.postgres import embedded
+from nexhb.postgres.account import USER
 
-# what a run sets to have its daemon use a PostgreSQL that the run itself starts and stops
+# set if the daemon uses a PostgreSQL that the run itself starts and stops
 DATABASE_URL: Final = "NEXHB_DATABASE__URL"
-_HOST: Final = "127.0.0.1"
-# initdb and the first migration take 2 s, crash recovery after a kill some more
+# initdb and the first migration take 2 s, crash recovery after a kill a little longer
 _READY_S: Final = 90.0
-# the daemon's own bounds: requests under way 10 s, the writer 10 s, PostgreSQL 30 s
+# the daemon's own timeouts at a stop: pending requests 10 s, the writer 10 s, PostgreSQL 30 s
 _STOP_S: Final = 60.0
-_IMPORT_S: Final = 120.0
-_POLL_S: Final = 0.02
-# A missed nightly run is made up within half a minute of a start, in the middle of a measurement: jobs are run by POST.
+# No schedule: a missed nightly run would begin within half a minute of a start, during a measurement. Runs start jobs
+# by POST.
 _NO_SCHEDULE: Final = {"NEXHB_JOBS__NIGHTLY": "", "NEXHB_JOBS__RECONCILE": ""}
-# below the kernel's ephemeral range: while the daemon is dead no client's own port may be the daemon's
-_PORTS: Final = (20_000, 32_000)
 
 
 class StackError(RuntimeError):
-    """The daemon of a run did not do what it must."""
+    """The daemon of a run failed."""
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    rng = random.Random(os.urandom(8))
-    for _ in range(100):
-        port = rng.randrange(*_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((_HOST, port))
-            return port
-    raise StackError(f"no free port between {_PORTS[0]} and {_PORTS[1]}")
-
-
-async def connect(dsn: str) -> asyncpg.Connection:
-    """A connection of a run's own."""
+@contextlib.asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """Connect to a database; the connection is closed when the block ends."""
     settings = {"application_name": "nexhb bench", "timezone": "UTC"}
-    return await asyncpg.connect(dsn, timeout=10, command_timeout=600, server_settings=settings)
+    conn = await asyncpg.connect(dsn, timeout=10, command_timeout=7200, server_settings=settings)
+    try:
+        yield conn
+    finally:
+        await conn.close(timeout=5)
 
 
-class Stack:
+class Stack(Daemon):
     """One daemon and its data. Calls block: from an event loop, use `asyncio.to_thread`."""
 
     def __init__(self, folder: Path, settings: Mapping[str, str], *, shared_port: int | None = None) -> None:
-        """Prepare in an existing folder; `settings` are NEXHB_… variables. With a shared port the daemon answers there
-        as well, beside others, and `port` is its own."""
-        self.folder = folder
-        self._shared_port = shared_port
-        self.data_dir = folder / "data"
-        self.log_path = folder / "daemon.log"
-        self.port = free_port()
-        self.url = f"http://{_HOST}:{self.port}"
-        self._config = folder / "nexhb.toml"
-        # an empty file: neither the caller's ./nexhb.toml nor /etc/nexhb/nexhb.toml has a say here
-        self._config.touch()
-        self._settings = dict(settings)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    # ── the daemon ───────────────────────────────────────────────────────────────────────────────────────
+        """Prepare in an existing folder; `settings` are NEXHB_… variables. With `shared_port` the daemon also listens
+        on that port, together with other daemons, and `port` is the port of this daemon alone."""
+        super().__init__(folder, _NO_SCHEDULE | dict(settings))
+        if shared_port is not None:
+            own = {"NEXHB_SERVER__INSTANCE_PORT": str(self.port), "NEXHB_SERVER__REUSE_PORT": "true"}
+            self.settings |= own | {"NEXHB_SERVER__PORT": str(shared_port)}
+        self._process: Process | None = None
 
     @property
     def pid(self) -> int:
-        """The daemon's process id."""
+        """Return the daemon's process id."""
         if self._process is None:
-            raise StackError("the daemon does not run")
+            raise StackError("the daemon is not running")
         return self._process.pid
 
     def start(self) -> float:
-        """Start it and wait until it can commit; the seconds that took."""
+        """Start the daemon and wait until it can commit; return the seconds that took."""
         began = time.monotonic()
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*self._command(), "serve"],
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # Ctrl-C at the terminal is for the bench, which then stops the daemon in order
-                start_new_session=True,
-            )
+        self._process = self.spawn("serve", log=self.log_path)
         while not self.ready():
             if self._process.poll() is not None:
                 raise StackError(f"the daemon ended with {self._process.returncode}:\n{self._last_words()}")
             if time.monotonic() - began > _READY_S:
                 raise StackError(f"the daemon was not ready within {_READY_S:.0f} s:\n{self._last_words()}")
-            time.sleep(_POLL_S)
+            time.sleep(0.02)
         return time.monotonic() - began
 
     def kill(self) -> None:
-        """SIGKILL the daemon, and nothing else: its PostgreSQL stays and the next start adopts it."""
-        os.kill(self.pid, signal.SIGKILL)
-        self._reap()
+        """Send SIGKILL to the daemon alone: its PostgreSQL keeps running, and the daemon's next start uses it."""
+        if self._process is not None:
+            self._process.kill()
+            self._reap(self._process)
 
     def stop(self) -> None:
-        """End the daemon in order; a PostgreSQL that outlived it too."""
+        """Stop the daemon by SIGTERM, then its embedded PostgreSQL if that is still running."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-            self._reap()
+            self._reap(self._process)
         if self._postmaster_lives():
-            # joining it and leaving it again stops it: nobody else uses it
+            # the embedded PostgreSQL stops when the last process that uses it stops: start such a process and stop it
             embedded.start(self.data_dir).stop()
 
-    def _reap(self) -> None:
-        if self._process is None:
-            return
+    def _reap(self, process: Process) -> None:
+        self._process = None
         try:
-            self._process.wait(_STOP_S)
+            process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+            process.kill()
+            process.wait(10)
             raise StackError(f"the daemon did not end within {_STOP_S:.0f} s:\n{self._last_words()}") from None
-        finally:
-            self._process = None
 
     def ready(self) -> bool:
-        """Whether it says that it can commit."""
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=5)
-        try:
-            connection.request("GET", "/readyz")
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        """Return whether /readyz reports that the daemon can commit."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return self._request("GET", "/readyz", 5, {})[0] == 200
+        return False
 
     def _last_words(self) -> str:
         lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
         return "\n".join(lines[-20:])
 
-    # ── its command line, database and keys ──────────────────────────────────────────────────────────────
-
     def import_fleet(self, fleet: Sequence[Device]) -> None:
-        """Make the devices known, by the command that an operator would use."""
+        """Import the devices with the operator's command, `nexhb devices import`."""
         file = self.folder / "fleet.csv"
         file.touch(mode=0o600)
         with file.open("w", encoding="utf-8", newline="") as out:
             write_csv(fleet, out)
-        counts = self.command("devices", "import", str(file), "--json", timeout_s=_IMPORT_S)
+        counts = self.command("devices", "import", str(file), "--json", timeout_s=120)
         if counts["rows"] != len(fleet):
-            raise StackError(f"{len(fleet)} devices were to be imported, not {counts}")
+            raise StackError(f"{counts} devices were imported, not {len(fleet)}")
 
     def command(self, *words: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """What a `nexhb … --json` beside the daemon answers."""
-        done = subprocess.run(
-            [*self._command(), *words], env=self._environment(), capture_output=True, timeout=timeout_s, check=False
-        )
+        """Run `nexhb … --json` with the daemon's settings and return its output."""
+        done = self.run(*words, timeout_s=timeout_s)
         if done.returncode != 0:
-            raise StackError(f"nexhb {' '.join(words)} ended with {done.returncode}: {done.stderr.decode()[-2000:]}")
-        found: dict[str, Any] = orjson.loads(done.stdout)
-        return found
+            raise StackError(f"nexhb {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
+        output: dict[str, Any] = orjson.loads(done.stdout)
+        return output
 
     def post(self, path: str, *, timeout_s: float) -> tuple[int, dict[str, Any]]:
-        """What POST `path` answers to the operator: status and JSON."""
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=timeout_s)
-        try:
-            connection.request("POST", path, headers={"x-admin": self.admin_key})
-            answer = connection.getresponse()
-            found: dict[str, Any] = orjson.loads(answer.read())
-            return answer.status, found
-        finally:
-            connection.close()
+        """Send POST `path` with the admin key; return the status and the JSON of the response."""
+        status, body = self._request("POST", path, timeout_s, {"x-admin": self.admin_key})
+        answer: dict[str, Any] = orjson.loads(body)
+        return status, answer
 
-    def metrics(self) -> Scrape:
-        """What GET /metrics says now."""
-        return parse(self.get("/metrics").decode())
+    def metrics(self) -> dict[str, float]:
+        """Return the current samples of GET /metrics: name → the sum over all labels."""
+        status, body = self._request("GET", "/metrics", 30, {"x-admin": self.admin_key})
+        if status != 200:
+            raise StackError(f"GET /metrics returned {status}: {body[:500]!r}")
+        sums: dict[str, float] = {}
+        for line in body.decode().splitlines():
+            if not line.startswith("#"):
+                sample, _, value = line.rpartition(" ")
+                name = sample.partition("{")[0]
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return sums
 
-    def get(self, path: str) -> bytes:
-        """What GET `path` answers to the operator. Raises StackError unless that is a 200."""
-        connection = http.client.HTTPConnection(_HOST, self.port, timeout=30)
-        try:
-            connection.request("GET", path, headers={"x-admin": self.admin_key})
-            answer = connection.getresponse()
-            found = answer.read()
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise StackError(f"GET {path} was answered {answer.status}: {found[:500]!r}")
-        return found
-
-    def events(self) -> list[dict[str, Any]]:
-        """What the daemon has logged, oldest first."""
-        found = []
-        for line in self.log_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(orjson.JSONDecodeError):
-                found.append(orjson.loads(line))
-        return found
-
-    def _command(self) -> list[str]:
-        return [sys.executable, "-m", "nexhb", "--config", str(self._config)]
-
-    def _environment(self) -> dict[str, str]:
-        """Ours, without what would configure nexhb or PostgreSQL's client."""
-        aliases = {"DATABASE_URL", "ADMIN_KEY", "READ_FROM_LAST_STATUS", "PERF_DIFF_ENABLED", "STATE_DIRECTORY"}
-        ours = {k: v for k, v in os.environ.items() if not k.startswith(("NEXHB_", "PG")) and k not in aliases}
-        where = {"NEXHB_DATA_DIR": str(self.data_dir), "NEXHB_SERVER__PORT": str(self.port)}
-        if self._shared_port is not None:
-            where |= {
-                "NEXHB_SERVER__PORT": str(self._shared_port),
-                "NEXHB_SERVER__INSTANCE_PORT": str(self.port),
-                "NEXHB_SERVER__REUSE_PORT": "true",
-            }
-        # the checkout that this bench belongs to, whatever the working directory
-        return (
-            ours | where | _NO_SCHEDULE | self._settings | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-        )
+    def _request(self, method: str, path: str, timeout_s: float, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        with contextlib.closing(http.client.HTTPConnection(HOST, self.port, timeout=timeout_s)) as connection:
+            connection.request(method, path, headers=dict(headers))
+            response = connection.getresponse()
+            return response.status, response.read()
 
     @property
     def admin_key(self) -> str:
-        """The key that the daemon made at its first start."""
+        """Return the admin key that the daemon made at its first start."""
         return (self.data_dir / keys.FILE).read_text(encoding="ascii").strip()
 
     @property
     def postmaster_pid(self) -> int:
-        """The embedded PostgreSQL's first process."""
+        """Return the process id of the embedded PostgreSQL."""
         return int(self._postmaster_file()[0])
-
-    def program(self, name: str) -> Path:
-        """A program of the embedded PostgreSQL, from the folder that its server runs out of."""
-        return Path("/proc", str(self.postmaster_pid), "exe").resolve().with_name(name)
 
     @property
     def dsn(self) -> str:
-        """How to reach its PostgreSQL: the one it was told of, or the embedded one, by the socket that it names."""
-        if told := self._settings.get(DATABASE_URL):
-            return told
+        """Return the URL of the daemon's PostgreSQL: the configured URL, or the socket of the embedded server."""
+        if configured := self.settings.get(DATABASE_URL):
+            return configured
         socket_dir = self._postmaster_file()[4]
         return f"postgresql://{USER}@/{USER}?host={quote(socket_dir)}&port=5432"
 
     def dsn_of(self, database: str) -> str:
-        """How to reach another database of the same PostgreSQL."""
+        """Return the URL of another database of the same PostgreSQL."""
         head, _, query = self.dsn.partition("?")
         return f"{head.rpartition('/')[0]}/{database}?{query}"
 
-    async def connect(self, database: str | None = None) -> asyncpg.Connection:
-        """A connection of one's own to the daemon's database, or to another one of its PostgreSQL."""
-        return await connect(self.dsn if database is None else self.dsn_of(database))
+    @contextlib.asynccontextmanager
+    async def connected(self, database: str | None = None) -> AsyncIterator[asyncpg.Connection]:
+        """Connect to the daemon's database, or to another database of the same PostgreSQL."""
+        async with connected(self.dsn if database is None else self.dsn_of(database)) as conn:
+            yield conn
 
     def memory(self) -> Memory:
-        """The daemon's memory, PostgreSQL's not counted."""
+        """Return the daemon's memory, without PostgreSQL's."""
         return memory_of(self.pid)
 
     def _postmaster_file(self) -> list[str]:
@@ -274,11 +201,9 @@ class Stack:
 
 
 @contextlib.contextmanager
-def running(
-    fleet: Sequence[Device] = (), *, data_dir: Path | None = None, settings: Mapping[str, str] | None = None
-) -> Iterator[Stack]:
-    """A daemon that serves and knows the fleet. Its folder goes with it, unless it is a named one."""
-    with run_folder(data_dir) as folder:
+def running(fleet: Sequence[Device] = (), *, settings: Mapping[str, str] | None = None) -> Iterator[Stack]:
+    """Run a daemon with the devices of the fleet imported. Its folder is removed at the end."""
+    with run_folder() as folder:
         stack = Stack(folder, settings or {})
         try:
             stack.start()
@@ -290,19 +215,39 @@ def running(
 
 
 @contextlib.contextmanager
-def run_folder(named: Path | None = None) -> Iterator[Path]:
-    """An empty folder: the named one, which stays, or one that goes."""
-    if named is not None:
-        named.mkdir(parents=True, exist_ok=True)
-        if any(named.iterdir()):
-            raise StackError(f"{named} is not empty: a run is checked row by row, so it begins without any")
-        yield named.resolve()
-        return
-    made = Path(tempfile.mkdtemp(prefix="nexhb-bench-"))
-    try:
+def run_folder() -> Iterator[Path]:
+    """Yield an empty folder, which is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="nexhb-bench-", ignore_cleanup_errors=True) as made:
         if os.geteuid() == 0:
-            # PostgreSQL runs as a system user then, who must be able to pass through
-            made.chmod(0o711)
-        yield made
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+            # for root, PostgreSQL runs as a system user, which needs permission to traverse the folder
+            Path(made).chmod(0o711)
+        yield Path(made)
+
+
+class Postgres:
+    """A PostgreSQL that the run starts and stops; a daemon knows only its URL, which is the same after each start."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self.start()
+
+    def start(self) -> None:
+        """Start PostgreSQL and wait until it accepts connections."""
+        self._server = embedded.start(self._data_dir)
+        self.dsn = self._server.dsn
+        self.pid = int((self._data_dir / "pg" / "postmaster.pid").read_text(encoding="utf-8").split()[0])
+
+    def stop(self) -> None:
+        """Stop PostgreSQL as an operator would (fast): sessions are closed, their transactions rolled back."""
+        self._server.stop()
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[tuple[Path, Postgres]]:
+    """Run a PostgreSQL that no daemon owns, in a folder of its own."""
+    with run_folder() as folder:
+        server = Postgres(folder / "postgres")
+        try:
+            yield folder, server
+        finally:
+            server.stop()

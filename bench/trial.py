@@ -1,79 +1,72 @@
-"""A load against a daemon of one's own, and what is looked at after it: the rows, the memory, the limits."""
+"""Send a load to a daemon of the run, then examine the rows, the memory and the limits."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
-from rich.console import Console
-
-from bench.check import Check, Named, check
-from bench.cost import Memory
-from bench.load import LoadRun
-from bench.report import Limit, Result, SendLog, judge, table, to_json, write_text
+from bench.check import Check, check
+from bench.finding import Finding, spread
+from bench.fleet import Account, Device, Schedule
+from bench.load import LoadRun, Scheduled, stream, target
+from bench.report import Limit, Result, SendLog, Verdict, counts_of, judge
 from bench.stack import Stack
 
+SEED: Final = 1
+# Each connection of the generator carries the heartbeats of many devices, and one simulated device may stand for many,
+# so the rate limit per device must not apply.
+UNLIMITED: Final = {"NEXHB_INGEST__DEVICE_PER_MINUTE": "1000000", "NEXHB_INGEST__DEVICE_BURST": "1000000"}
 EVERY_ROW: Final = (
-    Limit("acknowledged and not in the database", "check_missing", 0),
-    Limit("in the database and never sent", "check_unexpected", 0),
+    Limit("heartbeats acknowledged, but not in the database", "check_missing", 0),
+    Limit("heartbeats in the database that were never sent", "check_unexpected", 0),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A run, judged, and the comparison with the database."""
+    """The result of a run with its verdicts, and the comparison with the database."""
 
     result: Result
     check: Check
-    memory: Memory
 
-    @property
-    def ok(self) -> bool:
-        """Whether every limit was kept; the check's are among them."""
-        return self.result.verdicts_ok
-
-    def to_json(self) -> dict[str, object]:
-        """The result's keys, and the check."""
-        return {**to_json(self.result), "check": self.check.to_json()}
-
-    def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        write_text(path, json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
-
-    def show(self, console: Console) -> None:
-        """Print it for a person."""
-        console.print(table(self.result))
-        console.print(self.check.table())
+    def finding(self, name: str, title: str, *verdicts: Verdict, figures: Mapping[str, str] | None = None) -> Finding:
+        """Return the run as a finding, with more verdicts and figures."""
+        result, rows = self.result, self.check.lines[0]
+        lines = {
+            "acknowledged": f"{result.ok:,} of {result.sent:,} sent, {result.rate_per_s:,.0f}/s",
+            "latency": spread(result.latency),
+            "rows": f"{rows.found:,} found, {rows.expected:,} expected",
+            "daemon": f"{result.extra['daemon_rss_mb']:g} MB",
+        }
+        details: dict[str, Any] = asdict(replace(result, verdicts=())) | {"check": asdict(self.check)}
+        cores = () if result.others_cores is None else (result.others_cores,)
+        verdicts = (*result.verdicts, *verdicts)
+        return Finding(name, title, verdicts, lines | dict(figures or {}), details, cores)
 
 
-def together(runs: Sequence[LoadRun]) -> LoadRun:
-    """The last result, with the counts and the record of all of them: the database holds them all."""
+def combined(runs: Sequence[LoadRun]) -> LoadRun:
+    """Return the last run with the counts and the records of all runs, since the database has the rows of all runs."""
     record = SendLog()
     for each in runs:
         record.extend(each.sends)
-    counts = {
-        name: sum(getattr(each.result, name) for each in runs)
-        for name in ("sent", "ok", "refused", "failed", "deduplicated")
-    }
-    return LoadRun(replace(runs[-1].result, **counts), record)
+    counts = counts_of([each.result for each in runs])
+    return LoadRun(replace(runs[-1].result, **counts), record, runs[-1].began_at_s)
 
 
-async def examine(stack: Stack, fleet: Sequence[Named], run: LoadRun, limits: Iterable[Limit]) -> Trial:
-    """Read the daemon's memory, compare the rows, hold all of it against the limits."""
-    memory = stack.memory()
-    conn = await stack.connect()
-    try:
+async def send(own: Stack, fleet: Sequence[Device], plan: Schedule, **options: Any) -> LoadRun:
+    """Send a schedule to the daemon in open loop; return the run."""
+    to = target(own.url)
+    options |= {"duration_s": plan.duration_s, "pids": (own.pid,)}
+    return await stream(to, Scheduled(to, fleet, plan), plan.offset_us, **options)
+
+
+async def examine(own: Stack, fleet: Sequence[Account | Device], run: LoadRun, limits: Iterable[Limit]) -> Trial:
+    """Read the daemon's memory and compare the rows; return the run with a verdict for each limit."""
+    memory_mb = own.memory().rss_mb
+    async with own.connected() as conn:
         compared = await check(conn, fleet, run.sends)
-    finally:
-        await conn.close(timeout=5)
-    extra = {
-        **run.result.extra,
-        "daemon_rss_mb": memory.rss_mb,
-        "daemon_peak_mb": memory.peak_mb,
-        "check_missing": compared.missing,
-        "check_unexpected": compared.unexpected,
-    }
-    return Trial(judge(replace(run.result, extra=extra), (*limits, *EVERY_ROW)), compared, memory)
+    result = run.result.with_extra(
+        daemon_rss_mb=memory_mb, check_missing=compared.missing, check_unexpected=compared.unexpected
+    )
+    return Trial(judge(result, (*limits, *EVERY_ROW)), compared)

@@ -1,3 +1,3 @@
-"""nexhb takes the heartbeats of a fleet of Android kiosks and never loses one."""
+"""nexhb ingests the heartbeats of a fleet of Android kiosks and never loses one."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The command `nexhb`, and `python -m nexhb`."""
+"""The entry point of the command `nexhb`, and of `python -m nexhb`."""
 
 import sys
 
@@ -6,9 +6,9 @@ from nexhb.errors import UnsupportedLibrary
 
 
 def main() -> None:
-    """Run the command line; a library that nexhb does not support is one sentence, and exit code 1."""
+    """Run the command line. An unsupported library gives a one-sentence error, and exit code 1."""
     try:
-        from nexhb import cli  # noqa: PLC0415 - importing it is what may fail
+        from nexhb import cli  # noqa: PLC0415 - the import itself may fail
     except UnsupportedLibrary as error:
         sys.exit(f"nexhb: {error}")
     cli.main()

@@ -1,5 +1,5 @@
-"""The ledger of a day against what there is of it: what was ever committed is in the day's table, in its archive, or
-among the late ones."""
+"""Compare the ledger of a day with its rows: every committed heartbeat is in the day's table, in its archive, or in
+late_heartbeats."""
 
 from __future__ import annotations
 
@@ -7,51 +7,53 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Any
 
-from nexhb import numbers, partitions, sql
-from nexhb.db import Connection
+from nexhb import partitions
 from nexhb.errors import BadInput
 from nexhb.partitions import midnight, quoted
+from nexhb.postgres import numbers, sql
+from nexhb.postgres.connections import Connection
 
 _Q = sql.queries("audit")
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Both sides, in rows."""
+    """What the ledger counts for a day, and the rows that exist."""
 
     partition: str
     state: str
-    written: int  # by the ledger
+    written: int  # rows according to the ledger
     deduplicated: int
     in_table: int
-    in_archive: int  # the day's own, as its manifest says, and its supplements
+    in_archive: int  # rows of the archive, according to its manifest, and of its supplements
     late: int
-    dangling_devices: int = 0  # rows in its table or late ones, of a device that is not there
-    dangling_labels: int = 0  # the same of a label: their versions and network are lost
+    dangling_devices: int = 0  # rows in the table or in late_heartbeats that refer to a missing device
+    dangling_labels: int = 0  # rows that refer to a missing label: their versions and network are lost
 
     @property
     def missing(self) -> int:
-        """Rows that were committed and are nowhere; below zero: rows that nobody committed."""
+        """The number of committed rows that are missing everywhere; negative if there are more rows than were
+        committed."""
         return self.written - self.in_table - self.in_archive - self.late
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is missing, and every row can be read in full."""
+        """Whether nothing is missing and every row refers to an existing device and label."""
         return self.missing == 0 and not self.dangling_devices and not self.dangling_labels
 
-    def shown(self) -> dict[str, Any]:
-        """For people and machines."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of the JSON output."""
         return asdict(self) | {"missing": self.missing, "ok": self.ok}
 
 
 async def audit(conn: Connection, day: date) -> Audit:
-    """Hold one day (UTC) against the ledger, in one snapshot. Raises BadInput for a day that never was."""
+    """Compare one day (UTC) with the ledger, in one snapshot. Raises BadInput for a day that never had a partition."""
     async with conn.transaction(isolation="repeatable_read", readonly=True):
         row = await conn.fetchrow(_Q["day"], midnight(day))
         if row is None:
-            raise BadInput(f"There is no day {day}.", hint="`nexhb partitions` lists them.")
-        # While its table is there, the table counts: what is archived of it, supplements too, is the same rows.
-        in_table = await partitions.count(conn, row["partition_name"]) if row["present"] else 0
+            raise BadInput(f"There is no partition for {day}.", hint="`nexhb partitions` lists the days.")
+        # If the table exists, only its rows count: the archive and the supplements contain the same rows.
+        in_table = await partitions.count_rows(conn, row["partition_name"]) if row["present"] else 0
         dangling = await numbers.dangling_late(conn, row["range_start"], row["range_end"])
         if row["present"]:
             dangling += await numbers.dangling(conn, quoted(row["partition_name"]))

@@ -1,6 +1,7 @@
-"""The exceptions nexhb raises itself. `sentence` is what a person reads first; `hint` says what to do.
+"""The exceptions that nexhb itself raises. A message begins with `sentence`, and ends with `hint`, which says what to
+do.
 
-The sentence is no docstring: `python -OO` (PYTHONOPTIMIZE=2) removes those.
+The sentence is not the docstring, since `python -OO` (PYTHONOPTIMIZE=2) removes docstrings.
 """
 
 from __future__ import annotations
@@ -8,10 +9,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-class NexhbError(Exception):
-    """Every error that nexhb raises itself. Each subclass has a sentence of its own."""
+def described(error: BaseException) -> str:
+    """Return the class and the message of an error, for the log and for details: many messages of libraries mean
+    nothing without the class, and some are empty."""
+    return f"{type(error).__name__}: {error}"
 
-    sentence: ClassVar[str] = "nexhb could not go on."
+
+class NexhbError(Exception):
+    """The base of every error that nexhb itself raises. Each subclass has its own sentence."""
+
+    sentence: ClassVar[str] = "nexhb could not continue."
 
     def __init__(self, detail: str = "", *, hint: str = "") -> None:
         self.detail = detail
@@ -24,7 +31,7 @@ class NexhbError(Exception):
 
 
 class ConfigError(NexhbError):
-    sentence = "The configuration is not usable."
+    sentence = "The configuration is not valid."
 
 
 class UnsupportedLibrary(NexhbError, ImportError):
@@ -40,94 +47,110 @@ class EmbeddedPostgresError(NexhbError):
 
 
 class NoDatabase(NexhbError):
-    sentence = "There is no database of nexhb here."
+    sentence = "No nexhb database was found."
 
 
 class MigrationError(NexhbError):
     sentence = "The database schema does not match this version of nexhb."
 
 
+class StateChanged(NexhbError):
+    sentence = "Another daemon has judged the same devices."
+
+
 class LockHeld(NexhbError):
-    sentence = "Somebody else is running this."
+    sentence = "Another process is running this job."
 
 
 class LockLost(NexhbError):
-    sentence = "The job's lock is not held any more."
+    sentence = "The job lost its lock."
 
 
 class DatabaseUnavailable(NexhbError):
-    sentence = "The database cannot be reached or cannot commit right now."
+    sentence = "The database cannot be reached, or cannot commit right now."
 
     def __init__(self, detail: str = "", *, hint: str = "", reason: str = "") -> None:
         super().__init__(detail, hint=hint)
-        self.reason = reason  # what of it may be said to whoever asks; see pgerrors.reason
+        self.reason = reason  # the part that a client without a key may see; see postgres.errors.reason
 
 
 class NotConfirmed(DatabaseUnavailable):
-    """A COMMIT that a synchronous standby may not have: a failover would lose it."""
+    """A commit that may be missing on the synchronous standby: a failover would lose it."""
 
     sentence = "The change is committed, but no synchronous standby has confirmed it."
 
 
 class DatabaseUnfit(DatabaseUnavailable):
-    sentence = "The database is not one that nexhb can use."
+    sentence = "The database is not suitable for nexhb."
 
 
 class PoolerBetween(DatabaseUnfit):
-    sentence = "A pooler (pgbouncer or its like) stands before PostgreSQL and keeps what a session asks for to itself."
+    sentence = "A connection pooler such as pgbouncer stands before PostgreSQL and drops the session's settings."
 
     def __init__(self, detail: str = "") -> None:
-        super().__init__(detail, hint="Connect directly: database.url takes PostgreSQL's own address.")
+        super().__init__(detail, hint="Connect directly: set database.url to the address of PostgreSQL itself.")
 
 
 class Overloaded(NexhbError):
-    sentence = "No heartbeat is taken right now."
+    sentence = "No heartbeat is accepted right now."
 
 
 class UnknownDevice(NexhbError):
-    sentence = "No such device is known."
+    sentence = "Device not found:"
+
+
+class UnknownSite(NexhbError):
+    sentence = "Site not found:"
+
+
+class SiteInUse(NexhbError):
+    sentence = "The site cannot be removed:"
 
 
 class DeviceExists(NexhbError):
-    sentence = "A device with this id or token is already known."
+    sentence = "A device with this id or token already exists."
 
 
 class EnrolmentRefused(NexhbError):
-    sentence = "The enrolment key is not usable."
+    sentence = "The enrolment key is not valid."
 
 
 class BadInput(NexhbError):
-    sentence = "The input is not usable."
+    sentence = "The input is not valid."
+
+    def __init__(self, detail: str = "", *, hint: str = "", field: str = "") -> None:
+        super().__init__(detail, hint=hint)
+        self.field = field  # the field or argument that is not valid; empty if the error has no single one
 
 
 class DayMissing(NexhbError):
-    sentence = "The table of this day is not there any more."
+    sentence = "The table of this day no longer exists."
 
 
 class DayAttached(BadInput):
-    """A day that is to be restored is there."""
+    """The day to restore is attached to the history."""
 
-    sentence = "The day is in the history already."
+    sentence = "The day is already in the history."
 
 
 class PartitionBusy(NexhbError):
-    sentence = "Somebody holds the table."
+    sentence = "Another session has locked the table."
 
 
 class NotDetachable(NexhbError):
-    sentence = "PostgreSQL does not detach the partition."
+    sentence = "PostgreSQL cannot detach the partition."
 
 
 class StoreError(NexhbError):
-    sentence = "The archive store did not do what was asked."
+    sentence = "The archive store failed."
 
 
 class ObjectExists(StoreError):
-    sentence = "An object of this name is in the archive store already."
+    sentence = "An object with this name is already in the archive store."
 
 
 class ObjectMissing(StoreError):
-    sentence = "An object is not in the archive store."
+    sentence = "An object is missing in the archive store."
 
 
 class WrongStore(StoreError):
@@ -135,8 +158,12 @@ class WrongStore(StoreError):
 
 
 class ArchiveDamaged(NexhbError):
-    sentence = "An archive is not what its manifest says."
+    sentence = "An archive does not match its manifest."
 
 
 class JobFailed(NexhbError):
-    sentence = "The job did not do all of its work."
+    sentence = "The job did not complete all of its work."
+
+
+class DeliveryFailed(NexhbError):
+    sentence = "A message was not delivered."

@@ -1,7 +1,7 @@
-"""Structured logs: one JSON object a line on stderr, `ts` in RFC 3339, `level`, `event`, fields.
+"""Structured logs: one JSON object per line on stderr, with `ts` in RFC 3339, `level`, `event` and fields.
 
-A line that cannot be written (a full disk, a pipe that nobody reads or that is closed) is lost and counted, and whoever
-logs goes on.
+A line that cannot be written (a full disk, a closed pipe, a pipe that nobody reads) is lost and counted; the caller
+continues.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ import structlog
 
 Logger = structlog.typing.FilteringBoundLogger
 
-WAIT_MS = 50  # for a reader that is slow; once one has been waited for in vain, nobody waits until he reads again
-_PIECE = select.PIPE_BUF  # a pipe that is called writable takes as much at once
+WAIT_MS = 50  # how long a line waits for a slow reader; then no line waits until the reader reads again
+_PIECE = select.PIPE_BUF  # a pipe that poll() reports as writable accepts this many bytes at once
 
 _lost = 0
 
 
 def lines_lost() -> int:
-    """Lines that could not be written since this process began."""
+    """Return the number of lines that this process could not write."""
     return _lost
 
 
 class _Lines(Protocol):
     def write(self, line: str) -> None:
-        """Write it, or count it as lost. Never raises, and never waits for long."""
+        """Write the line, or count it as lost. Never raises, and waits for 50 ms at most."""
 
 
 class _Stderr:
-    """The process's own stderr, by its descriptor. Its open file may be another process's too, so it stays as it is,
-    and is asked before each write whether that would block."""
+    """The process's own stderr, by its descriptor. Other processes may share the open file, so this class does not make
+    it non-blocking, but polls before each write."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._lock = threading.Lock()
-        self._stalled = False  # nobody reads
-        self._torn = False  # half a line stands there
-        self._told = _lost  # of the lines lost
+        self._stalled = False  # the reader did not read in time
+        self._torn = False  # the last line was written in part
+        self._reported = _lost  # the number of lost lines that the log mentions
 
     def write(self, line: str) -> None:
         global _lost  # noqa: PLW0603 - a count of the process, read by the daemon
         with self._lock:
             try:
-                if _lost > self._told:
-                    self._write(_notice(_lost - self._told))
-                    self._told = _lost
+                if _lost > self._reported:
+                    self._write(_notice(_lost - self._reported))
+                    self._reported = _lost
                 self._write(line)
             except (OSError, ValueError, MemoryError):
                 _lost += 1
@@ -79,7 +79,7 @@ class _Stderr:
 
 
 class _Stream:
-    """Any other stream."""
+    """Any other stream, for example in tests."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -99,7 +99,7 @@ def _notice(lost: int) -> str:
 
 
 class _Printer:
-    """What structlog hands finished lines to."""
+    """The logger to which structlog passes each rendered line."""
 
     def __init__(self, lines: _Lines) -> None:
         self.msg = lines.write
@@ -111,7 +111,7 @@ class _Printer:
 def _dumps(event: object, default: object = None) -> str:
     try:
         return orjson.dumps(event, default=str).decode()
-    except (TypeError, ValueError):  # half a character, a number past 64 bits
+    except (TypeError, ValueError):  # a lone surrogate, a number beyond 64 bits
         return json.dumps(event, default=str, skipkeys=True)
 
 
@@ -124,7 +124,7 @@ def _lines(stream: TextIO | None) -> _Lines:
 
 
 def setup(level: str = "info", stream: TextIO | None = None) -> None:
-    """Send every log line, the libraries' too, as JSON to `stream` (stderr unless told otherwise)."""
+    """Send every log line, including those of libraries, as JSON to `stream` (default: stderr)."""
     printer = _Printer(_lines(stream))
     structlog.configure(
         processors=[
@@ -143,27 +143,27 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
     root.setLevel(logging.WARNING)
 
 
-def take_over() -> None:
-    """Log what Python itself would write to stderr, where it might wait for a reader for ever: warnings, and exceptions
-    that nobody caught in a thread or a destructor."""
+def capture_python_output() -> None:
+    """Log warnings, and uncaught exceptions of threads and destructors. Python itself would write these to stderr, and
+    might block forever there."""
     logging.captureWarnings(True)
-    room = get("python")
-    sys.unraisablehook = lambda found: room.error("unraisable", error=repr(found.exc_value), where=repr(found.object))
-    threading.excepthook = lambda found: room.error("thread.failed", error=repr(found.exc_value))
+    logger = get("python")
+    sys.unraisablehook = lambda args: logger.error("unraisable", error=repr(args.exc_value), where=repr(args.object))
+    threading.excepthook = lambda args: logger.error("thread.failed", error=repr(args.exc_value))
 
 
-def say(text: str) -> None:
-    """Text for a person, on stderr; lost where a log line would be."""
+def print_text(text: str) -> None:
+    """Write text for a person to stderr. If stderr cannot be written, the text is lost, as a log line would be."""
     _lines(None).write(text)
 
 
 class _ToStructlog(logging.Handler):
-    """What aiohttp, asyncio and asyncpg log arrives in the same form as our own lines."""
+    """Forward the log records of aiohttp, asyncio and asyncpg to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name.startswith("aiohttp"):
-            # A request that is no HTTP: its exception repeats the line at fault, and that line may be a key's. Whoever
-            # knocks on the port can send such, so it is one short line.
+            # The request is not valid HTTP. The exception quotes the line at fault, which may contain a key. Any client
+            # can cause this, so the log gets one short line.
             kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
             get(record.name).warning("http.bad_request_line", error=kind)
             return
@@ -173,6 +173,6 @@ class _ToStructlog(logging.Handler):
 
 
 def get(room: str) -> Logger:
-    """The logger of one room; the room's name stands in each of its lines."""
+    """Return the logger of one module; each of its lines has the module's name in the field `room`."""
     logger: Logger = structlog.get_logger(room=room)
     return logger

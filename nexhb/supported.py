@@ -1,4 +1,4 @@
-"""Which releases of a library nexhb supports where it relies on more than the library documents."""
+"""The supported releases of libraries on whose undocumented behaviour nexhb relies."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 from nexhb.errors import UnsupportedLibrary
 
-# The first release that is supported, and the first that is not: as pyproject.toml has them.
+# The first supported release, and the first unsupported release after that; both are the same as in pyproject.toml.
 SUPPORTED = {
     "aiohttp": ("3.14.5", "3.15"),  # http/connections overrides private methods of its RequestHandler
-    "asyncpg": ("0.32.0", "0.33"),  # db calls a connection's private protocol
+    "asyncpg": ("0.32.0", "0.33"),  # postgres calls a connection's private protocol
     "uvloop": ("0.23.0", "0.24"),  # http/connections depends on the order of the callbacks in start_tls
 }
 
@@ -25,6 +25,6 @@ def check(name: str, version: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version, as numbers: without what marks it as a pre-release or a build of somebody's own."""
+    """Return the release of a version as numbers, without its markers of a pre-release or a local build."""
     release = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, release[0].split("."))) if release else ()

@@ -1,7 +1,7 @@
-"""Make a virtual environment that was built in one folder one of another: `relocate.py BUILT FINAL`.
+"""Relocate a virtual environment from the folder where it was built: `relocate.py BUILT FINAL`.
 
-A package is built below DESTDIR and lies in PREFIX on the machine where it is installed. Its programs, its
-configuration and its compiled files name the place where they lie, not the one where they were built.
+A package is built below DESTDIR, and installed in PREFIX. Its programs, configuration and compiled files must contain
+the path of the installation, not the path of the build.
 """
 
 import base64
@@ -14,13 +14,13 @@ import shutil
 import sys
 from pathlib import Path
 
-SHEBANG_MOST = 127  # bytes that every Linux reads of a program's first line
-# How pip starts a Python whose path is longer, or contains a blank.
+MAX_SHEBANG = 127  # longest first line of a program, in bytes, that every Linux version reads completely
+# The first lines that pip writes if Python's path is too long for a shebang line or contains a space.
 BY_SHELL = re.compile(rb"\A#!/bin/sh\n'''exec' \"?([^\"\n]*/bin/python[0-9.]*)\"? \"\$0\" \"\$@\"\n' '''\n")
 
 
 def main(built: Path, final: Path) -> None:
-    """Rewrite what names `built`, compile anew, and fail where anything names it still."""
+    """Replace `built` in all files, compile again, and fail if a file still contains it."""
     new, olds = str(final).encode(), {str(path).encode() for path in (built, built.resolve())}
     programs = [path for path in (built / "pyvenv.cfg", *(built / "bin").iterdir()) if is_plain(path)]
     changed = [path for path in programs for old in olds if rewrite(path, old, new)]
@@ -28,33 +28,33 @@ def main(built: Path, final: Path) -> None:
         update(record, {path.resolve() for path in changed})
     for cache in [*built.rglob("__pycache__")]:
         shutil.rmtree(cache)
-    # 2: not a word about the templates of some package that are no Python. pip says none either.
+    # quiet=2, as in pip: no messages about templates in packages, which are not valid Python.
     compileall.compile_dir(built / "lib", maxlevels=50, quiet=2, stripdir=str(built), prependdir=str(final))
-    left = [path for path in built.rglob("*") if any(names(path, old) for old in olds)]
+    left = [path for path in built.rglob("*") if any(contains(path, old) for old in olds)]
     if left:
-        sys.exit(f"relocate.py: {', '.join(map(str, left))}: contains {built}, where it was built.")
+        sys.exit(f"relocate.py: {', '.join(map(str, left))}: contains {built}, the folder of the build.")
 
 
 def is_plain(path: Path) -> bool:
-    """Whether it is a file of its own."""
+    """Return whether the path is a regular file and no link."""
     return path.is_file() and not path.is_symlink()
 
 
 def rewrite(path: Path, old: bytes, new: bytes) -> bool:
-    """Replace `old` in a file; whether there was any."""
+    """Replace `old` in a file, and return whether the file contained it."""
     text = path.read_bytes()
     if old not in text:
         return False
-    if found := BY_SHELL.match(text):
-        python = found[1].replace(old, new)
-        if len(b"#!" + python) <= SHEBANG_MOST:
-            text = b"#!" + python + b"\n" + text[found.end() :]
+    if match := BY_SHELL.match(text):
+        python = match[1].replace(old, new)
+        if len(b"#!" + python) <= MAX_SHEBANG:
+            text = b"#!" + python + b"\n" + text[match.end() :]
     path.write_bytes(text.replace(old, new))
     return True
 
 
 def update(record: Path, changed: set[Path]) -> None:
-    """Let a package's list of files have the hashes and sizes of those that were changed."""
+    """Update the hashes and sizes of changed files in a package's RECORD."""
     site = record.parents[1]
     rows = list(csv.reader(io.StringIO(record.read_text(encoding="utf-8"))))
     for row in rows:
@@ -68,8 +68,8 @@ def update(record: Path, changed: set[Path]) -> None:
     record.write_text(written.getvalue(), encoding="utf-8")
 
 
-def names(path: Path, old: bytes) -> bool:
-    """Whether a file's content, or where a link leads, names `old`."""
+def contains(path: Path, old: bytes) -> bool:
+    """Return whether a file's content, or a link's target, contains `old`."""
     if path.is_symlink():
         return old in str(path.readlink()).encode()
     return path.is_file() and old in path.read_bytes()

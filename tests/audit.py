@@ -1,8 +1,10 @@
-"""Known vulnerabilities in what bench/requirements.lock pins, which holds the other locks: `make audit`. Fails where it
-finds one, and where it could not look: the advisory service cannot be reached, or does not know a package.
+"""Report known vulnerabilities of the packages in bench/requirements.lock, which contains those of the other lock
+files: `make audit`.
 
-pip-audit reports a package that its service does not know as one without vulnerabilities, so the service is first asked
-for a package that is known to have some. Not part of .ci/run, which reaches package registries and nothing else.
+The audit fails if it finds a vulnerability, and if it could not look for any: the advisory service cannot be reached,
+or does not know a package. pip-audit reports a package that its service does not know as a package without
+vulnerabilities, so the service is first asked for a package that is known to have some. The audit is not part of
+.ci/run, which reaches package registries and nothing else.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from typing import Any
 PIP_AUDIT = "pip-audit==2.10.1"
 LOCK = Path(__file__).parents[1] / "bench" / "requirements.lock"
 VULNERABLE = "jinja2==2.10"  # CVE-2019-10906, and more since
-IGNORED: dict[str, str] = {}  # id: why it does not concern nexhb
+IGNORED: dict[str, str] = {}  # id: why it does not affect nexhb
 
-Report = dict[str, Any]  # what pip-audit says as JSON; empty where it says nothing
+Report = dict[str, Any]  # pip-audit's JSON; empty if there was no output
 
 
 def found(report: Report) -> list[str]:
-    """Every vulnerability of a report, a line each."""
+    """Return one line for each vulnerability of a report."""
     return [
         f"{package['name']} {package['version']}: {one['id']}, mended in {', '.join(one['fix_versions']) or 'none yet'}"
         for package in report.get("dependencies", [])
@@ -34,12 +36,12 @@ def found(report: Report) -> list[str]:
 
 
 def skipped(report: Report) -> list[str]:
-    """Packages that the service does not know."""
+    """Return the packages that the service does not know."""
     return [package["name"] for package in report.get("dependencies", []) if "skip_reason" in package]
 
 
 def ask(folder: Path, requirements: Path) -> Report:
-    """What pip-audit, installed in `folder`, finds in pinned requirements."""
+    """Return the report of pip-audit, installed in `folder`, for pinned requirements."""
     command = [
         *(sys.executable, "-m", "pip_audit", "--requirement", str(requirements), "--no-deps", "--disable-pip"),
         *("--format", "json", "--progress-spinner", "off", "--timeout", "5", "--cache-dir", str(folder / "cache")),
@@ -54,12 +56,12 @@ def ask(folder: Path, requirements: Path) -> Report:
 
 
 def install(folder: Path) -> None:
-    """pip-audit into `folder`, where nothing but this sees it."""
+    """Install pip-audit into `folder`, which nothing else uses."""
     subprocess.run([sys.executable, "-m", "pip", "install", "-qq", "--target", str(folder), PIP_AUDIT], check=True)
 
 
 def main() -> int:
-    """The exit code."""
+    """Audit the requirements, and return the exit code."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         install(folder)

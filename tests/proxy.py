@@ -1,4 +1,4 @@
-"""A TCP proxy that can be told to misbehave: before PostgreSQL's socket, or before anything else that listens."""
+"""A TCP proxy with faults, for PostgreSQL's socket or any other server."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from urllib.parse import parse_qs, urlsplit
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _CHUNK = 65_536
-_WRITER = "nexhb writer"  # the sessions whose COMMITs tricks are for
-_COMMIT = re.compile(rb"COMMIT(?: AND CHAIN)?[;\0]")  # as asyncpg's transactions and the writer's end
+_WRITER = "nexhb writer"  # faults of COMMIT apply to these sessions
+_COMMIT = re.compile(rb"COMMIT(?: AND CHAIN)?[;\0]")  # how asyncpg and the writer end transactions
 _APPLICATION = re.compile(rb"\0application_name\0([^\0]*)\0")
 
 
-class Way(enum.Enum):
-    """Which way a message goes."""
+class Direction(enum.Enum):
+    """The direction of a message."""
 
-    THERE = "there"
-    BACK = "back"
+    TO_SERVER = "to the server"
+    TO_CLIENT = "to the client"
 
 
-class Trick(enum.Enum):
-    """What happens to the writer's next COMMIT; other sessions commit at times of their own."""
+class CommitFault(enum.Enum):
+    """A fault of the writer's next COMMIT. The COMMITs of other sessions pass."""
 
     NONE = "none"
-    SWALLOW_ANSWER = "swallow the answer"  # it is committed, and nobody hears of it
-    CUT_BEFORE = "cut before it"  # it never arrives
-    HANG = "hang"  # it arrives nowhere, and the line stays open
+    LOSE_RESPONSE = "lose the response"  # the COMMIT is executed, but the connection is closed before its response
+    CUT_BEFORE = "cut before"  # the connection is closed before the COMMIT reaches PostgreSQL
+    HANG = "hang"  # for a minute, the COMMIT does not reach PostgreSQL, and the connection stays open
 
 
-class Line(NamedTuple):
+class Connection(NamedTuple):
     """One connection through a relay."""
 
     ends: tuple[asyncio.StreamWriter, asyncio.StreamWriter]
-    deaf: asyncio.Event  # set: what comes back is thrown away, and the line cut
-    passing: asyncio.Event
+    loses_responses: asyncio.Event  # if set: instead of forwarding a response, close the connection
+    passing: asyncio.Event  # if cleared: forward nothing
 
 
 class Relay:
-    """Between somebody who connects and somebody who listens; `_open` says who that is."""
+    """A relay between clients and a server; `_open` connects to the server."""
 
     def __init__(self) -> None:
         self.port = 0
         self.refusing = False
-        self.delay_s = 0.0  # for each piece, either way
-        self.half: set[Way] = set()  # of the next message that way half arrives, and the line is cut
-        self.played = asyncio.Event()
+        self.delay_s = 0.0  # delay of each chunk, in either direction
+        # In these directions, forward half of the next message, then close the connection.
+        self.truncated: set[Direction] = set()
+        self.fault_applied = asyncio.Event()  # set when `truncated`, or a CommitFault, has been applied to a message
         self._passing = asyncio.Event()
         self._passing.set()
-        self._lines: set[Line] = set()
+        self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -72,51 +73,50 @@ class Relay:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Cut every line."""
-        for line in list(self._lines):
-            _abort(line)
+        """Close every connection."""
+        for connection in list(self._connections):
+            _abort(connection)
 
     def reset(self) -> None:
-        """Cut every line with a RST, which throws away what was on its way."""
-        for line in list(self._lines):
-            for end in line.ends:
+        """Reset every connection, which discards data in transit."""
+        for connection in list(self._connections):
+            for end in connection.ends:
                 with suppress(OSError):
-                    end.get_extra_info("socket").setsockopt(
-                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-                    )
-            _abort(line)
+                    if (raw := end.get_extra_info("socket")) is not None:  # None if the socket is closed already
+                        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            _abort(connection)
 
-    def deafen(self) -> None:
-        """What is sent now arrives, and what is answered does not: each line is cut when an answer comes."""
-        for line in self._lines:
-            line.deaf.set()
+    def lose_responses(self) -> None:
+        """Let each open connection still forward requests, but close it instead of forwarding a response."""
+        for connection in self._connections:
+            connection.loses_responses.set()
 
-    def take_away(self) -> None:
-        """Who listens is gone: lines cut, new ones refused."""
+    def make_unreachable(self) -> None:
+        """Simulate a server that is down: close connections, and refuse new ones."""
         self.refusing = True
         self.cut()
 
-    def give_back(self) -> None:
-        """It is there again."""
+    def make_reachable(self) -> None:
+        """Simulate that the server is up again."""
         self.refusing = False
 
     @contextmanager
     def stalled(self) -> Iterator[None]:
-        """For the block nothing passes, and no line is cut."""
+        """For the block, forward nothing, and keep the connections open."""
         self._passing.clear()
         try:
             yield
         finally:
             self._passing.set()
 
-    def heal(self) -> None:
-        """Nothing is wrong any more with what is sent from now on."""
+    def end_faults(self) -> None:
+        """End all faults for data sent from now on."""
         self.refusing, self.delay_s = False, 0.0
-        self.half.clear()
+        self.truncated.clear()
         self._passing.set()
 
     async def _open(self) -> Streams:
-        """A connection to who listens."""
+        """Connect to the server."""
         raise NotImplementedError
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,103 +128,111 @@ class Relay:
         except OSError:
             writer.transport.abort()
             return
-        line = Line((writer, to_writer), asyncio.Event(), asyncio.Event())
-        line.passing.set()
-        self._lines.add(line)
+        connection = Connection((writer, to_writer), asyncio.Event(), asyncio.Event())
+        connection.passing.set()
+        self._connections.add(connection)
         pair = [
-            asyncio.create_task(self._forward(reader, to_writer, line, Way.THERE)),
-            asyncio.create_task(self._forward(to_reader, writer, line, Way.BACK)),
+            asyncio.create_task(self._forward(reader, to_writer, connection, Direction.TO_SERVER)),
+            asyncio.create_task(self._forward(to_reader, writer, connection, Direction.TO_CLIENT)),
         ]
         self._tasks.update(pair)
         try:
             await asyncio.wait(pair, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._lines.discard(line)
-            _abort(line)
+            self._connections.discard(connection)
+            _abort(connection)
             for task in pair:
                 task.cancel()
                 self._tasks.discard(task)
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Line, way: Way) -> None:
-        """Pass on until somebody closes, or until the line is to be cut."""
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: Connection, direction: Direction
+    ) -> None:
+        """Forward data until either side closes, or a fault closes the connection."""
         with suppress(ConnectionError):
             while data := await reader.read(_CHUNK):
                 await self._passing.wait()
-                await line.passing.wait()
+                await connection.passing.wait()
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
-                if not await self._look(data, line, way):
+                if not await self._may_forward(data, connection, direction):
                     return
-                if way in self.half:
-                    self.half.discard(way)
+                if direction in self.truncated:
+                    self.truncated.discard(direction)
                     writer.write(data[: max(1, len(data) // 2)])
                     await writer.drain()
-                    self.played.set()
+                    self.fault_applied.set()
                     return
                 writer.write(data)
 
-    async def _look(self, _data: bytes, line: Line, way: Way) -> bool:
-        """Whether the piece may pass; else the line is cut."""
-        return way is Way.THERE or not line.deaf.is_set()
+    async def _may_forward(self, _data: bytes, connection: Connection, direction: Direction) -> bool:
+        """Return whether to forward the chunk. If not, the connection is closed."""
+        return direction is Direction.TO_SERVER or not connection.loses_responses.is_set()
 
 
 class Proxy(Relay):
-    """Between a daemon and PostgreSQL."""
+    """A relay between a daemon and PostgreSQL."""
 
     def __init__(self, dsn: str) -> None:
         super().__init__()
-        parts = urlsplit(dsn)
-        self._user, self._database = parts.username, parts.path.lstrip("/")
-        self.trick = Trick.NONE
-        self._applications: dict[Line, str] = {}
-        self.lead_to(dsn)
+        url = urlsplit(dsn)
+        self._user, self._database = url.username, url.path.lstrip("/")
+        self.commit_fault = CommitFault.NONE
+        self._applications: dict[Connection, str] = {}
+        self.redirect_to(dsn)
 
-    def lead_to(self, dsn: str) -> None:
-        """New lines lead to this server: its user and database have the same names."""
+    def redirect_to(self, dsn: str) -> None:
+        """Direct new connections to the server at `dsn`, whose user and database have the same names as before."""
         self._socket = f"{parse_qs(urlsplit(dsn).query)['host'][0]}/.s.PGSQL.5432"
 
     @property
     def dsn(self) -> str:
-        """The way through the proxy."""
+        """Return the DSN that leads through the proxy."""
         return f"postgresql://{self._user}@127.0.0.1:{self.port}/{self._database}?sslmode=disable"
 
-    def heal(self) -> None:
+    def end_faults(self) -> None:
         """See Relay."""
-        super().heal()
-        self.trick = Trick.NONE
+        super().end_faults()
+        self.commit_fault = CommitFault.NONE
 
     async def _open(self) -> Streams:
         return await asyncio.open_unix_connection(self._socket)
 
     @contextmanager
-    def frozen(self, application: str) -> Iterator[int]:
-        """For the block nothing passes on the lines that this application has now; how many they are."""
-        lines = [line for line in self._lines if self._applications.get(line) == application]
-        for line in lines:
-            line.passing.clear()
+    def stalled_for(self, application: str) -> Iterator[int]:
+        """For the block, forward nothing on this application's present connections; yield their number."""
+        connections = [
+            connection for connection in self._connections if self._applications.get(connection) == application
+        ]
+        for connection in connections:
+            connection.passing.clear()
         try:
-            yield len(lines)
+            yield len(connections)
         finally:
-            for line in lines:
-                line.passing.set()
+            for connection in connections:
+                connection.passing.set()
 
-    async def _look(self, data: bytes, line: Line, way: Way) -> bool:
-        if line not in self._applications:  # its first message is the startup packet
-            found = _APPLICATION.search(data)
-            self._applications = {one: name for one, name in self._applications.items() if one in self._lines}
-            self._applications[line] = found[1].decode() if found else ""
-        commits = way is Way.THERE and self._applications[line] == _WRITER and _COMMIT.search(data)
-        if commits and self.trick is not Trick.NONE:
-            trick, self.trick = self.trick, Trick.NONE
-            self.played.set()
-            if trick is Trick.CUT_BEFORE:
+    async def _may_forward(self, data: bytes, connection: Connection, direction: Direction) -> bool:
+        if connection not in self._applications:  # its first message is the startup packet
+            match = _APPLICATION.search(data)
+            self._applications = {
+                known: name for known, name in self._applications.items() if known in self._connections
+            }
+            self._applications[connection] = match[1].decode() if match else ""
+        commits = (
+            direction is Direction.TO_SERVER and self._applications[connection] == _WRITER and _COMMIT.search(data)
+        )
+        if commits and self.commit_fault is not CommitFault.NONE:
+            fault, self.commit_fault = self.commit_fault, CommitFault.NONE
+            self.fault_applied.set()
+            if fault is CommitFault.CUT_BEFORE:
                 return False
-            if trick is Trick.HANG:
+            if fault is CommitFault.HANG:
                 await asyncio.sleep(60)
-            line.deaf.set()
-        return await super()._look(data, line, way)
+            connection.loses_responses.set()
+        return await super()._may_forward(data, connection, direction)
 
 
-def _abort(line: Line) -> None:
-    for end in line.ends:
+def _abort(connection: Connection) -> None:
+    for end in connection.ends:
         end.transport.abort()

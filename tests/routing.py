@@ -20,23 +20,23 @@ import aiohttp
 import orjson
 from aiohttp import WSMsgType, web
 
-from bench.stack import free_port
+from bench.process import free_port
 from tests.conftest import SOON_S, Answer
-from tests.tls import anything, certificate
+from tests.tls import accept_any_certificate, certificate
 
 PACKAGING = Path(__file__).parents[1] / "packaging"
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 NGINX_PLACES = {"nexhb.conf": "conf.d", "nexhb-heartbeats.conf": "snippets", "site.conf": "sites-enabled"}
 NGINX, HAPROXY = shutil.which("nginx", path=PATH), shutil.which("haproxy", path=PATH)
 
-# What an operator comments out, in each proxy's file, to do without it.
+# The lines that an operator comments out in each proxy's files to turn a feature off.
 MIRROR = {"nginx": r"mirror /nexmdm-copy;", "haproxy": r"http-request lua\.copy_to_nexmdm .*"}
 FALLBACK = {
     "nginx": r"error_page 401 = @nexmdm;|proxy_intercept_errors on;",
     "haproxy": r"retry-on 401|retries 1|option redispatch 1|server nexmdm 127\.0\.0\.1:\d+ weight 1",
 }
 ROUTE = {"nginx": r"include snippets/nexhb-heartbeats\.conf;", "haproxy": r"use_backend (heartbeats|queues) .*"}
-# What he takes in where devices are to enrol at nexhb.
+# The lines that an operator uncomments if devices are to enrol at nexhb.
 ENROLMENT = {"nginx": r"location = /v1/register \{|    proxy_.*|\}", "haproxy": r"use_backend queues .*register.*"}
 
 RELOAD_AGAIN_S = 10.0
@@ -48,7 +48,7 @@ APK = bytes(range(256)) * 20_000
 
 @dataclass
 class Call:
-    """A request that the stand-in got."""
+    """A request that the stand-in received."""
 
     method: str
     path: str
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass
 class NexMDM:
-    """A stand-in of NexMDM: it records what it gets, and knows the tokens in `tokens`."""
+    """A stand-in for NexMDM: it records requests, and knows the tokens in `tokens`."""
 
     port: int
     tokens: set[str] = field(default_factory=set)
@@ -69,7 +69,7 @@ class NexMDM:
     _runner: web.AppRunner | None = None
 
     async def start(self) -> None:
-        """Listen."""
+        """Start to listen."""
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/v1/apk/download/{apk_id}", self._apk)
         app.router.add_get("/ws/stream/device/{device_id}", self._stream)
@@ -79,18 +79,18 @@ class NexMDM:
         await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
 
     async def stop(self) -> None:
-        """Be away."""
+        """Stop listening."""
         self._let_go.set()
         if self._runner is not None:
             await self._runner.cleanup()
         self._runner = None
 
     def of(self, path: str) -> list[Call]:
-        """What came for a path."""
+        """Return the requests for a path."""
         return [call for call in self.calls if call.path == path]
 
     async def until(self, so: Callable[[], bool]) -> None:
-        """Wait until it is so; looked at with each call."""
+        """Wait until the condition holds; it is checked with each request."""
         async with asyncio.timeout(SOON_S):
             while not so():
                 self._news.clear()
@@ -111,7 +111,7 @@ class NexMDM:
         return web.Response(body=APK)
 
     async def _stream(self, request: web.Request) -> web.WebSocketResponse:
-        """Echo: what remote control needs of a proxy."""
+        """Echo a WebSocket: remote control needs this from a proxy."""
         self.calls.append(Call(request.method, request.path_qs, b"", request.headers))
         line = web.WebSocketResponse()
         await line.prepare(request)
@@ -123,7 +123,7 @@ class NexMDM:
 
 @asynccontextmanager
 async def nexmdm(port: int, tokens: Sequence[str] = ()) -> AsyncIterator[NexMDM]:
-    """One that listens."""
+    """Provide a stand-in for NexMDM that listens."""
     made = NexMDM(port, set(tokens))
     await made.start()
     try:
@@ -137,7 +137,7 @@ async def nexmdm(port: int, tokens: Sequence[str] = ()) -> AsyncIterator[NexMDM]
 
 @dataclass
 class Proxy:
-    """A running proxy. Its files may be edited and taken over, as an operator does."""
+    """A running proxy, whose files may be edited and reloaded as an operator does."""
 
     kind: str  # nginx or haproxy
     url: str
@@ -146,63 +146,65 @@ class Proxy:
     log: Path
 
     async def send(self, path: str, token: str, body: bytes, method: str = "POST", **headers: str) -> Answer:
-        """A request on a connection of its own."""
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything())) as client:
+        """Send a request on a new connection; return the response."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=accept_any_certificate())) as client:
             return await send(client, self.url + path, token, body, method, **headers)
 
     async def raw(self, request: bytes) -> bytes:
-        """Bytes in, and all that comes until the proxy closes."""
+        """Send bytes; return everything received until the proxy closes the connection."""
         port = int(self.url.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything())
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=accept_any_certificate())
         writer.write(request)
         answer = await asyncio.wait_for(reader.read(), SOON_S)
         writer.close()
         return answer
 
-    def comment_out(self, wanted: str) -> int:
-        """Lines that match, in any of its files; how many. They are in force after `reload`."""
-        return comment_out(self.folder, wanted)
+    def comment_out(self, pattern: str) -> int:
+        """Comment out the lines that match, in any of the proxy's files; return how many. `reload` puts this into
+        force."""
+        return comment_out(self.folder, pattern)
 
-    def take_in(self, wanted: str) -> int:
-        """Lines that are commented out and match."""
-        return _edited(self.folder, rf"^(\s*)#({wanted})$", r"\1\2")
+    def uncomment(self, pattern: str) -> int:
+        """Uncomment the lines that match; return how many."""
+        return _edit(self.folder, rf"^(\s*)#({pattern})$", r"\1\2")
 
     async def reload(self) -> None:
-        """Take the files over: what `systemctl reload` does, and wait until new connections go by them."""
+        """Reload the files as `systemctl reload` does, and wait until new connections use them."""
         old, started = workers(self), time.monotonic()
-        asked = 0
+        signals = 0
         while old & workers(self):
             waited = time.monotonic() - started
             assert waited < SOON_S, (old, workers(self), self.log.read_text()[-3000:])
-            if waited >= RELOAD_AGAIN_S * asked and workers(self) <= old:  # HAProxy misses a signal while it starts
+            if waited >= RELOAD_AGAIN_S * signals and workers(self) <= old:  # HAProxy misses a signal while it starts
                 self.process.send_signal(signal.SIGHUP if self.kind == "nginx" else signal.SIGUSR2)
-                asked += 1
+                signals += 1
             await asyncio.sleep(0.02)
 
 
-def comment_out(folder: Path, wanted: str) -> int:
-    """Lines of a proxy's files that match; how many."""
-    return _edited(folder, rf"^(\s*)({wanted})$", r"\1# \2")
+def comment_out(folder: Path, pattern: str) -> int:
+    """Comment out the lines of a proxy's files that match; return how many."""
+    return _edit(folder, rf"^(\s*)({pattern})$", r"\1# \2")
 
 
-def _edited(folder: Path, wanted: str, instead: str) -> int:
-    found = 0
+def _edit(folder: Path, pattern: str, replacement: str) -> int:
+    edited = 0
     for path in folder.rglob("*.c*f*"):
-        text, count = re.subn(wanted, instead, path.read_text(), flags=re.MULTILINE)
+        text, count = re.subn(pattern, replacement, path.read_text(), flags=re.MULTILINE)
         path.write_text(text)
-        found += count
-    return found
+        edited += count
+    return edited
 
 
 def workers(proxy: Proxy) -> set[str]:
-    """The ids of the processes that take connections."""
+    """Return the ids of the processes that accept connections."""
     return set(Path(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children").read_text().split())
 
 
 async def send(
     client: aiohttp.ClientSession, url: str, token: str, body: bytes, method: str = "POST", **headers: str
 ) -> Answer:
-    """As the agent does: a POST of JSON with its token; a proxy's own page becomes an empty body."""
+    """POST JSON with a token as the agent does. If the response is an HTML page of the proxy itself, return an empty
+    body."""
     fields = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"} | headers
     async with client.request(method, url, data=io.BytesIO(body), headers=fields) as response:
         raw = await response.read()
@@ -214,7 +216,8 @@ async def send(
 
 @asynccontextmanager
 async def proxy(kind: str, folder: Path, nexhb_port: int, nexmdm_port: int, *without: str) -> AsyncIterator[Proxy]:
-    """One with the packaged files; only addresses, ports and places are others. `without` is commented out before."""
+    """Provide a proxy with the packaged files; only addresses, ports and paths differ. Lines that match `without`
+    are commented out first."""
     port, places = _places(nexhb_port, nexmdm_port)
     command = _nginx(folder, places) if kind == "nginx" else _haproxy(folder, places)
     if kind == "nginx":
@@ -229,8 +232,8 @@ async def proxy(kind: str, folder: Path, nexhb_port: int, nexmdm_port: int, *wit
 
 @asynccontextmanager
 async def bare_nginx(folder: Path, nexhb_port: int, nexmdm_port: int) -> AsyncIterator[Proxy]:
-    """nginx as Debian installs it, without a site. The packaged files lie in packaging/nginx below `folder`, with the
-    test's addresses in them, and are not in force."""
+    """Provide nginx as Debian installs it, without a site. The packaged files are in `folder`/packaging/nginx, with
+    the test's addresses, and are not in use."""
     port, places = _places(nexhb_port, nexmdm_port)
     async with _run("nginx", folder, port, _nginx(folder, places)) as made:
         async with asyncio.timeout(SOON_S):
@@ -240,7 +243,7 @@ async def bare_nginx(folder: Path, nexhb_port: int, nexmdm_port: int) -> AsyncIt
 
 
 def _places(nexhb_port: int, nexmdm_port: int) -> tuple[int, dict[str, str]]:
-    """The port that devices call, and what stands instead of the addresses in the packaged files."""
+    """Return the port for devices, and the replacements of the addresses in the packaged files."""
     port = free_port()
     return port, {
         "127.0.0.1:8080": f"127.0.0.1:{nexhb_port}", "127.0.0.1:8000": f"127.0.0.1:{nexmdm_port}",
@@ -267,7 +270,7 @@ async def _listening(made: Proxy, port: int) -> None:
         while True:
             assert made.process.returncode is None, made.log.read_text()
             with suppress(OSError, ssl.SSLError):
-                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=anything())
+                _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=accept_any_certificate())
                 writer.close()
                 return
             await asyncio.sleep(0.02)
@@ -280,7 +283,7 @@ def _replaced(text: str, places: dict[str, str]) -> str:
 
 
 def _nginx(folder: Path, places: dict[str, str]) -> list[str]:
-    """The packaged files, the folders that they belong into, and a main file as Debian's; the command."""
+    """Write the packaged files, their folders and a main file like Debian's; return the command."""
     folder.mkdir()
     cert, key = certificate(folder, "mdm.example.com")
     places = places | {"/etc/ssl/mdm.example.com.pem": str(cert), "/etc/ssl/private/mdm.example.com.key": str(key)}

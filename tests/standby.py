@@ -1,4 +1,4 @@
-"""A streaming standby of a cluster of the faults' kind: real PostgreSQL out of the wheel."""
+"""A streaming standby of a cluster of the fault tests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
-from nexhb.pgaccount import USER, find_binaries, prepare
+from nexhb.postgres.account import USER, find_binaries, prepare
 from tests.faults.cluster import Cluster
 from tests.faults.guard import Guard
 
 
 class Standby:
-    """One that was copied from its primary and follows it."""
+    """A standby that is copied from its primary and then receives the primary's WAL."""
 
     def __init__(self, primary: Cluster, folder: Path, name: str) -> None:
-        folder.chmod(0o711)  # as root, PostgreSQL's own user must pass
+        folder.chmod(0o711)  # so that PostgreSQL's user can enter it when the tests run as root
         self.name = name
         self._account, self._folder = prepare(folder / "data")
         self.pgdata = self._account.own_folder(self._folder / "pg")
@@ -38,8 +38,8 @@ class Standby:
         self.dsn = f"postgresql://{USER}@/{USER}?host={self._sockets}&port=5432"
 
     async def start(self) -> None:
-        """Start it, and wait until it answers reads."""
-        self._process = subprocess.Popen(  # noqa: ASYNC220 - it is forked, not waited for
+        """Start the standby, and wait until it accepts reads."""
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - starting it does not block
             [
                 self._bin / "postgres", "-D", self.pgdata, "-c", f"unix_socket_directories={self._sockets}",
                 "-c", f"cluster_name={self.name}", "-c", "logging_collector=off",
@@ -55,14 +55,14 @@ class Standby:
                 await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        """A fast stop."""
+        """Stop the standby by a fast shutdown."""
         process, self._process = self._process, None
         if process is not None:
             os.kill(process.pid, signal.SIGINT)
             await asyncio.to_thread(process.wait, 60)
 
-    async def lag(self) -> None:
-        """Receive nothing any more."""
+    async def stop_receiving(self) -> None:
+        """Stop receiving WAL."""
         conn = await asyncpg.connect(self.dsn)
         await conn.execute("ALTER SYSTEM SET primary_conninfo = ''")
         await conn.execute("SELECT pg_reload_conf()")
@@ -72,7 +72,7 @@ class Standby:
         conn.terminate()
 
     async def promote(self) -> None:
-        """Make it a primary of its own, with what it has."""
+        """Promote the standby to a primary."""
         conn = await asyncpg.connect(self.dsn)
         assert await conn.fetchval("SELECT pg_promote(true, 60)")
         conn.terminate()
@@ -80,11 +80,11 @@ class Standby:
 
 @asynccontextmanager
 async def standby_of(primary: Cluster, guard: Guard, name: str = "standby1") -> AsyncIterator[Standby]:
-    """A standby for the block, started."""
+    """Run a standby for the block."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-standby-"))
-    guard.tell("folder", folder)
+    guard.report("folder", folder)
     standby = await asyncio.to_thread(Standby, primary, folder, name)
-    guard.tell("postmaster", standby.pgdata)
+    guard.report("postmaster", standby.pgdata)
     await standby.start()
     try:
         yield standby

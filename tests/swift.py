@@ -1,5 +1,5 @@
-"""A real S3 server for the tests: OpenStack Swift in a virtual environment of its own (it needs eventlet), four
-processes on free ports of 127.0.0.1. `python -m tests.swift` makes the environment, once."""
+"""A real S3 server for the tests: OpenStack Swift in its own virtual environment, since it needs eventlet. It runs as
+four processes on free ports of 127.0.0.1. `python -m tests.swift` creates the environment, once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ VENV = ROOT / ".venv-swift"
 PYTHON = str(VENV / "bin" / "python")
 REQUIREMENTS = ROOT / "tests" / "swift-requirements.txt"
 SERVERS = ROOT / "tests" / "swift_servers.py"
-STARTS = 3
-START_S = 40  # for one; it takes 1 s on 2 idle cores
+MAX_STARTS = 3
+START_S = 40  # timeout of a start, which takes 1 s on 2 idle cores
 KINDS = ("account", "container", "object", "proxy")
 
 _SWIFT_CONF = """
@@ -81,7 +81,7 @@ use = egg:swift#dlo
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where an S3 server answers (path style, us-east-1), and the key it takes."""
+    """The address of an S3 server (path style, us-east-1), and its key."""
 
     url: str
     key: str
@@ -89,44 +89,45 @@ class S3Server:
 
 
 def make_venv() -> None:
-    """Swift's virtual environment as the requirements say; made once, whoever of several asks first."""
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    """Create Swift's virtual environment if it is absent or outdated. If several processes call this, the first creates
+    it."""
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     with REQUIREMENTS.open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        made = VENV / ".made"
-        if made.exists() and made.read_text() == wanted:
+        marker = VENV / ".made"
+        if marker.exists() and marker.read_text() == digest:
             return
         shutil.rmtree(VENV, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
         pip = [PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "--no-deps", "-r", str(REQUIREMENTS)], check=True)
-        made.write_text(wanted)
+        marker.write_text(digest)
 
 
 @contextmanager
 def running() -> Iterator[S3Server]:
-    """A Swift that serves for the block. A port that somebody took meanwhile costs another start.
+    """Run Swift for the block. If another process takes one of the free ports before Swift does, start again.
 
-    Raises RuntimeError with what the servers said.
+    Raises RuntimeError with the logs of the servers.
     """
     make_venv()
-    for attempt in range(1, STARTS + 1):
+    for attempt in range(1, MAX_STARTS + 1):
         with ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="nexhb-swift-", dir=_disk_with_attributes()))
             stack.callback(shutil.rmtree, folder)
             ports = _free_ports()
             _configure(folder, ports)
             servers = [stack.enter_context(_server(kind, folder)) for kind in KINDS]
-            if _answer(ports, servers):
+            if _accept_connections(ports, servers):
                 yield S3Server(f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing")
                 return
-            said = "\n".join(f"{kind}: {(folder / f'{kind}.log').read_text()[-2000:]}" for kind in KINDS)
-        if "Could not bind" not in said or attempt == STARTS:
-            raise RuntimeError(f"Swift did not start.\n{said}")
+            logs = "\n".join(f"{kind}: {(folder / f'{kind}.log').read_text()[-2000:]}" for kind in KINDS)
+        if "Could not bind" not in logs or attempt == MAX_STARTS:
+            raise RuntimeError(f"Swift did not start.\n{logs}")
 
 
 def _disk_with_attributes() -> Path:
-    """Swift keeps metadata in extended attributes, which a tmpfs takes only from Linux 6.6 on."""
+    """Return a folder with extended attributes, in which Swift keeps metadata; tmpfs has them since Linux 6.6."""
     with tempfile.NamedTemporaryFile() as probe:
         try:
             os.setxattr(probe.name, "user.probe", b"1")
@@ -163,12 +164,12 @@ def _server(kind: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()  # the data goes with it, and it has no children
+        process.kill()  # the server's data is deleted anyway, and the server has no children
         process.wait()
 
 
-def _answer(ports: dict[str, int], servers: list[subprocess.Popen[bytes]]) -> bool:
-    """Whether every server takes connections before START_S; False once one of them has ended."""
+def _accept_connections(ports: dict[str, int], servers: list[subprocess.Popen[bytes]]) -> bool:
+    """Return whether every server accepts connections within START_S; False as soon as one has exited."""
     deadline = time.monotonic() + START_S
     waiting = dict(ports)
     while waiting and time.monotonic() < deadline and all(server.poll() is None for server in servers):
@@ -178,12 +179,12 @@ def _answer(ports: dict[str, int], servers: list[subprocess.Popen[bytes]]) -> bo
 
 
 def _is_swift(kind: str, port: int) -> bool:
-    """Whether it is Swift that answers there, and not whoever took the port meanwhile."""
+    """Return whether the response comes from Swift, not from another process that has taken the port meanwhile."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
     try:
         connection.request("OPTIONS", "/")
-        answer = connection.getresponse()
-        return bool(answer.getheader("X-Trans-Id")) or f"{kind}-server" in (answer.getheader("Server") or "")
+        response = connection.getresponse()
+        return bool(response.getheader("X-Trans-Id")) or f"{kind}-server" in (response.getheader("Server") or "")
     except (OSError, http.client.HTTPException):
         return False
     finally:

@@ -1,5 +1,5 @@
-"""What runs in OpenStack Swift's own virtual environment: `rings FOLDER KIND=PORT…` writes the rings, `serve KIND
-FOLDER` is one of the four servers. Started by tests/swift.py."""
+"""The program in OpenStack Swift's virtual environment: `rings FOLDER KIND=PORT…` writes the rings, `serve KIND FOLDER`
+runs one of the four servers. tests/swift.py starts it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def rings(folder: Path, ports: dict[str, int]) -> None:
-    """One device, one replica: a ring for each of the three storage servers."""
-    from swift.common.ring import RingBuilder  # noqa: PLC0415 - a server does without
+    """Write a ring with one device and one replica for each of the three storage servers."""
+    from swift.common.ring import RingBuilder  # noqa: PLC0415 - a server does not need it
 
     for kind, port in ports.items():
         builder = RingBuilder(4, 1, 0)
@@ -25,12 +25,12 @@ def rings(folder: Path, ports: dict[str, int]) -> None:
 
 
 def serve(kind: str, folder: Path) -> int:
-    """Run one server until it is told to stop, or until whoever started it is gone."""
+    """Run one server until it is terminated, or its parent process has exited."""
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return 1
-    from swift.common.wsgi import run_wsgi  # noqa: PLC0415 - the rings do without
+    from swift.common.wsgi import run_wsgi  # noqa: PLC0415 - the rings do not need it
 
     return int(run_wsgi(str(folder / f"{kind}.conf"), f"{kind}-server", verbose=True))
 

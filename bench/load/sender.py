@@ -1,104 +1,128 @@
-"""What the ways to send share: counts, connections, tasks, the hunt for late answers, the result."""
+"""The base class of `Stream` and `Agents`: the target, counts, connections, tasks, timeouts, the result."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
+import ipaddress
+import math
 import os
+import resource
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Coroutine, Mapping
+from dataclasses import asdict, dataclass
+from typing import Final, Self
+from urllib.parse import urlsplit
 
 from bench.cost import Cost
-from bench.fleet import BUCKET_US, MICROS
-from bench.load.alarm import Alarm
-from bench.load.connection import Connection, Head, Owner
-from bench.load.target import Target, raise_open_files
-from bench.report import Outcome, Percentiles, Result, SendLog, percentiles
+from bench.fleet import MICROS
+from bench.load.connection import Connection, Response
+from bench.report import Outcome, Result, SendLog, percentiles
 
-# what the agent waits for an answer
+# the agent's timeout for a response
 TIMEOUT_S: Final = 30.0
-# told every so often: requests sent, and acknowledged
-Progress = Callable[[int, int], None]
 
 
-class Tally:
-    """Counts of answers and failures; latencies and outcomes go to the log."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A numeric loopback address, and the path to which heartbeats are sent."""
+
+    host: str
+    port: int
+    path: str = "/v1/heartbeat"
+    media: str = "application/json"
+
+    def head(self, token: str) -> bytes:
+        """Return a request's head up to the value of `Content-Length`."""
+        return (
+            f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
+            f"Authorization: Bearer {token}\r\nContent-Type: {self.media}\r\n"
+            "Connection: Keep-Alive\r\nUser-Agent: okhttp/4.12.0\r\nContent-Length: "
+        ).encode()
+
+    def greeting(self) -> bytes:
+        """Return a request to which any server responds, at least with 404."""
+        return f"GET /healthz HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n\r\n".encode()
+
+
+def target(url: str) -> Target:
+    """Parse a base URL. Raises ValueError unless its address is localhost or in 127.0.0.0/8: load stays here."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"{url!r} is not an http:// URL")
+    host = "127.0.0.1" if parts.hostname == "localhost" else parts.hostname
+    try:
+        loopback = ipaddress.IPv4Address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        reason = "is not a loopback address: load is sent to 127.0.0.0/8 or localhost only"
+        raise ValueError(f"{parts.hostname} {reason}")
+    path = parts.path.rstrip("/").removesuffix("/v1/heartbeat")
+    return Target(host, parts.port or 80, f"{path}/v1/heartbeat")
+
+
+def raise_open_files() -> int:
+    """Raise the soft limit of open files of this process to the hard limit; return the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return 1_048_576 if hard == resource.RLIM_INFINITY else hard
+
+
+class Alarm:
+    """A timerfd, which wakes within 0.1 ms (median 0.045, p99 0.08); uvloop's timers round to whole milliseconds, which
+    would add up to half a millisecond to every latency."""
 
     def __init__(self) -> None:
-        self.sent = 0
-        self.ok = 0
-        self.deduplicated = 0
-        self.statuses: Counter[int] = Counter()
-        self.failures: Counter[str] = Counter()
-        self.connections = 0
+        self._loop = asyncio.get_running_loop()
+        self._woken: asyncio.Future[None] | None = None
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        # CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC
+        self._fd: int = self._libc.timerfd_create(1, os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop.add_reader(self._fd, self._ring)
 
-    def outcome(self, head: Head, deduplicated: bool) -> Outcome:
-        """Count an answer."""
-        self.statuses[head.status] += 1
-        if not 200 <= head.status < 300:
-            return Outcome.REFUSED
-        self.ok += 1
-        if not deduplicated:
-            return Outcome.WRITTEN
-        self.deduplicated += 1
-        return Outcome.DEDUPLICATED
+    async def until(self, at_s: float) -> None:
+        """Sleep until `time.monotonic()` is `at_s`."""
+        if at_s <= time.monotonic():
+            return
+        fraction, whole = math.modf(at_s)
+        # struct itimerspec: interval (0, 0), then the instant in seconds and nanoseconds
+        spec = (ctypes.c_long * 4)(0, 0, int(whole), int(fraction * 1e9))
+        self._woken = self._loop.create_future()
+        self._libc.timerfd_settime(self._fd, 1, ctypes.byref(spec), None)
+        await self._woken
 
-    def add(self, other: Tally) -> None:
-        """Take in another tally."""
-        self.sent += other.sent
-        self.ok += other.ok
-        self.deduplicated += other.deduplicated
-        self.statuses += other.statuses
-        self.failures += other.failures
-        self.connections += other.connections
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._fd, 8)
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
-    @property
-    def failed(self) -> int:
-        """Sends without an answer."""
-        return self.failures.total()
-
-    @property
-    def refused(self) -> int:
-        """Answers that were no 2xx."""
-        return self.statuses.total() - self.ok
+    def close(self) -> None:
+        """Close the timer."""
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRun:
-    """A run: the figures, and every send for a check against the database."""
+    """A run: its figures, and every send for the comparison with the database."""
 
     result: Result
     sends: SendLog
-    # seconds since 1970 at its start, from which intended times count
-    began_at_s: float = 0.0
-
-
-@contextlib.asynccontextmanager
-async def measured_run() -> AsyncIterator[Alarm]:
-    """Files, timer and garbage collection set for a run: what lives already is not walked again and again."""
-    raise_open_files()
-    alarm = Alarm()
-    gc.collect()
-    gc.freeze()
-    try:
-        yield alarm
-    finally:
-        gc.unfreeze()
-        alarm.close()
-
-
-def bucket_start_us() -> int:
-    """The first instant of the current bucket, µs since 1970: what schedules count from."""
-    now_us = time.time_ns() // 1000
-    return now_us - now_us % BUCKET_US
+    # the start in seconds since 1970, from which due times count
+    began_at_s: float
 
 
 class Sender:
-    """What the ways to send share: log, tally, connections, tasks, and the hunt for late answers."""
+    """A log, counts, connections, tasks, and a sweep that cuts connections whose response is overdue.
+
+    While the sender is entered (`async with`), objects that existed before are exempt from garbage collection.
+    """
 
     def __init__(self, to: Target, timeout_s: float) -> None:
         self._to = to
@@ -106,96 +130,114 @@ class Sender:
         self._loop = asyncio.get_running_loop()
         self._connections: set[Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._start_s = time.monotonic()
         self.log = SendLog()
-        self.tally = Tally()
+        self.late_us: list[int] = []
+        # numbers of requests, of requests with a 2xx, and of connections that were opened
+        self.sent = self.ok = self.deduplicated = self.opened = 0
+        self.statuses: Counter[int] = Counter()
+        self.failures: Counter[str] = Counter()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run something until `close`."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def __aenter__(self) -> Self:
+        raise_open_files()
+        self.alarm = Alarm()
+        gc.collect()
+        gc.freeze()
+        self._spawn(self._sweep())
+        return self
 
-    async def _connection(self, owner: Owner, lane: int) -> str | None:
-        """Open a connection for the owner; the reason if it could not be."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._loop.create_connection(lambda: Connection(owner, lane), self._to.host, self._to.port)
-        except TimeoutError:
-            return "connect timeout"
-        except OSError as error:
-            return f"connect {os.strerror(error.errno) if error.errno else error}"
-        return None
-
-    def _made(self, conn: Connection) -> None:
-        """Note a new connection."""
-        self.tally.connections += 1
-        self._connections.add(conn)
-
-    async def _sweep(self) -> None:
-        """Look for late answers every 1/60 of the timeout: each half second for the agent's 30 s."""
-        while True:
-            await asyncio.sleep(self._timeout_s / 60)
-            self._expire(time.monotonic() - self._timeout_s)
-
-    async def _tell(self, progress: Progress) -> None:
-        """Say twice a second how far it is."""
-        while True:
-            await asyncio.sleep(0.5)
-            progress(self.tally.sent, self.tally.ok)
-
-    def _expire(self, asked_before_s: float) -> None:
-        """Give up what was asked before this instant (monotonic)."""
-        raise NotImplementedError
-
-    async def close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Cut every connection and end every task."""
+        self._closed = True
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
         for conn in tuple(self._connections):
             conn.drop("done")
         await asyncio.gather(*tasks, return_exceptions=True)
+        gc.unfreeze()
+        self.alarm.close()
 
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        """Run a coroutine until the sender is left."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-def make_result(
-    mode: str,
-    devices: int,
-    duration_s: float,
-    *,
-    tally: Tally,
-    spread: Percentiles,
-    cost: Cost,
-    rate_per_s: float,
-    cost_sends: int | None = None,
-    late_us: Sequence[int] = (),
-    extra: dict[str, float | int | None] | None = None,
-) -> Result:
-    """Put a run's counts together; `cost_sends` are the sends that the cost is of, when not all."""
-    late = percentiles([us / MICROS for us in late_us])
-    return Result(
-        mode=mode,
-        devices=devices,
-        duration_s=duration_s,
-        sent=tally.sent,
-        ok=tally.ok,
-        refused=tally.refused,
-        failed=tally.failed,
-        deduplicated=tally.deduplicated,
-        p50_ms=spread.p50_ms,
-        p95_ms=spread.p95_ms,
-        p99_ms=spread.p99_ms,
-        max_ms=spread.max_ms,
-        rate_per_s=round(rate_per_s, 1),
-        statuses={str(status): number for status, number in sorted(tally.statuses.items())},
-        failures=dict(tally.failures),
-        late_sends_p99_ms=late.p99_ms,
-        late_sends_max_ms=late.max_ms,
-        connections_opened=tally.connections,
-        generator_cpu_s=round(cost.generator_s, 3),
-        generator_cpu_us_per_send=round(
-            cost.generator_s * 1e6 / max(1, tally.sent if cost_sends is None else cost_sends), 1
-        ),
-        server_cpu_s=cost.server_s,
-        server_tree_cpu_s=cost.server_tree_s,
-        extra={**(extra or {}), "others_cores": cost.others_cores},
-    )
+    async def _connect(self) -> Connection | str:
+        """Open a connection; return the reason if that fails."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                _, conn = await self._loop.create_connection(
+                    lambda: Connection(self._lost), self._to.host, self._to.port
+                )
+        except TimeoutError:
+            return "connect timeout"
+        except OSError as error:
+            return f"connect {os.strerror(error.errno) if error.errno else error}"
+        self.opened += 1
+        self._connections.add(conn)
+        return conn
+
+    def _lost(self, conn: Connection) -> None:
+        """Forget a connection that was closed."""
+        self._connections.discard(conn)
+
+    async def _sweep(self) -> None:
+        """Look for overdue responses 60 times per timeout: with the agent's timeout of 30 s, every half second."""
+        while True:
+            await asyncio.sleep(self._timeout_s / 60)
+            overdue_s = time.monotonic() - self._timeout_s
+            for conn in [conn for conn in self._connections if conn.reply and conn.asked_s <= overdue_s]:
+                conn.drop("timeout")
+
+    def _count(self, response: Response) -> Outcome:
+        """Count a response or a failure."""
+        if not response.status:
+            self.failures[response.failure] += 1
+            return Outcome.FAILED
+        self.statuses[response.status] += 1
+        if not 200 <= response.status < 300:
+            return Outcome.REFUSED
+        self.ok += 1
+        self.deduplicated += response.deduplicated
+        return Outcome.DEDUPLICATED if response.deduplicated else Outcome.WRITTEN
+
+    def result(  # noqa: PLR0917 - what a result has
+        self,
+        mode: str,
+        devices: int,
+        duration_s: float,
+        cost: Cost,
+        window: SendLog,
+        extra: Mapping[str, float | int | None] | None = None,
+    ) -> Result:
+        """Return the result of a run; latencies, rate and cost are those of the sends in `window`."""
+        latency, late = percentiles(window.latencies()), percentiles([us / MICROS for us in self.late_us])
+
+        def per_send(seconds: float) -> float | None:
+            return None if math.isnan(seconds) else round(seconds * 1e6 / max(1, len(window)), 1)
+
+        return Result(
+            mode=mode,
+            devices=devices,
+            duration_s=round(duration_s, 3),
+            sent=self.sent,
+            ok=self.ok,
+            refused=self.statuses.total() - self.ok,
+            failed=self.failures.total(),
+            deduplicated=self.deduplicated,
+            **asdict(latency),
+            rate_per_s=round(window.acknowledged / cost.at_s, 1),
+            statuses={str(status): number for status, number in sorted(self.statuses.items())},
+            failures=dict(self.failures),
+            late_sends_p99_ms=late.p99_ms,
+            connections_opened=self.opened,
+            generator_us=per_send(cost.generator_s),
+            daemon_us=per_send(cost.daemon_s),
+            postgres_us=per_send(cost.postgres_s),
+            daemon_cores=None if math.isnan(cost.daemon_s) else round(cost.daemon_s / cost.at_s, 3),
+            others_cores=cost.others_cores,
+            extra=extra or {},
+        )

@@ -1,9 +1,9 @@
-"""The agent's body as a pydantic model: what the FastAPI peers declare. docs/wire.md says what is in it."""
+"""The agent's body as a pydantic model, for the FastAPI peers. docs/wire.md describes its fields."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -13,7 +13,7 @@ RECENT_S: Final = 600
 
 
 class App(BaseModel):
-    """One of app_versions."""
+    """One item of app_versions."""
 
     installed: bool
     version_name: str | None = None
@@ -21,7 +21,7 @@ class App(BaseModel):
 
 
 class Battery(BaseModel):
-    """Charge and temperature."""
+    """Charge and temperature of the battery."""
 
     pct: float | None = None
     charging: bool | None = None
@@ -41,7 +41,7 @@ class System(BaseModel):
 
 
 class Memory(BaseModel):
-    """MiB."""
+    """Memory in MiB."""
 
     total_ram_mb: float | None = None
     avail_ram_mb: float | None = None
@@ -49,7 +49,7 @@ class Memory(BaseModel):
 
 
 class Network(BaseModel):
-    """How it is connected."""
+    """The device's network connection."""
 
     transport: str | None = None
     ssid: str | None = None
@@ -59,7 +59,7 @@ class Network(BaseModel):
 
 
 class Heartbeat(BaseModel):
-    """The body; what is not named is ignored."""
+    """The body of a heartbeat; other fields are ignored."""
 
     device_id: str
     alias: str | None = None
@@ -74,24 +74,31 @@ class Heartbeat(BaseModel):
     unity_process_running: bool | None = None
     monitored_foreground_recent_s: int | None = None
 
-    @property
-    def unity(self) -> tuple[str | None, bool | None]:
-        """The Unity app's version, and whether it runs."""
-        app = self.app_versions.get(UNITY_PACKAGE)
-        if app is None or not app.installed:
-            return None, None
-        running, recent_s = self.unity_process_running, self.monitored_foreground_recent_s
-        if running is None and recent_s is not None and recent_s >= 0:
-            running = recent_s < RECENT_S
-        return app.version_name, running
-
-    @property
-    def ram_used_mb(self) -> int | None:
-        """What is not available."""
-        total, available = self.memory.total_ram_mb, self.memory.avail_ram_mb
-        return None if total is None or available is None else int(total - available)
+    def columns(self) -> dict[str, Any]:
+        """Return the columns of a row, apart from device and time."""
+        app, recent_s, running = self.app_versions.get(UNITY_PACKAGE), self.monitored_foreground_recent_s, None
+        if app is not None and app.installed:
+            running = self.unity_process_running
+            if running is None and recent_s is not None and recent_s >= 0:
+                running = recent_s < RECENT_S
+        total_mb, available_mb = self.memory.total_ram_mb, self.memory.avail_ram_mb
+        signal = self.network.signal_dbm if self.signal_dbm is None else self.signal_dbm
+        return {
+            "battery_pct": whole(self.battery.pct),
+            "plugged": self.battery.charging,
+            "temp_c": self.battery.temperature_c,
+            "network_type": self.network.transport,
+            "ssid": self.network.ssid,
+            "ip": self.network.ip,
+            "signal_dbm": whole(signal),
+            "uptime_s": whole(self.system.uptime_seconds),
+            "ram_used_mb": None if total_mb is None or available_mb is None else int(total_mb - available_mb),
+            "unity_pkg_version": app.version_name if app is not None and app.installed else None,
+            "unity_running": running,
+            "agent_version": self.app_version,
+        }
 
 
 def whole(value: float | None) -> int | None:
-    """A column's integer of a number that came as a double."""
+    """Return the integer of a column for a number that was sent as a double."""
     return None if value is None else round(value)

@@ -1,8 +1,8 @@
-"""What people write first: FastAPI, a pydantic model, an asyncpg pool; each request looks its token up, inserts its
-heartbeat and upserts the last status, in one transaction.
+"""The simplest solution as a peer: FastAPI, a pydantic model, an asyncpg pool; each request looks up its token, inserts
+its heartbeat and upserts the last status, in one transaction.
 
-One process on uvloop and httptools, as nexhb is one process. Its tables are as plain as its code, without the indexes
-that nexhb's reads want. Needs the extra `compare`.
+The peer is one process on uvloop and httptools, as nexhb is one process. Its tables are as simple as its code, without
+the indexes that nexhb's reads need. The peer needs the extra `compare`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import uvicorn
 from fastapi import FastAPI, Header, HTTPException
 
 from bench.fleet import Device
-from bench.peers.body import Heartbeat, whole
+from bench.peers.body import Heartbeat
 
 _BUCKET_S: Final = 10
 _VALUES: Final = """
     battery_pct smallint, plugged boolean, temp_c real, network_type text, ssid text, ip inet, signal_dbm smallint,
     uptime_s integer, ram_used_mb integer, unity_pkg_version text, unity_running boolean, agent_version text"""
-_NAMES: Final = (
-    "battery_pct, plugged, temp_c, network_type, ssid, ip, signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, "
-    "unity_running, agent_version"
-)
+_NAMES: Final = ", ".join(column.split()[0] for column in _VALUES.split(","))
 SCHEMA: Final = f"""
 CREATE TABLE tokens (token_sha256 bytea PRIMARY KEY, device_id text NOT NULL);
 CREATE TABLE heartbeats (device_id text, bucket bigint, ts timestamptz NOT NULL, {_VALUES},
@@ -37,11 +34,10 @@ CREATE TABLE last_status (device_id text PRIMARY KEY, last_ts timestamptz NOT NU
 _TOKEN: Final = "SELECT device_id FROM tokens WHERE token_sha256 = $1"  # noqa: S105 - a statement
 _INSERT: Final = f"""
 INSERT INTO heartbeats (device_id, bucket, ts, {_NAMES})
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) ON CONFLICT DO NOTHING
+VALUES ({", ".join(f"${n}" for n in range(1, 16))}) ON CONFLICT DO NOTHING
 """
 _UPSERT: Final = f"""
-INSERT INTO last_status AS s (device_id, last_ts, {_NAMES})
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+INSERT INTO last_status AS s (device_id, last_ts, {_NAMES}) VALUES ({", ".join(f"${n}" for n in range(1, 15))})
 ON CONFLICT (device_id) DO UPDATE SET (last_ts, {_NAMES}) = ROW (EXCLUDED.last_ts,
     {", ".join(f"EXCLUDED.{name}" for name in _NAMES.split(", "))})
 WHERE EXCLUDED.last_ts > s.last_ts
@@ -49,23 +45,14 @@ WHERE EXCLUDED.last_ts > s.last_ts
 
 
 async def prepare(conn: asyncpg.Connection, fleet: Sequence[Device]) -> None:
-    """Its tables, and the fleet's tokens."""
+    """Create the tables and insert the fleet's tokens."""
     await conn.execute(SCHEMA)
     tokens = [(hashlib.sha256(device.token.encode()).digest(), device.device_id) for device in fleet]
     await conn.copy_records_to_table("tokens", records=tokens)
 
 
-def _values(body: Heartbeat) -> tuple[Any, ...]:
-    battery, network = body.battery, body.network
-    signal = body.signal_dbm if body.signal_dbm is not None else network.signal_dbm
-    return (
-        whole(battery.pct), battery.charging, battery.temperature_c, network.transport, network.ssid, network.ip,
-        whole(signal), whole(body.system.uptime_seconds), body.ram_used_mb, *body.unity, body.app_version,
-    )  # fmt: skip
-
-
 def make_app(dsn: str, pool_size: int) -> FastAPI:
-    """The one route, on a pool of so many connections."""
+    """Return an application with one route and a pool of `pool_size` connections."""
     pools: list[asyncpg.Pool] = []
 
     @contextlib.asynccontextmanager
@@ -77,7 +64,7 @@ def make_app(dsn: str, pool_size: int) -> FastAPI:
 
     async def heartbeat(body: Heartbeat, authorization: Annotated[str, Header()]) -> dict[str, Any]:
         digest = hashlib.sha256(authorization.removeprefix("Bearer ").encode()).digest()
-        values = _values(body)
+        values = body.columns().values()
         async with pools[0].acquire() as conn, conn.transaction():
             device_id = await conn.fetchval(_TOKEN, digest)
             if device_id is None:
@@ -92,6 +79,12 @@ def make_app(dsn: str, pool_size: int) -> FastAPI:
     return app
 
 
+def serve(app: FastAPI, port: int) -> None:
+    """Run an app with uvicorn's fastest settings."""
+    options: dict[str, Any] = {"loop": "uvloop", "http": "httptools", "ws": "none", "backlog": 4096}
+    uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning", **options)
+
+
 def main() -> None:
     """Serve on 127.0.0.1 until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -100,22 +93,6 @@ def main() -> None:
     parser.add_argument("--pool", type=int, required=True)
     args = parser.parse_args()
     serve(make_app(args.dsn, args.pool), args.port)
-
-
-def serve(app: FastAPI, port: int) -> None:
-    """Run an app as fast as uvicorn can."""
-    uvicorn.run(
-        app,
-        host="127.0.0.1",
-        port=port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        backlog=4096,
-        timeout_keep_alive=75,
-    )
 
 
 if __name__ == "__main__":

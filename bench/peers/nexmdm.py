@@ -1,20 +1,21 @@
-"""The heartbeat of the public NexMDM server, rebuilt from what its source does (sergiogordon/unitymdm-prod, MIT: facts,
-none of its code): token_id lookup, bcrypt check, INSERT … WHERE NOT EXISTS over the ten seconds, upsert of the last
-status, the device's own row with the whole body as JSON, a second look at the last status, commit.
+"""The heartbeat endpoint of the public NexMDM server, rebuilt from the steps of its source (sergiogordon/unitymdm-prod,
+MIT; none of its code is used): token_id lookup, bcrypt check, INSERT … WHERE NOT EXISTS over the ten-second bucket,
+upsert of the last status, update of the device's own row with the whole body as JSON, a second query of the last
+status, commit.
 
-As there, the endpoint is a coroutine that calls a blocking session, so that one request is served at a time; with
-`--threads` it is a plain function, which FastAPI runs on threads. Its tables are those of `bench.nexmdm`.
+As in NexMDM, the endpoint is a coroutine that calls a blocking session, so that one request is served at a time. Its
+tables are those of `bench.nexmdm`.
 
-Left out, each to its favour: log lines and printing, events, the lookup of monitoring settings, its ORM's entities. One
-thing differs: the bucket is that of the heartbeat's own time and not of its arrival, or else much of a load on few
-devices would be duplicates. Needs the extra `compare`.
+These parts are left out, each of which makes the peer faster: log messages and printing, events, the lookup of
+monitoring settings, the entities of its ORM. One thing differs: the bucket is that of the heartbeat's timestamp and not
+of its arrival; otherwise much of a load on few devices would be duplicates. The peer needs the extra `compare`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
@@ -51,7 +52,7 @@ INSERT INTO device_heartbeats (device_id, ts, ip, status, battery_pct, plugged, 
 SELECT CAST(:device_id AS varchar), :ts, :ip, 'ok', :battery_pct, :plugged, :temp_c, :network_type, :signal_dbm,
     :uptime_s, :ram_used_mb, :unity_pkg_version, :unity_running, :agent_version
 WHERE NOT EXISTS (
-    SELECT FROM device_heartbeats WHERE device_id = CAST(:device_id AS varchar) AND ts >= :first AND ts < :behind)
+    SELECT FROM device_heartbeats WHERE device_id = CAST(:device_id AS varchar) AND ts >= :first AND ts < :end)
 RETURNING hb_id
 """)
 _UPSERT: Final = text("""
@@ -71,49 +72,51 @@ WHERE device_id = :device_id
 
 
 async def prepare(conn: asyncpg.Connection, fleet: Sequence[Device], hashed: int, first: datetime) -> None:
-    """Its tables with days from `first` to tomorrow, and the fleet; the first `hashed` devices have a real hash."""
+    """Create the tables with days from `first` on and insert the fleet; the first `hashed` devices have a real bcrypt
+    hash."""
     await nexmdm.PARTITIONED.create(conn, first, datetime.now(UTC) + timedelta(days=1))
     await conn.execute(_STATUS)
     await nexmdm.add_devices(conn, [(device.device_id, device.token) for device in fleet])
     with ThreadPoolExecutor() as threads:
-        # a quarter of a second each
+        # each hash takes a quarter of a second
         hashes = list(threads.map(lambda device: nexmdm.token_hash(device.token, _ROUNDS), fleet[:hashed]))
     pairs = [(made, device.device_id) for made, device in zip(hashes, fleet, strict=False)]
     await conn.executemany("UPDATE devices SET token_hash = $1 WHERE id = $2", pairs)
 
 
 def _values(body: Heartbeat) -> dict[str, Any]:
-    battery, network, ts = body.battery, body.network, nexmdm.naive(body.timestamp_utc)
-    version, running = body.unity
-    first = ts.replace(second=ts.second // 10 * 10, microsecond=0)
-    return {
-        "ts": ts, "first": first, "behind": first + _BUCKET, "ip": network.ip, "battery_pct": whole(battery.pct),
-        "plugged": battery.charging, "temp_c": whole(battery.temperature_c), "network_type": network.transport,
-        "signal_dbm": whole(network.signal_dbm), "uptime_s": whole(body.system.uptime_seconds),
-        "ram_used_mb": body.ram_used_mb, "unity_pkg_version": version, "unity_running": running,
-        "agent_version": body.app_version, "now": nexmdm.naive(datetime.now(UTC)),
-        "recent_s": body.monitored_foreground_recent_s, "last_status": body.model_dump_json(),
-        "model": body.system.model, "manufacturer": body.system.manufacturer, "build_id": body.system.build_id,
-        "android_version": body.system.android_version, "sdk_int": whole(body.system.sdk_int),
-    }  # fmt: skip
+    ts, system = nexmdm.naive(body.timestamp_utc), body.system
+    first, columns = ts.replace(second=ts.second // 10 * 10, microsecond=0), body.columns()
+    return columns | {
+        "ts": ts,
+        "first": first,
+        "end": first + _BUCKET,
+        "temp_c": whole(columns["temp_c"]),
+        "now": nexmdm.naive(datetime.now(UTC)),
+        "recent_s": body.monitored_foreground_recent_s,
+        "last_status": body.model_dump_json(),
+        "model": system.model,
+        "manufacturer": system.manufacturer,
+        "build_id": system.build_id,
+        "android_version": system.android_version,
+        "sdk_int": whole(system.sdk_int),
+    }
 
 
-def _endpoint(dsn: str, *, check_hash: bool, pool_size: int) -> Callable[[Heartbeat, str], dict[str, Any]]:
-    """What one request does, start to end, blocking."""
-    engine = create_engine(
-        dsn.replace("postgresql://", "postgresql+psycopg://", 1),
-        pool_size=pool_size,
-        max_overflow=0,
-        connect_args={"options": "-c synchronous_commit=on -c timezone=UTC"},
-    )
+def make_app(dsn: str, *, check_hash: bool) -> FastAPI:
+    """Return an application with one route."""
+    settings = {"options": "-c synchronous_commit=on -c timezone=UTC"}
+    url = dsn.replace("postgresql://", "postgresql+psycopg://", 1)
+    engine = create_engine(url, pool_size=1, max_overflow=0, connect_args=settings)
 
-    def take(body: Heartbeat, token: str) -> dict[str, Any]:
+    async def heartbeat(body: Heartbeat, authorization: Annotated[str, Header()]) -> dict[str, Any]:
+        token = authorization.removeprefix("Bearer ")
         with Session(engine) as session:
             device = session.execute(_DEVICE, {"token_id": nexmdm.token_id(token)}).first()
             if device is None or (check_hash and not bcrypt.checkpw(token.encode(), device.token_hash.encode())):
                 raise HTTPException(401)
             if device.last_status:
-                json.loads(device.last_status)  # it looks for what has changed
+                json.loads(device.last_status)  # NexMDM parses the last status to find the changes
             values = {"device_id": device.id, "package": device.monitored_package, **_values(body)}
             session.execute(_KNOWN, values)
             created = session.execute(_INSERT, values).first() is not None
@@ -123,21 +126,8 @@ def _endpoint(dsn: str, *, check_hash: bool, pool_size: int) -> Callable[[Heartb
             session.commit()
         return {"ok": True, "next_heartbeat_seconds": 60, "deduplicated": not created}
 
-    return take
-
-
-def make_app(dsn: str, *, check_hash: bool, threads: bool) -> FastAPI:
-    """The one route."""
-    take = _endpoint(dsn, check_hash=check_hash, pool_size=10 if threads else 1)
-
-    async def blocking(body: Heartbeat, authorization: Annotated[str, Header()]) -> dict[str, Any]:
-        return take(body, authorization.removeprefix("Bearer "))
-
-    def on_a_thread(body: Heartbeat, authorization: Annotated[str, Header()]) -> dict[str, Any]:
-        return take(body, authorization.removeprefix("Bearer "))
-
     app = FastAPI()
-    app.add_api_route("/v1/heartbeat", on_a_thread if threads else blocking, methods=["POST"])
+    app.add_api_route("/v1/heartbeat", heartbeat, methods=["POST"])
     return app
 
 
@@ -146,10 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dsn", required=True)
-    parser.add_argument("--no-bcrypt", action="store_true", help="believe the token_id alone")
-    parser.add_argument("--threads", action="store_true", help="a plain function, on threads")
+    parser.add_argument("--no-bcrypt", action="store_true", help="accept a token by its token_id, without bcrypt")
     args = parser.parse_args()
-    serve(make_app(args.dsn, check_hash=not args.no_bcrypt, threads=args.threads), args.port)
+    serve(make_app(args.dsn, check_hash=not args.no_bcrypt), args.port)
 
 
 if __name__ == "__main__":

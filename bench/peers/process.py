@@ -1,4 +1,4 @@
-"""A peer as a process of its own."""
+"""Run a peer in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from bench import stack
+from bench.process import free_port
 
 _START_S: Final = 20.0
-_STOP_S: Final = 10.0
 
 
 class Server(NamedTuple):
-    """Where it listens, and who it is."""
+    """The URL and the process id of a server."""
 
     url: str
     pid: int
@@ -26,8 +26,8 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def running(module: str, *words: str) -> Iterator[Server]:
-    """`python -m bench.peers.MODULE --port … WORDS`, once it listens; ended with the block."""
-    port = stack.free_port()
+    """Run `python -m bench.peers.MODULE --port … WORDS` until the block ends."""
+    port = free_port()
     child = subprocess.Popen(
         [sys.executable, "-m", f"bench.peers.{module}", "--port", str(port), *words],
         cwd=Path(__file__).resolve().parents[2],
@@ -37,21 +37,14 @@ def running(module: str, *words: str) -> Iterator[Server]:
     )
     try:
         deadline = time.monotonic() + _START_S
-        while not _listens(port):
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
             if child.poll() is not None or time.monotonic() > deadline:
                 raise stack.StackError(f"the peer {module} did not start")
             time.sleep(0.02)
         yield Server(f"http://127.0.0.1:{port}", child.pid)
     finally:
-        child.terminate()
-        try:
-            child.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait(_STOP_S)
-
-
-def _listens(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
+        # the peer stores nothing that would need an orderly end
+        child.kill()
+        child.wait()

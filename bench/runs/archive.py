@@ -1,253 +1,135 @@
-"""A day leaves the database: under load, for memory and latency; and alone, for its time beside a pipe's."""
+"""A nightly run archives, verifies and drops a day under a fleet's load."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from statistics import median
-from typing import Any, Final, NamedTuple
+from typing import ClassVar, Final
 from urllib.parse import urlsplit
 
+import asyncpg
 import uvloop
 
-from bench import old_days, progress, stack, yardstick
-from bench.cost import Sample, forget_peak, watched
-from bench.finding import Finding, of_trial, spread
-from bench.fleet import Schedule, make_fleet, schedule
-from bench.load import LoadRun, open_loop, target
-from bench.night import Night, Window, nightly
-from bench.report import Limit, Percentiles, hold, latencies_due, percentiles
-from bench.scenarios import ArchiveScenario
-from bench.trial import Trial, examine
-from nexhb.partitions import name_of
+from bench import stack
+from bench.cost import forget_peak
+from bench.finding import Finding, spread
+from bench.fleet import make_fleet, schedule
+from bench.report import ALL_ACKNOWLEDGED, at_least, at_most, percentiles
+from bench.runs import Plan, Say
+from bench.trial import SEED, examine, send
+from nexhb import partitions
 
-_SEED: Final = 1
-_LOOK_S: Final = 0.05
-WHOLE_NIGHT: Final = "the same during the whole nightly run"
-BYTES: Final = Limit("bytes of an archived heartbeat, at most 18", "", 18)
-# as short as the accept window allows, so that no days lie between those that are kept and the old ones
+# the shortest retention that the accept window allows, so that no days lie between the kept days and the old day
 RETENTION_DAYS: Final = 7
-SETTINGS: Final = {"NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}"}
+_NIGHTLY_S: Final = 1800.0
+_ADD_LABELS: Final = """
+INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid, sections)
+SELECT DISTINCT '1.0.9', '2.1.0', 'wifi', 'Store-' || device_no / 8, 31 FROM devices
+"""
+# $1: the start of the day, $2: heartbeats of each device, $3: seconds between them. The rows are in the order of
+# arrival and not in that of the key, each device up to a quarter of the interval early or late, with microseconds, and
+# with values as various as those of bench/fleet.py: if the values varied less, the archive would have only two thirds
+# of the size of a real day's archive.
+_FILL: Final = """
+INSERT INTO {table} (ts, received_at, device_no, bucket, label_no, uptime_s, ram_used_mb, temp_c, battery_pct, plugged,
+    unity_running, clock_wrong, ip)
+SELECT ts, ts + (0.02 + 0.18 * random()) * interval '1 s' AS arrival, device_no,
+       (floor(extract(epoch FROM ts) / 10) * 10)::bigint - 1577836800, label_no, device_no * 997 + beat * $3::int,
+       2848 * (45 + floor(random() * 37)) / 100, 26.8 + floor(random() * 64) / 10,
+       CASE WHEN wave < 80 THEN 100 - wave ELSE wave - 60 END, wave >= 80, random() < 0.9, false,
+       '192.168.0.0'::inet + device_no % 65536
+FROM (SELECT device_no, label_no, 0.25 + 0.5 * random() AS phase
+      FROM devices JOIN heartbeat_labels ON ssid = 'Store-' || device_no / 8) AS fleet,
+     generate_series(0, $2::int - 1) AS beat,
+     LATERAL (SELECT $1::timestamptz + (beat + phase + (random() - 0.5) / 2) * $3 * interval '1 s' AS at) AS due,
+     -- a fifth of the clocks have milliseconds only, and two fifths of the devices are always on mains
+     LATERAL (SELECT date_trunc(CASE WHEN device_no % 5 = 0 THEN 'milliseconds' ELSE 'microseconds' END, at) AS ts,
+                     CASE WHEN device_no % 5 < 2 THEN 160 ELSE (beat / 2 + device_no) % 160 END AS wave) AS now
+ORDER BY arrival
+"""
 
 
-class _Loaded(NamedTuple):
-    """The day that leaves under load."""
-
-    trial: Trial
-    night: Night
-    archive: Window
-    before: Percentiles
-    during: Percentiles
-    whole_night: Percentiles
-    rss_before_mb: float
-    rss_peak_mb: float
-    # seconds of the nightly run without load, because the schedule had come to its end
-    uncovered_s: float
-
-    @property
-    def growth_mb(self) -> float:
-        """What the daemon's memory grew by at its highest."""
-        return round(self.rss_peak_mb - self.rss_before_mb, 1)
+async def make_day(conn: asyncpg.Connection, day: date, beats: int) -> None:
+    """Create the partition of a day, with `beats` heartbeats of each device, and finish it as the nightly run does once
+    the day accepts no more heartbeats."""
+    table = (await partitions.ensure(conn, [day]))[day]
+    await conn.execute(_ADD_LABELS)
+    await conn.execute(_FILL.format(table=table), partitions.midnight(day), beats, 86_400 // beats)
+    await conn.execute(f"VACUUM (FREEZE, ANALYZE) {table}")
+    await conn.execute("CHECKPOINT")
 
 
-class _Alone(NamedTuple):
-    """The day that leaves while nothing else is done, and the pipe over the same day just before."""
+@dataclass(frozen=True)
+class Archive(Plan):
+    """An old day archived under load."""
 
-    night: Night
-    archive: Window
-    piped: yardstick.Piped
-    stream_sha256: str
+    QUICK: ClassVar = {"beats": 144, "before_s": 10.0}
 
-    @property
-    def ratio(self) -> float:
-        """Times as long as the pipe."""
-        return round(self.archive.seconds / self.piped.seconds, 2)
+    name: str = "archive"
+    title: str = "a day of 2,000 devices archived, verified and dropped, under the load of scenario 2"
+    # number of devices in the old day, and in the load
+    devices: int = 2000
+    # heartbeats per device in the old day
+    beats: int = 1440
+    interval_s: float = 60
+    jitter_s: float = 15
+    before_s: float = 30
+    max_s: float = 900
+    growth_mb: float = 64
+    p99_ms: float = 50
+    bytes_per_row: float = 18
 
+    def run(self, say: Say) -> Finding:
+        """Fill a day, archive it under load, read the archive back; return the finding."""
+        settings = {"NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}"}
+        with stack.running(make_fleet(self.devices, SEED), settings=settings) as own:
+            return uvloop.run(self._run(own))
 
-class _Stored(NamedTuple):
-    """A day's end as the database and its manifest have it."""
-
-    day: date
-    state: str
-    manifest: dict[str, Any]
-
-    @property
-    def compressed(self) -> int:
-        """Bytes of all objects."""
-        return sum(each["bytes"] for each in self.manifest["objects"])
-
-
-def old_days_of(today: date) -> tuple[date, date]:
-    """The two newest days that are older than the retention."""
-    return today - timedelta(days=RETENTION_DAYS + 2), today - timedelta(days=RETENTION_DAYS + 1)
-
-
-def run(scenario: ArchiveScenario) -> Finding:
-    """Fill two days, archive one under load and one alone, read both back."""
-    fleet = make_fleet(scenario.devices, _SEED)
-    with stack.running(fleet, settings=SETTINGS) as own:
-        first, second = old_days_of(datetime.now(UTC).date())
-        uvloop.run(_fill(scenario, own, first, second))
-        loaded = uvloop.run(_under_load(scenario, own, name_of(first)))
-        alone = uvloop.run(_alone(own, second))
-        stored = uvloop.run(_stored(own, (first, second)))
-        read_back = own.command("archive", "verify", "--all", "--json", timeout_s=1800)
-    return _finding(scenario, loaded, alone, stored, read_back)
-
-
-async def _fill(scenario: ArchiveScenario, own: stack.Stack, first: date, second: date) -> None:
-    conn = await own.connect()
-    try:
-        await old_days.make(conn, make_fleet(scenario.devices, _SEED), first, scenario.beats, _SEED)
-        await old_days.make_aside(conn, first, second)
-    finally:
-        await conn.close(timeout=5)
-
-
-# ── under load ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _under_load(scenario: ArchiveScenario, own: stack.Stack, partition: str) -> _Loaded:
-    fleet = make_fleet(scenario.devices, _SEED)
-    plan = schedule(scenario.devices, scenario.interval_s, scenario.jitter_s, scenario.most_s, _SEED)
-    done = asyncio.Event()
-    with progress.line(len(plan), "heartbeats acknowledged, at most") as show:
-        sending = asyncio.create_task(
-            open_loop(target(own.url), fleet, plan, pid=own.pid, seed=_SEED, progress=show, until=done)
-        )
+    async def _run(self, own: stack.Stack) -> Finding:
+        fleet, day = make_fleet(self.devices, SEED), datetime.now(UTC).date() - timedelta(days=RETENTION_DAYS + 1)
+        async with own.connected() as conn:
+            await make_day(conn, day, self.beats)
+        plan = schedule(self.devices, self.interval_s, self.jitter_s, self.max_s, SEED)
+        done = asyncio.Event()
+        sending = asyncio.create_task(send(own, fleet, plan, until=done))
         try:
-            async with watched(own.pid, _LOOK_S) as before:
-                await asyncio.sleep(scenario.before_s)
+            await asyncio.sleep(self.before_s)
+            before_mb = own.memory().rss_mb
             forget_peak(own.pid)
-            async with watched(own.pid, _LOOK_S) as samples:
-                night = await nightly(own)
-            peak_mb = max(own.memory().peak_mb, *(each.rss_mb for each in samples))
-            await asyncio.sleep(scenario.after_s)
+            start_s = time.time()
+            status, answer = await asyncio.to_thread(own.post, "/ops/nightly", timeout_s=_NIGHTLY_S)
+            end_s, peak_mb = time.time(), own.memory().peak_mb
         finally:
             done.set()
             sent = await sending
-    if not night.completed:
-        raise stack.StackError(f"the nightly run under load answered {night.status}: {dict(night.answer)}")
-    archive = night.archive(partition)
-    trial = await examine(own, fleet, sent, scenario.limits)
-    return _Loaded(
-        trial,
-        night,
-        archive,
-        due_in(plan, sent, Window(sent.began_at_s, night.asked.start_s)),
-        due_in(plan, sent, archive),
-        due_in(plan, sent, night.asked),
-        level_of(before),
-        peak_mb,
-        max(0.0, round(night.asked.end_s - sent.began_at_s - sent.result.duration_s, 1)),
-    )
-
-
-def level_of(samples: Sequence[Sample]) -> float:
-    """What was resident in the last two seconds."""
-    return median(each.rss_mb for each in samples[-round(2 / _LOOK_S) :])
-
-
-def due_in(plan: Schedule, sent: LoadRun, window: Window) -> Percentiles:
-    """Latencies of the heartbeats that were due within a window."""
-    start_s, end_s = window.start_s - sent.began_at_s, window.end_s - sent.began_at_s
-    return percentiles(latencies_due(plan.offset_us, sent.sends.latency_s, start_s, end_s))
-
-
-# ── alone ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def _alone(own: stack.Stack, day: date) -> _Alone:
-    conn = await own.connect()
-    try:
-        await old_days.attach(conn, day)
-        await conn.execute("CHECKPOINT")
-    finally:
-        await conn.close(timeout=5)
-    name = name_of(day)
-    # read once before, so that both read from memory
-    plain = await asyncio.to_thread(yardstick.plain, own, name)
-    piped = await asyncio.to_thread(yardstick.compressed, own, name)
-    night = await nightly(own)
-    return _Alone(night, night.archive(name), piped, plain.sha256)
-
-
-async def _stored(own: stack.Stack, days: Sequence[date]) -> list[_Stored]:
-    conn = await own.connect()
-    try:
-        found = []
-        for day in days:
-            row = await conn.fetchrow("SELECT * FROM hb_partitions WHERE partition_name = $1", name_of(day))
-            assert row is not None  # noqa: S101 - it was archived
-            manifest = await asyncio.to_thread(Path(urlsplit(row["archive_url"]).path).read_text, "utf-8")
-            found.append(_Stored(day, row["state"], json.loads(manifest)))
-        return found
-    finally:
-        await conn.close(timeout=5)
-
-
-# ── what came of it ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _finding(
-    scenario: ArchiveScenario, loaded: _Loaded, alone: _Alone, stored: Sequence[_Stored], read_back: dict[str, Any]
-) -> Finding:
-    rows = scenario.devices * scenario.beats
-    under_load, by_itself = stored
-    archived = sum(each.manifest["rows"] for each in stored)
-    verdicts = (
-        *loaded.trial.result.verdicts,
-        hold(scenario.growth, loaded.growth_mb),
-        hold(scenario.p99, loaded.during.p99_ms),
-        hold(replace(scenario.p99, name=WHOLE_NIGHT), loaded.whole_night.p99_ms),
-        hold(Limit("seconds of it without load", "", 0), loaded.uncovered_s),
-        hold(scenario.ratio, alone.ratio),
-        hold(BYTES, round(by_itself.compressed / rows, 2)),
-        hold(Limit("rows of the two days in their archives", "", 2 * rows, "at_least"), archived),
-        hold(Limit("days dropped", "", 2, "at_least"), sum(each.state == "dropped" for each in stored)),
-        hold(Limit("archives damaged, read back once more", "", 0), read_back["damaged"]),
-        hold(
-            Limit("streams that are not what psql writes", "", 0),
-            int(alone.stream_sha256 != by_itself.manifest["stream_sha256"]),
-        ),
-    )
-    finding = of_trial(scenario.name, scenario.title, loaded.trial)
-    figures = {
-        "ingest before": spread(loaded.before),
-        "ingest during the archive": spread(loaded.during),
-        "ingest during the nightly run": spread(loaded.whole_night),
-        "memory": f"{loaded.rss_before_mb:g} MB before, {loaded.rss_peak_mb:g} MB at most: {loaded.growth_mb:+g} MB",
-        "under load": f"{loaded.archive.seconds:.1f} s; {loaded.night.timeline()}",
-        "alone": f"{alone.archive.seconds:.1f} s; {alone.night.timeline()}",
-        "the pipe": f"{alone.piped.seconds:.1f} s: {alone.piped.programs}",
-        "times as long": f"{alone.ratio:g} alone, {loaded.archive.seconds / alone.piped.seconds:.2f} under load",
-        "bytes per row": f"{by_itself.compressed / rows:.2f} compressed, "
-        f"{by_itself.manifest['stream_bytes'] / rows:.1f} as CSV",
-        "rows": finding.figures["rows"] + f"; {archived:,} archived",
-    }
-    details = {
-        **finding.details,
-        "rows_archived": archived,
-        "bytes_per_row": round(by_itself.compressed / rows, 2),
-        "stream_bytes_per_row": round(by_itself.manifest["stream_bytes"] / rows, 1),
-        "archive_s": {"under_load": round(loaded.archive.seconds, 2), "alone": round(alone.archive.seconds, 2)},
-        "pipe_s": round(alone.piped.seconds, 2),
-        "pipe": alone.piped.programs,
-        "nightly": {"under_load": dict(loaded.night.answer), "alone": dict(alone.night.answer)},
-        "ingest": {
-            "before": _shown(loaded.before),
-            "during_the_archive": _shown(loaded.during),
-            "during_the_nightly_run": _shown(loaded.whole_night),
-        },
-        "rss_mb": {"before": loaded.rss_before_mb, "peak": loaded.rss_peak_mb},
-        "manifests": [under_load.manifest, by_itself.manifest],
-    }
-    return Finding(finding.name, finding.title, verdicts, {**finding.figures, **figures}, details)
-
-
-def _shown(spread: Percentiles) -> dict[str, float | None]:
-    return {"p50_ms": spread.p50_ms, "p95_ms": spread.p95_ms, "p99_ms": spread.p99_ms, "max_ms": spread.max_ms}
+        if answer.get("status") != "completed":
+            raise stack.StackError(f"the nightly run returned {status}: {answer}")
+        trial = await examine(own, fleet, sent, ALL_ACKNOWLEDGED)
+        async with own.connected() as conn:
+            query = "SELECT state, archive_url FROM hb_partitions WHERE partition_name = $1"
+            ((state, url),) = await conn.fetch(query, partitions.table_name(day))
+        manifest = json.loads(await asyncio.to_thread(Path(urlsplit(url).path).read_text, "utf-8"))
+        verified = own.command("archive", "verify", "--all", "--json", timeout_s=_NIGHTLY_S)
+        rows, bytes_each = manifest["rows"], sum(each["bytes"] for each in manifest["objects"]) / manifest["rows"]
+        start_s, end_s = start_s - sent.began_at_s, end_s - sent.began_at_s
+        during = percentiles(sent.sends.due_in(start_s, end_s).latencies())
+        growth_mb = round(peak_mb - before_mb, 1)
+        verdicts = (
+            at_most("growth of the daemon's memory, below 64 MB", self.growth_mb, growth_mb),
+            at_most("p99 of ingest during the nightly run, below 50 ms", self.p99_ms, during.p99_ms),
+            at_most("bytes of an archived heartbeat, at most 18", self.bytes_per_row, round(bytes_each, 2)),
+            at_least("rows of the day in its archive", self.devices * self.beats, rows),
+            at_least("days dropped", 1, int(state == "dropped")),
+            at_most("archives damaged, read back once more", 0, verified["damaged"]),
+        )
+        figures = {
+            "ingest during the nightly run": spread(during),
+            "nightly run": f"{end_s - start_s:.1f} s: archived, verified, dropped, drilled",
+            "memory": f"{before_mb:g} MB before, {peak_mb:g} MB at most: {growth_mb:+g} MB",
+            "bytes per row": f"{bytes_each:.2f} compressed, {manifest['stream_bytes'] / rows:.1f} as CSV",
+        }
+        return trial.finding(self.name, self.title, *verdicts, figures=figures)

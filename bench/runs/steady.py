@@ -1,57 +1,52 @@
-"""Scenarios 1 and 2, and the one with duplicates: a fleet on its schedule, in open loop."""
+"""Scenarios 1 and 2: a fleet on its schedule in open loop."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import uvloop
 
-from bench import progress, stack
-from bench.finding import Finding, of_trial
-from bench.fleet import MICROS, Device, make_fleet, schedule
-from bench.load import LoadRun, closed_loop, open_loop, recent_span, target
-from bench.load.pool import RequestPool
-from bench.scenarios import OpenLoopScenario
-from bench.trial import Trial, examine, together
-
-SEED: Final = 1  # of its fleet
+from bench import stack
+from bench.finding import Finding
+from bench.fleet import make_fleet, schedule
+from bench.report import ALL_ACKNOWLEDGED, FLOORS, Limit
+from bench.runs import Plan, Say
+from bench.trial import SEED, Trial, examine, send
 
 
-def run(scenario: OpenLoopScenario) -> Finding:
-    """Send the schedule, compare every row."""
-    fleet = make_fleet(scenario.devices, SEED)
-    with stack.running(fleet) as own:
-        trial = uvloop.run(sent(scenario, own))
-    share = trial.result.extra["deduplicated_share"]
-    more = {"deduplicated": f"{share:.1%}"} if scenario.duplicate_factor > 1 else {}
-    return of_trial(scenario.name, scenario.title, trial, **more)
+@dataclass(frozen=True)
+class Steady(Plan):
+    """A fleet on its schedule."""
 
+    QUICK: ClassVar = {"duration_s": 15.0}
 
-async def sent(scenario: OpenLoopScenario, own: stack.Stack, *, heard_before: bool = False) -> Trial:
-    """The schedule against a daemon that knows the fleet, every row compared. `heard_before`: each device was heard
-    once, as it is in every minute of a daemon's life but the first (what a device says of itself is written then)."""
-    fleet = make_fleet(scenario.devices, SEED)
-    plan = schedule(
-        scenario.devices,
-        scenario.interval_s,
-        scenario.jitter_s,
-        scenario.duration_s,
-        SEED,
-        duplicate_factor=scenario.duplicate_factor,
+    name: str = "2-steady-2000"
+    title: str = "2,000 devices at 60 s ± 15 s"
+    devices: int = 2000
+    interval_s: float = 60
+    jitter_s: float = 15
+    duration_s: float = 60
+    limits: tuple[Limit, ...] = (
+        *ALL_ACKNOWLEDGED,
+        Limit("p50 at most 3 ms", "p50_ms", 3),
+        Limit("p99 at most 20 ms", "p99_ms", 20),
+        Limit("daemon below 120 MB", "daemon_rss_mb", 120),
     )
-    before = [await _each_once(own, fleet)] if heard_before else []
-    with progress.line(len(plan), "heartbeats acknowledged") as show:
-        run = await open_loop(target(own.url), fleet, plan, pid=own.pid, seed=SEED, progress=show)
-    share = run.result.deduplicated / max(1, run.result.ok)
-    result = replace(run.result, extra={**run.result.extra, "deduplicated_share": round(share, 4)})
-    return await examine(own, fleet, together([*before, replace(run, result=result)]), scenario.limits)
+
+    def run(self, say: Say) -> Finding:
+        """Send the schedule, compare every row; return the finding."""
+        with stack.running(make_fleet(self.devices, SEED)) as own:
+            return uvloop.run(self.sent(own)).finding(self.name, self.title)
+
+    async def sent(self, own: stack.Stack) -> Trial:
+        """Send the schedule to a daemon with the fleet imported and compare every row."""
+        fleet = make_fleet(self.devices, SEED)
+        plan = schedule(self.devices, self.interval_s, self.jitter_s, self.duration_s, SEED)
+        return await examine(own, fleet, await send(own, fleet, plan), self.limits)
 
 
-async def _each_once(own: stack.Stack, fleet: Sequence[Device]) -> LoadRun:
-    """A heartbeat of each device, made an hour ago."""
-    span = recent_span(len(fleet), len(fleet), time.time_ns() // 1000 - 3_600 * MICROS)
-    to = target(own.url)
-    return await closed_loop(to, fleet, connections=16, duration_s=30, warm_s=0, requests=RequestPool(to, fleet, span))
+STEADY_2000: Final = Steady()
+STEADY_500: Final = Steady(
+    "1-steady-500", "500 devices at 60 s", devices=500, jitter_s=0, limits=(*ALL_ACKNOWLEDGED, *FLOORS)
+)

@@ -1,1 +1,1 @@
-"""A day outside the database: exported, verified, brought back."""
+"""The archive of a day: export it to a store, verify it, restore it."""

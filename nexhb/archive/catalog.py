@@ -1,4 +1,4 @@
-"""What the database knows of its archives."""
+"""The catalog: which archives the database knows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from datetime import date, datetime
 
 import asyncpg
 
-from nexhb import partitions, sql
+from nexhb import partitions
 from nexhb.archive.manifest import Manifest
-from nexhb.db import Connection
 from nexhb.errors import BadInput
 from nexhb.partitions import midnight
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection
 
 _Q = sql.queries("archive")
 _P = sql.queries("partitions")
@@ -20,47 +21,47 @@ _P = sql.queries("partitions")
 
 @dataclass(frozen=True)
 class Archived:
-    """One archive as the database knows it: a day's own (supplement_no 0) or one of what came late."""
+    """One archive in the catalog: the archive of a day (supplement_no 0) or a supplement with late heartbeats."""
 
     partition: str
     start: datetime
     end: datetime
     state: str
-    url: str  # of the manifest
-    sha256: str  # of the same, hex
+    url: str  # URL of the manifest
+    sha256: str  # SHA-256 of the manifest, hex
     supplement_no: int = 0
 
 
 async def find(conn: Connection, day: date) -> list[Archived]:
-    """The day's archive and its supplements. Raises BadInput where there is none."""
-    found = [_archived(row) for row in await conn.fetch(_Q["find"], midnight(day)) if row["archive_url"]]
-    if not found:
-        raise BadInput(f"{day} is not archived.", hint="`nexhb archive list` shows what is.")
-    return found
+    """Return the day's archive and its supplements. Raises BadInput if the day has no archive."""
+    archives = [_archived(row) for row in await conn.fetch(_Q["find"], midnight(day)) if row["archive_url"]]
+    if not archives:
+        raise BadInput(f"{day} is not archived.", hint="`nexhb archive list` lists the archived days.")
+    return archives
 
 
 async def find_detached(conn: Connection, day: date) -> Archived | None:
-    """The day, where its table is there, detached and not archived (yet); else None."""
+    """Return the day if its table exists, detached and not archived yet; None otherwise."""
     for row in await conn.fetch(_Q["find"], midnight(day)):
-        if row["archive_url"] is None and await partitions.present(conn, row["partition_name"]):
+        if row["archive_url"] is None and await partitions.table_exists(conn, row["partition_name"]):
             return _archived(row)
     return None
 
 
-async def everything(conn: Connection) -> Sequence[asyncpg.Record]:
-    """Every archive and supplement, and every day whose archiving failed, newest first."""
+async def list_archives(conn: Connection) -> Sequence[asyncpg.Record]:
+    """Return every archive and supplement, and every day whose archiving failed, newest first."""
     rows: Sequence[asyncpg.Record] = await conn.fetch(_Q["list"])
     return rows
 
 
-async def every(conn: Connection) -> list[Archived]:
-    """Every archive and supplement that counts, oldest first: not those of a day whose table is there (again)."""
-    return [_archived(row) for row in await conn.fetch(_Q["every"])]
+async def current_archives(conn: Connection) -> list[Archived]:
+    """Return the archives and supplements, oldest first, except those whose rows were restored to the day's table."""
+    return [_archived(row) for row in await conn.fetch(_Q["current"])]
 
 
-async def record(conn: Connection, manifest: Manifest, sha256: str, url: str, now: datetime) -> None:
-    """Write down the archive of a day, read back and found whole. It has the rows of the supplements before it, too: a
-    restore brought them into the day's table."""
+async def record_archive(conn: Connection, manifest: Manifest, sha256: str, url: str, now: datetime) -> None:
+    """Record the verified archive of a day, and delete the records of earlier supplements: a restore merged their rows
+    into the day's table, so that this archive contains the rows too."""
     async with conn.transaction():
         name = manifest.partition
         await conn.execute(_Q["supersede_day"], name, url, now)
@@ -69,14 +70,14 @@ async def record(conn: Connection, manifest: Manifest, sha256: str, url: str, no
         await conn.execute(_Q["forget_supplements"], name)
 
 
-async def drilled(conn: Connection, archived: Archived, now: datetime) -> None:
-    """Write down a drill that went well."""
+async def record_drill(conn: Connection, archived: Archived, now: datetime) -> None:
+    """Record that a trial restore of this archive succeeded."""
     await conn.execute(_Q["drilled"], archived.url, now)
     await conn.execute(_Q["supplement_drilled"], archived.url, now)
 
 
-async def verified(conn: Connection, url: str, now: datetime) -> None:
-    """Write down that an archive was read back and found whole."""
+async def record_verification(conn: Connection, url: str, now: datetime) -> None:
+    """Record that the verification of this archive succeeded."""
     await conn.execute(_Q["verified"], url, now)
     await conn.execute(_Q["supplement_verified"], url, now)
 
@@ -89,7 +90,10 @@ def _archived(row: asyncpg.Record) -> Archived:
 
 
 async def release(conn: Connection, day: date) -> str:
-    """Let a restored day be archived again by the next nightly run; its name. Raises BadInput where it is none."""
+    """Let the next nightly run archive a restored day again, and return the partition's name.
+
+    Raises BadInput if the day was not restored.
+    """
     name: str | None = await conn.fetchval(_Q["release"], midnight(day))
     if name is None:
         raise BadInput(f"{day} is not a restored day.")

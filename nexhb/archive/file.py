@@ -1,4 +1,4 @@
-"""A folder as a Store. All of its work is done in threads: a disk may be slow, or hang."""
+"""A Store in a folder. All of its I/O runs in threads, because a disk may be slow or hang."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from nexhb.archive.names import below, checked
+from nexhb.archive.names import checked_name, name_below
 from nexhb.archive.store import CHUNK
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
 
 T = TypeVar("T")
 
-# Where PostgreSQL commits to the same disk meanwhile, one fsync of 256 MiB held up a commit for 43 to 84 ms; an fsync
-# every 8 MiB for 14 to 21 ms, in the same time altogether.
+# While PostgreSQL committed to the same disk, one fsync of 256 MiB delayed a commit by 43 to 84 ms. An fsync after
+# every 8 MiB delayed a commit by 14 to 21 ms and took the same time in total.
 SYNC_CHUNKS = 8
 
 _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.ENOSPC: "no space is left",
     errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "the file system takes no file of this size",
-    errno.EACCES: "permission is missing",
-    errno.EPERM: "it is not permitted, or the file system knows no hard links",
-    errno.ENOTDIR: "there is a file where a folder should be",
-    errno.EISDIR: "there is a folder where a file should be",
-    errno.ENOENT: "it is not there",
+    errno.EFBIG: "the file is too large for the file system",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted, or the file system does not support hard links",
+    errno.ENOTDIR: "a folder on the path is a file",
+    errno.EISDIR: "it is a folder, not a file",
+    errno.ENOENT: "it does not exist",
 }
 
 
 @dataclass(frozen=True)
 class FolderStore:
-    """A Store in `folder` (made, 0700, at the first put). Each operation takes `timeout_s` at most."""
+    """A Store in `folder`, which the first put creates with mode 0700. Each operation takes at most `timeout_s`."""
 
     folder: Path
     _: KW_ONLY
     timeout_s: float
 
     async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
-        """See Store. A put that is given up leaves no object behind, unless its last step was under way."""
+        """Store an object (see Store). A put that is cancelled or times out leaves no object, unless its last step,
+        which gives the file its name, had already begun."""
         put = _Put(self.folder, self._path(name), body, sha256, overwrite, stale_s=self.timeout_s)
         try:
             await self._in_time("put", put.target, self._deadline(), put.run)
         finally:
-            put.given_up.set()
+            put.cancelled.set()
 
     async def get(self, name: str) -> AsyncGenerator[bytes, None]:
-        """See Store. The time spent between the chunks counts too."""
+        """Yield an object's bytes (see Store). The time limit includes the caller's time between chunks."""
         path = self._path(name)
         deadline = self._deadline()
         reading = _Get(path)
@@ -66,52 +67,52 @@ class FolderStore:
             while chunk := await self._in_time("get", path, deadline, reading.read):
                 yield chunk
         finally:
-            # Not waited for: where a read hangs, closing waits for it.
+            # If a read hangs, closing the file hangs too, so closing is not awaited.
             asyncio.get_running_loop().run_in_executor(None, reading.close)
 
-    async def names(self, most: int) -> AsyncGenerator[str, None]:
-        """See Store. A folder that is not there has none."""
-        for name in await self._in_time("list", self.folder, self._deadline(), lambda: _names(self.folder, most)):
+    async def names(self, max_names: int) -> AsyncGenerator[str, None]:
+        """Yield the names of the objects (see Store); no names if the folder does not exist."""
+        for name in await self._in_time("list", self.folder, self._deadline(), lambda: _names(self.folder, max_names)):
             yield name
 
     def url(self, name: str) -> str:
-        """See Store."""
+        """Return the object's file:// URL."""
         return f"file://{self._path(name)}"
 
     def name_of(self, url: str) -> str:
-        """See Store."""
-        return below(f"file://{self.folder / '_'}".removesuffix("_"), url)
+        """Return the name of the object at `url`. Raises StoreError if it is not in this folder."""
+        return name_below(f"file://{self.folder / '_'}".removesuffix("_"), url)
 
     def _path(self, name: str) -> Path:
-        return self.folder / checked(name)
+        return self.folder / checked_name(name)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self.timeout_s
 
     async def _in_time(self, operation: str, path: Path, deadline: float, work: Callable[[], T]) -> T:
-        """What `work` returns in a thread. Raises StoreError for its OSError, and at `deadline` (loop's clock)."""
+        """Run `work` in a thread. Raises StoreError for an OSError, and at `deadline` (by the event loop's clock)."""
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 return await asyncio.to_thread(work)
-        except OSError as error:  # a TimeoutError is one
+        except OSError as error:  # a TimeoutError is an OSError
             if limit.expired():
                 raise StoreError(f"{operation} {path} took longer than {self.timeout_s:g} s.") from error
-            raise _said(operation, path, error) from error
+            raise _store_error(operation, path, error) from error
 
 
-def _said(operation: str, path: Path, error: OSError) -> StoreError:
+def _store_error(operation: str, path: Path, error: OSError) -> StoreError:
     if operation == "get" and isinstance(error, FileNotFoundError):
         return ObjectMissing(f"There is no file {path}.")
     reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-    # The error names the file at fault where a call took a name: the body, say, or a folder on the way.
+    # The error may name a file other than `path`, such as the body or a folder on the path.
     where = f"{error.filename}: " if error.filename and str(error.filename) != str(path) else ""
     return StoreError(f"{operation} {path}: {where}{reason}.")
 
 
-def _names(root: Path, most: int) -> list[str]:
-    found: list[str] = []
+def _names(root: Path, max_names: int) -> list[str]:
+    names: list[str] = []
     folders = [""]
-    while folders and len(found) < most:
+    while folders and len(names) < max_names:
         folder = folders.pop()
         try:
             entries = os.scandir(root / folder)
@@ -123,12 +124,12 @@ def _names(root: Path, most: int) -> list[str]:
                 if entry.name.startswith("."):
                     continue
                 if not entry.is_dir(follow_symlinks=False):
-                    found.append(name)
-                elif not folder:  # an object lies in a folder of the store, no deeper
+                    names.append(name)
+                elif not folder:  # objects are at most one folder below the store's folder
                     folders.append(f"{name}/")
-                if len(found) == most:
+                if len(names) == max_names:
                     break
-    return found
+    return names
 
 
 def _create(path: Path) -> BinaryIO:
@@ -141,8 +142,8 @@ def _sync(file: BinaryIO) -> None:
 
 
 class _Get:
-    """A file that its first read opens, in a thread that nobody can cancel: whoever gives up before that closes it all
-    the same."""
+    """A file that is opened by its first read. The read runs in a thread, which cannot be cancelled, so `close` also
+    works before and during the first read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +152,7 @@ class _Get:
         self._lock = threading.Lock()
 
     def read(self) -> bytes:
-        """The next chunk; empty at the end. Raises OSError."""
+        """Return the next chunk; empty at the end. Raises OSError."""
         with self._lock:
             if self._closed:
                 return b""
@@ -160,7 +161,7 @@ class _Get:
             return self._file.read(CHUNK)
 
     def close(self) -> None:
-        """Wait for a read under way, then close."""
+        """Close the file once a read in progress has ended."""
         with self._lock:
             self._closed = True
             if self._file is not None:
@@ -173,13 +174,13 @@ def _open(path: Path) -> BinaryIO:
         file.close()
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if sys.platform == "linux":
-        # What is read back is what the disk has, not what the page cache remembers of the put.
+        # Verification must read the disk, not the pages that the put left in the page cache.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return file
 
 
 class _Put:
-    """One put, in a thread; `given_up` ends it before its next step."""
+    """One put, which runs in a thread. Setting `cancelled` ends it before its next step."""
 
     def __init__(self, root: Path, target: Path, body: Path, sha256: bytes, overwrite: bool, *, stale_s: float) -> None:
         self.root = root
@@ -188,12 +189,12 @@ class _Put:
         self.sha256 = sha256
         self.overwrite = overwrite
         self.stale_s = stale_s
-        self.given_up = threading.Event()
+        self.cancelled = threading.Event()
 
     def run(self) -> None:
-        """Raises ObjectExists, StoreError, OSError."""
+        """Copy the body and give the copy its name. Raises ObjectExists, StoreError, OSError."""
         if not self.overwrite and os.path.lexists(self.target):
-            raise ObjectExists(f"There is a file {self.target}.")
+            raise ObjectExists(f"The file {self.target} already exists.")
         made = self._make_folders()
         self._remove_leftovers()
         partial = self.target.with_name(f".{self.target.name}.{secrets.token_hex(8)}.partial")
@@ -201,26 +202,26 @@ class _Put:
             self._copy(partial)
             self._publish(partial)
         finally:
-            with suppress(OSError):  # a leftover does no harm
+            with suppress(OSError):  # a partial file that is left over is harmless
                 partial.unlink()
         self._sync_folders(made)
 
     def _make_folders(self) -> Path:
-        """Make what is missing above the target; the uppermost folder whose entries may be new."""
+        """Create the missing folders above the target. Return the uppermost folder that may have a new entry."""
         missing = [folder for folder in self.target.parents if not folder.exists()]
         for folder in reversed(missing):
             try:
                 folder.mkdir(mode=0o700)
-            except FileExistsError:  # another put's
+            except FileExistsError:  # another put has created the folder
                 continue
-            except NotADirectoryError as error:  # it names the folder, not the file that is in its way
+            except NotADirectoryError as error:  # the error names the folder, not the file in its way
                 error.filename = next(str(above) for above in reversed(folder.parents) if not above.is_dir())
                 raise
         return missing[-1].parent if missing else self.target.parent
 
     def _remove_leftovers(self) -> None:
-        """What killed processes left of this object. One that still writes touched its file within `stale_s`; were
-        it taken from it all the same, its link would fail."""
+        """Delete partial files of this object that killed processes left. A process that is still writing has changed
+        its file within `stale_s`; if the file were deleted nevertheless, that process's put would fail."""
         oldest = time.time() - self.stale_s
         for leftover in self.target.parent.glob(f".{glob.escape(self.target.name)}.*.partial"):
             with suppress(FileNotFoundError):
@@ -231,28 +232,30 @@ class _Put:
         digest = hashlib.sha256()
         with self.body.open("rb") as source, _create(partial) as copy:
             for number, chunk in enumerate(iter(lambda: source.read(CHUNK), b""), 1):
-                self._go_on()
+                self._raise_if_cancelled()
                 digest.update(chunk)
                 copy.write(chunk)
                 if number % SYNC_CHUNKS == 0:
                     _sync(copy)
             _sync(copy)
         if digest.digest() != self.sha256:
-            raise StoreError(f"put {self.target}: {self.body} has not the SHA-256 {self.sha256.hex()}.")
+            raise StoreError(f"put {self.target}: the SHA-256 of {self.body} is not {self.sha256.hex()}.")
 
     def _publish(self, partial: Path) -> None:
-        self._go_on()
+        self._raise_if_cancelled()
         if self.overwrite:
             partial.replace(self.target)
             return
         try:
             self.target.hardlink_to(partial)
         except FileExistsError:
-            raise ObjectExists(f"There is a file {self.target}.") from None
+            raise ObjectExists(f"The file {self.target} already exists.") from None
 
     def _sync_folders(self, made: Path) -> None:
-        """From the target's folder up to the store's own, or to the uppermost whose entries are new: a put that was
-        killed may have made folders without this step."""
+        """Sync the folders from the target's folder up to the store's, or to the uppermost folder with a new entry.
+
+        Folders that this put did not create are synced too: a put that was killed before this step may have made them.
+        """
         uppermost = min(self.root, made, key=lambda folder: len(folder.parts))
         for folder in self.target.parents:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -263,6 +266,6 @@ class _Put:
             if folder == uppermost:
                 return
 
-    def _go_on(self) -> None:
-        if self.given_up.is_set():
-            raise StoreError(f"put {self.target} was given up.")
+    def _raise_if_cancelled(self) -> None:
+        if self.cancelled.is_set():
+            raise StoreError(f"put {self.target} was cancelled.")

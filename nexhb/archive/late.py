@@ -1,4 +1,4 @@
-"""What came after a day had been archived → a supplement of its archive."""
+"""Archive the heartbeats that arrived after their day was archived, as a supplement of its archive."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 
-from nexhb import log, partitions, sql
+from nexhb import log, retirement
 from nexhb.archive import verify
 from nexhb.archive.catalog import Archived
-from nexhb.archive.export import BUCKET_SECONDS, Source, export
+from nexhb.archive.export import BUCKET_SECONDS, ArchivedTable, export
 from nexhb.archive.store import Store
-from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection
 
 _Q = sql.queries("archive")
 _log = log.get("archive")
 
-KEYS_AT_ONCE = 200_000  # held in memory while the day's archive is searched for them: 20 MB
+MAX_KEYS = 200_000  # limit of keys held in memory (20 MB) while the day's archive is searched for them
 
 
-async def supplement(
+async def store_supplement(
     conn: Connection,
     store: Store,
     archives: list[Archived],
@@ -29,19 +30,20 @@ async def supplement(
     now: datetime,
     *,
     bucket_seconds: int = BUCKET_SECONDS,
-    at: Callable[[str], None] = lambda _: None,
+    checkpoint: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Carry a day's late heartbeats into a supplement, verified; how many rows. `archives`: what the day has so far.
+    """Move a day's late heartbeats into a new, verified supplement, and return its number of rows.
 
-    Rows that one of them has already are left out: a device that was not answered sends again. Nothing leaves
-    late_heartbeats before it was read back from the store. Raises ArchiveDamaged or StoreError.
+    `archives` are the day's archive and its supplements so far. Rows that these archives already have are left out:
+    a device that got no response sends the same heartbeat again. Rows are deleted from late_heartbeats only after the
+    supplement was read back from the store. Raises ArchiveDamaged or StoreError.
     """
     day = archives[0]
-    late = await conn.fetch(_Q["late_keys"], day.start, day.end, KEYS_AT_ONCE)
-    keys = [(row["device_no"], row["bucket"]) for row in late]
-    beats = [_beat(row["device_id"], row["device_no"], row["bucket"]) for row in late]
-    there = await known(store, archives, set(beats), spool)
-    new = [key for key, beat in zip(keys, beats, strict=True) if beat not in there]
+    waiting = await conn.fetch(_Q["late_keys"], day.start, day.end, MAX_KEYS)
+    keys = [(row["device_no"], row["bucket"]) for row in waiting]
+    heartbeats = [_key(row["device_id"], row["device_no"], row["bucket"]) for row in waiting]
+    archived = await archived_keys(store, archives, set(heartbeats), spool)
+    new = [key for key, heartbeat in zip(keys, heartbeats, strict=True) if heartbeat not in archived]
     await conn.execute(_Q["late_day"])
     await conn.execute(_Q["clear_late_day"])
     await conn.execute(_Q["fill_late_day"], *_columns(new))
@@ -49,64 +51,66 @@ async def supplement(
         async with conn.transaction():
             await _forget(conn, day, keys, len(keys))
         return 0
-    source = Source("late_day", "late", day.partition, day.start, day.end)
-    stored = await export(conn, source, store, spool, bucket_seconds=bucket_seconds, at=at)
+    source = ArchivedTable("late_day", "late", day.partition, day.start, day.end)
+    stored = await export(conn, source, store, spool, bucket_seconds=bucket_seconds, checkpoint=checkpoint)
     await verify.verify(store, stored.name, stored.sha256, spool)
-    at("verified")
+    checkpoint("verified")
     async with conn.transaction():
         manifest, url = stored.manifest, store.url(stored.name)
         await conn.execute(_Q["add_supplement"], day.partition, url, stored.sha256, manifest.rows, manifest.bytes, now)
         await _forget(conn, day, keys, len(keys) - len(new))
-    at("recorded")
+    checkpoint("recorded")
     _log.info("archive.supplement", partition=day.partition, rows=manifest.rows, url=url)
     return manifest.rows
 
 
-async def _forget(conn: Connection, day: Archived, keys: list[tuple[int, int]], doubled: int) -> None:
+async def _forget(conn: Connection, day: Archived, keys: list[tuple[int, int]], duplicates: int) -> None:
     await conn.execute(_Q["forget_late"], *_columns(keys))
-    await partitions.correct_ledger(conn, day.start.date(), doubled)
+    await retirement.correct_ledger(conn, day.start.date(), duplicates)
 
 
-Beat = tuple[str, int]  # a heartbeat as every database knows it: whose, and its bucket
+HeartbeatKey = tuple[str, int]  # device_id and bucket, which identify a heartbeat in every database
 
 
-def _beat(device_id: str | None, device_no: int, bucket: int) -> Beat:
-    """Of a device that is gone only the number is known."""
+def _key(device_id: str | None, device_no: int, bucket: int) -> HeartbeatKey:
+    """Return a heartbeat's key. It contains the device's number if the device was deleted and has no id."""
     return device_id or f"\0{device_no}", bucket
 
 
-async def known(store: Store, archives: list[Archived], beats: set[Beat], spool: Path) -> set[Beat]:
-    """Those of `beats` that the day's archives have. Raises ArchiveDamaged or StoreError."""
-    found: set[Beat] = set()
-    theirs = {"", *(whose for whose, _ in beats)}
+async def archived_keys(
+    store: Store, archives: list[Archived], keys: set[HeartbeatKey], spool: Path
+) -> set[HeartbeatKey]:
+    """Return which of `keys` the day's archives have. Raises ArchiveDamaged or StoreError."""
+    archived_too: set[HeartbeatKey] = set()
+    device_ids = {"", *(device_id for device_id, _ in keys)}
     for archived in archives:
-        async with aclosing(_beats(store, archived, ("device_id", theirs), spool)) as pieces:
+        async with aclosing(_keys(store, archived, ("device_id", device_ids), spool)) as pieces:
             async for piece in pieces:
-                found |= beats & piece
-    return found
+                archived_too |= keys & piece
+    return archived_too
 
 
-async def beats_of(store: Store, archived: Archived, spool: Path) -> set[Beat]:
-    """Those of a supplement. Raises ArchiveDamaged, for more than a supplement has too, or StoreError."""
-    found: set[Beat] = set()
-    async with aclosing(_beats(store, archived, None, spool)) as pieces:
+async def read_keys(store: Store, archived: Archived, spool: Path) -> set[HeartbeatKey]:
+    """Return a supplement's keys. Raises StoreError, or ArchiveDamaged (also if there are more than MAX_KEYS rows)."""
+    keys: set[HeartbeatKey] = set()
+    async with aclosing(_keys(store, archived, None, spool)) as pieces:
         async for piece in pieces:
-            found |= piece
-            if len(found) > KEYS_AT_ONCE:
-                raise ArchiveDamaged(f"{archived.url} has more than {KEYS_AT_ONCE:,} rows.")
-    return found
+            keys |= piece
+            if len(keys) > MAX_KEYS:
+                raise ArchiveDamaged(f"{archived.url} has more than {MAX_KEYS:,} rows.")
+    return keys
 
 
-async def _beats(
+async def _keys(
     store: Store, archived: Archived, where: tuple[str, Container[str]] | None, spool: Path
-) -> AsyncGenerator[set[Beat], None]:
+) -> AsyncGenerator[set[HeartbeatKey], None]:
     manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
     async with aclosing(verify.rows(store, manifest, where, spool)) as pieces:
         async for rows in pieces:
             try:
-                yield {_beat(row[0], int(row[-2]), int(row[-1])) for row in rows}
+                yield {_key(row[0], int(row[-2]), int(row[-1])) for row in rows}
             except ValueError as error:
-                raise ArchiveDamaged(f"{archived.url} has a row that cannot be read: {error}.") from error
+                raise ArchiveDamaged(f"{archived.url} has an unreadable row: {error}.") from error
 
 
 def _columns(keys: list[tuple[int, int]]) -> tuple[list[int], list[int]]:

@@ -1,5 +1,8 @@
-"""The marker of an archive store: an object whose name the database knows. A store without it is another one: a folder
-that is not mounted, a bucket that was emptied, a wrong prefix or endpoint."""
+"""The marker of an archive store: an object whose name the database knows.
+
+A store without the marker is not the expected store, but a folder that is not mounted, an emptied bucket, or a wrong
+prefix or endpoint.
+"""
 
 from __future__ import annotations
 
@@ -9,58 +12,61 @@ from contextlib import aclosing
 from datetime import datetime
 from pathlib import Path
 
-from nexhb import log, sql
+from nexhb import log
 from nexhb.archive import verify
 from nexhb.archive.export import put, spooled
 from nexhb.archive.store import Store
-from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged, BadInput, ObjectMissing, StoreError, WrongStore
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection
 
 _Q = sql.queries("archive")
 _log = log.get("archive")
 
 PREFIX = "nexhb-archive-"
-CONTENT = (
-    b"By the name of this object nexhb knows its archive. Without it nothing is archived here, and nothing dropped.\n"
-)
-LOOKED_FOR = 5  # archives of which one must be there before a store without a marker gets one
+CONTENT = b"nexhb recognizes its archive by the name of this object. Without it, nexhb archives and drops nothing.\n"
+ARCHIVES_CHECKED = 5  # a store without a marker must have at least one of this number of known archives
 HINT = (
-    "Mount it, or correct archive.url; if the archive was moved there, or is to begin anew there: "
+    "Mount it, or correct archive.url; if the archive was moved there, or is to start afresh there: "
     "`nexhb archive adopt`."
 )
 
 
-def place_of(store: Store) -> str:
-    """The store's url, up to the names of its objects."""
+def location_of(store: Store) -> str:
+    """Return the part of the store's URLs that precedes the object names."""
     return store.url(PREFIX).removesuffix(PREFIX)
 
 
-async def ensure(conn: Connection, store: Store, spool: Path, now: datetime) -> None:
-    """Raise WrongStore unless the store has the marker that the database knows. The first time it gets one: a store
-    of which the database knows archives only if one of them is there."""
-    place = place_of(store)
+async def require_marker(conn: Connection, store: Store, spool: Path, now: datetime) -> None:
+    """Raise WrongStore unless the store has the marker that the database knows.
+
+    If the database knows no marker yet, put a marker into the store. But if the database has recorded archives in this
+    store, raise WrongStore unless the store has at least one of the last ARCHIVES_CHECKED of these archives.
+    """
+    place = location_of(store)
     row = await conn.fetchrow(_Q["marker"], place)
     if row is not None:
         if not await _is_there(store, row["marker"]):
             raise WrongStore(
-                f"{place} lacks the marker {row['marker']}, which was put there {row['marked_at']:%Y-%m-%d}.", hint=HINT
+                f"{place} lacks the marker {row['marker']}, which was put there on {row['marked_at']:%Y-%m-%d}.",
+                hint=HINT,
             )
         return
-    archives = await conn.fetch(_Q["archives_at"], place, LOOKED_FOR)
+    archives = await conn.fetch(_Q["archives_at"], place, ARCHIVES_CHECKED)
     if archives and not await _any_is_there(store, [(row["archive_url"], row["checksum_sha256"]) for row in archives]):
         raise WrongStore(f"{place} has none of the last {len(archives)} archives that were stored there.", hint=HINT)
-    await mark(conn, store, spool, now)
+    await put_marker(conn, store, spool, now)
 
 
-async def is_right(conn: Connection, store: Store) -> bool:
-    """Whether the store has the marker that the database knows, or the database knows none (yet). Raises StoreError."""
-    row = await conn.fetchrow(_Q["marker"], place_of(store))
+async def is_expected_store(conn: Connection, store: Store) -> bool:
+    """Return whether the store has the database's marker; True if the database has no marker. Raises StoreError."""
+    row = await conn.fetchrow(_Q["marker"], location_of(store))
     return row is None or await _is_there(store, row["marker"])
 
 
-async def mark(conn: Connection, store: Store, spool: Path, now: datetime) -> None:
-    """Put a new marker into the store, which is the right one from now on."""
-    place, name = place_of(store), PREFIX + secrets.token_hex(8)
+async def put_marker(conn: Connection, store: Store, spool: Path, now: datetime) -> None:
+    """Put a new marker into the store, which makes the store the expected one."""
+    place, name = location_of(store), PREFIX + secrets.token_hex(8)
     async with spooled(spool) as file:
         file.write(CONTENT)
         file.flush()
@@ -69,28 +75,30 @@ async def mark(conn: Connection, store: Store, spool: Path, now: datetime) -> No
     _log.info("archive.marked", place=place, marker=name)
 
 
-async def accept(
+async def accept_store(
     conn: Connection, store: Store, names: set[str], spool: Path, now: datetime, *, force: bool, dry_run: bool
 ) -> bool:
-    """Take the store, which has objects of these names, for the right one from now on; whether it was not yet. Raises
-    BadInput where the database knows archives there, none of which is there, unless `force`."""
-    place = place_of(store)
+    """Make the store the expected store; `names` are the names of its objects. Return False if it already was expected.
+
+    Raises BadInput if the database has recorded archives in this store and the store has none of these, unless `force`.
+    """
+    place = location_of(store)
     row = await conn.fetchrow(_Q["marker"], place)
     if row is not None and await _is_there(store, row["marker"]):
         return False
-    urls = [one["archive_url"] for one in await conn.fetch(_Q["archives_at"], place, None)]
+    urls = [archive["archive_url"] for archive in await conn.fetch(_Q["archives_at"], place, None)]
     if urls and not force and not any(store.name_of(url) in names for url in urls):
         raise BadInput(
             f"{place} has none of the {len(urls)} archives that the database knows there.",
-            hint="Mount it, or correct archive.url; with --force it begins anew, and those archives are lost.",
+            hint="Mount it, or correct archive.url; --force starts the archive afresh, and those archives are lost.",
         )
     if not dry_run:
-        await mark(conn, store, spool, now)
+        await put_marker(conn, store, spool, now)
     return True
 
 
 async def _is_there(store: Store, name: str) -> bool:
-    """What is in it counts for nothing."""
+    """Return whether the store has an object of that name, whatever its content."""
     try:
         async with aclosing(store.get(name)) as chunks:
             async for _ in chunks:

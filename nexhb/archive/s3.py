@@ -1,4 +1,4 @@
-"""An S3-compatible bucket as a Store. An object is one PutObject, streamed from its file."""
+"""A Store in an S3-compatible bucket. Each object is one PutObject, streamed from its file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from nexhb import log
 from nexhb.archive import s3_errors
-from nexhb.archive.names import below, checked
+from nexhb.archive.names import checked_name, name_below
 from nexhb.archive.store import CHUNK, ListedStore
-from nexhb.config import Archive
+from nexhb.config import ArchiveSettings
 from nexhb.errors import ObjectExists, StoreError
 
 _log = log.get("archive")
@@ -28,20 +28,20 @@ _log = log.get("archive")
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 ATTEMPTS = 3
-LISTED = "*"  # how a message names all of the objects
+ALL_OBJECTS = "*"  # stands for "all objects" in messages
 
-# Headers of a put that not every store knows; one that does not answers 400 or 501 (Backblaze B2 and others). Without
-# the checksum the read-back is what proves the bytes; without the condition, the question before the put is what keeps
-# an object from being replaced, and somebody who puts the same name within those milliseconds is not noticed.
+# Headers of a put that some stores (Backblaze B2 and others) reject with 400 or 501. Without the checksum, only
+# reading the object back shows that its bytes are right. Without the condition, only the HEAD request before the put
+# prevents replacing an object, and a put of the same name between the two requests goes undetected.
 CHECKSUM = "x-amz-checksum-sha256"
 CONDITION = "If-None-Match"
 
 
 @asynccontextmanager
-async def open_bucket(url: str, settings: Archive) -> AsyncIterator[ListedStore]:
-    """The Store at `s3://bucket/prefix`, open for the block. Credentials come the AWS way: environment, files, role.
+async def open_bucket(url: str, settings: ArchiveSettings) -> AsyncIterator[ListedStore]:
+    """Open the Store at `s3://bucket/prefix`. Credentials are found as by AWS tools: environment, files, role.
 
-    Raises StoreError where the AWS configuration is not usable; the bucket is not asked before the first put or get.
+    Raises StoreError if the AWS configuration is unusable. The bucket is not contacted before the first put or get.
     """
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     async with AsyncExitStack() as stack:
@@ -62,8 +62,8 @@ async def open_bucket(url: str, settings: Archive) -> AsyncIterator[ListedStore]
 
 
 def _session() -> Any:
-    """An AWS session that has read what a client is made of: on the event loop that held up heartbeats for 0.3 s."""
-    import aioboto3.s3.inject  # noqa: PLC0415 - see above
+    """Create an AWS session and load the data that a client needs. Loading would block the event loop for 0.3 s."""
+    import aioboto3.s3.inject  # noqa: PLC0415 - it takes half a second, so it runs in this thread
     from aiobotocore.session import get_session  # noqa: PLC0415
 
     session = get_session()
@@ -75,20 +75,20 @@ def _session() -> Any:
     return aioboto3.Session(botocore_session=session)
 
 
-def _client_config(settings: Archive) -> Any:
+def _client_config(settings: ArchiveSettings) -> Any:
     from aiobotocore.config import AioConfig  # noqa: PLC0415 - see _session
 
     return AioConfig(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=min(READ_TIMEOUT_S, settings.timeout_seconds),
         retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        # Checksums of botocore's own choosing are refused by stores that are not AWS's (boto3 #4398).
+        # Stores other than AWS reject the checksums that botocore adds by default (boto3 #4398).
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={
             "addressing_style": settings.addressing,
-            # The signature covers x-amz-checksum-sha256 instead: without TLS, botocore would hash the body once more,
-            # on the event loop (0.2 s for 256 MiB).
+            # The signature covers x-amz-checksum-sha256 instead of the body: without TLS, botocore would hash the body
+            # again, on the event loop (0.2 s for 256 MiB).
             "payload_signing_enabled": False,
         },
     )
@@ -96,16 +96,16 @@ def _client_config(settings: Archive) -> Any:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A Store in `bucket`, below `prefix` ("" or with its closing `/`). Each operation takes `timeout_s` at most."""
+    """A Store in `bucket`, below `prefix` (empty, or ending with `/`). Each operation takes at most `timeout_s`."""
 
     client: Any
     bucket: str
     prefix: str
     timeout_s: float
-    unknown: set[str] = field(default_factory=set)  # headers that this store turned out not to know
+    unsupported: set[str] = field(default_factory=set)  # headers that this store has rejected
 
     async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
-        """See Store."""
+        """Store an object (see Store)."""
         async with self._in_time("put", name, self._deadline()):
             with _opened(body) as file:
                 if overwrite:
@@ -114,15 +114,15 @@ class Bucket:
                     await self._send_new(name, file, sha256)
 
     async def get(self, name: str) -> AsyncGenerator[bytes, None]:
-        """See Store. The time spent between the chunks counts too."""
+        """Yield an object's bytes (see Store). The time limit includes the caller's time between chunks."""
         deadline = self._deadline()
         async with AsyncExitStack() as stack:
             async with self._in_time("get", name, deadline):
-                answer = await self.client.get_object(Bucket=self.bucket, Key=self._key(name))
-                body = answer["Body"]
+                response = await self.client.get_object(Bucket=self.bucket, Key=self._key(name))
+                body = response["Body"]
                 await stack.enter_async_context(body)
-                if answer.get("ContentLength") is None:
-                    raise StoreError(f"get {self.url(name)}: the store does not say how long it is.")
+                if response.get("ContentLength") is None:
+                    raise StoreError(f"get {self.url(name)}: the store's response lacks its length.")
             while True:
                 async with self._in_time("get", name, deadline):
                     chunk = await _chunk(body)
@@ -130,74 +130,74 @@ class Bucket:
                     return
                 yield chunk
 
-    async def names(self, most: int) -> AsyncGenerator[str, None]:
-        """See Store. A thousand at a time."""
-        left, deadline, where = most, self._deadline(), dict[str, str]()
+    async def names(self, max_names: int) -> AsyncGenerator[str, None]:
+        """Yield the names of the objects (see Store), in pages of 1,000."""
+        left, deadline, position = max_names, self._deadline(), dict[str, str]()
         while left > 0:
-            async with self._in_time("list", LISTED, deadline):
+            async with self._in_time("list", ALL_OBJECTS, deadline):
                 page = await self.client.list_objects_v2(
-                    Bucket=self.bucket, Prefix=self.prefix, MaxKeys=min(left, 1_000), **where
+                    Bucket=self.bucket, Prefix=self.prefix, MaxKeys=min(left, 1_000), **position
                 )
-            for one in page.get("Contents", [])[:left]:
+            for item in page.get("Contents", [])[:left]:
                 left -= 1
-                yield one["Key"].removeprefix(self.prefix)
+                yield item["Key"].removeprefix(self.prefix)
             token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or not token or where.get("ContinuationToken") == token:
+            if not page.get("IsTruncated") or not token or position.get("ContinuationToken") == token:
                 return
-            where = {"ContinuationToken": token}
+            position = {"ContinuationToken": token}
 
     def url(self, name: str) -> str:
-        """See Store."""
+        """Return the object's s3:// URL."""
         return f"s3://{self.bucket}/{self._key(name)}"
 
     def name_of(self, url: str) -> str:
-        """See Store."""
-        return below(f"s3://{self.bucket}/{self.prefix}", url)
+        """Return the name of the object at `url`. Raises StoreError if it is not in this bucket and prefix."""
+        return name_below(f"s3://{self.bucket}/{self.prefix}", url)
 
     def _key(self, name: str) -> str:
-        return self.prefix + checked(name)
+        return self.prefix + checked_name(name)
 
     async def _send_new(self, name: str, file: _File, sha256: bytes) -> None:
-        # Asked first: a store may not know If-None-Match, and say so (400, 501) or not.
-        there = await self._is_there(name)
-        if there:
-            raise ObjectExists(f"There is an object {self.url(name)}.")
-        needs = frozenset() if there is False else frozenset({CONDITION})
+        # HEAD first: a store may not support If-None-Match, and may ignore it instead of rejecting it (400, 501).
+        exists = await self._exists(name)
+        if exists:
+            raise ObjectExists(f"The object {self.url(name)} already exists.")
+        required = frozenset() if exists is False else frozenset({CONDITION})
         try:
-            await self._send(name, file, sha256, {CHECKSUM, CONDITION}, needs)
+            await self._send(name, file, sha256, {CHECKSUM, CONDITION}, required)
         except ClientError as error:
-            # It may be this put's own: of an attempt that was carried out, and whose answer was lost.
-            if not s3_errors.exists(error):
+            # An earlier attempt of this put, whose response was lost, may have stored the object.
+            if not s3_errors.is_precondition_failure(error):
                 raise
-            if not (s3_errors.retried(error) and await self._holds(name, sha256, file.size)):
-                raise ObjectExists(f"There is an object {self.url(name)}.") from error
+            if not (s3_errors.was_retried(error) and await self._holds(name, sha256, file.size)):
+                raise ObjectExists(f"The object {self.url(name)} already exists.") from error
 
     async def _send(
-        self, name: str, file: _File, sha256: bytes, headers: Set[str], needs: Set[str] = frozenset()
+        self, name: str, file: _File, sha256: bytes, headers: Set[str], required: Set[str] = frozenset()
     ) -> None:
-        """Put with `headers`, less those that the store turns out not to know; never without those in `needs`.
+        """Put the object with `headers`. Omit headers that the store rejects, but never those in `required`.
 
-        Raises what the store answered to the first attempt where leaving headers out does not help.
+        If the store rejects every attempt, including the attempt without optional headers, raise the first error.
         """
         first: ClientError | None = None
-        wanted = frozenset(headers) - (self.unknown - needs)
-        for left_out in _left_out(wanted - needs):
+        candidates = frozenset(headers) - (self.unsupported - required)
+        for omitted in _omissions(candidates - required):
             try:
-                await self._put_object(name, file, sha256, wanted - left_out)
+                await self._put_object(name, file, sha256, candidates - omitted)
             except ClientError as error:
-                if not s3_errors.header_unknown(error):
+                if not s3_errors.is_header_unsupported(error):
                     raise
                 first = first or error
             else:
-                self._remember(left_out)
+                self._remember(omitted)
                 return
-        assert first is not None  # noqa: S101 - the first attempt leaves nothing out
+        assert first is not None  # noqa: S101 - the first attempt omits nothing
         raise first
 
-    def _remember(self, left_out: Set[str]) -> None:
-        for header in sorted(left_out):
+    def _remember(self, omitted: Set[str]) -> None:
+        for header in sorted(omitted):
             _log.info("archive.header_unknown_to_store", header=header, bucket=self.bucket)
-        self.unknown.update(left_out)
+        self.unsupported.update(omitted)
 
     async def _put_object(self, name: str, file: _File, sha256: bytes, headers: Set[str]) -> None:
         optional: dict[str, str] = {}
@@ -214,20 +214,20 @@ class Bucket:
             **optional,
         )
 
-    async def _is_there(self, name: str) -> bool | None:
-        """None where the store does not say: an answer to HEAD has no words, the put's answer will have them."""
+    async def _exists(self, name: str) -> bool | None:
+        """Return whether the object exists; None if HEAD failed without saying why (the put will say why)."""
         try:
             await self.client.head_object(Bucket=self.bucket, Key=self._key(name))
         except ClientError as error:
             return False if s3_errors.status(error) == 404 else None
         return True
 
-    async def _holds(self, name: str, sha256: bytes, most_bytes: int) -> bool:
+    async def _holds(self, name: str, sha256: bytes, max_bytes: int) -> bool:
         digest, size = hashlib.sha256(), 0
         async with aclosing(self.get(name)) as chunks:
             async for chunk in chunks:
                 size += len(chunk)
-                if size > most_bytes:
+                if size > max_bytes:
                     return False
                 await asyncio.to_thread(digest.update, chunk)
         return digest.digest() == sha256
@@ -237,8 +237,8 @@ class Bucket:
 
     @asynccontextmanager
     async def _in_time(self, operation: str, name: str, deadline: float) -> AsyncIterator[None]:
-        """What goes wrong in the block, or a deadline (of the loop's clock) gone by, is a StoreError."""
-        what = f"{operation} {self.url(name)}"
+        """Translate the block's errors to StoreError; cancel the block at `deadline` (by the event loop's clock)."""
+        operation_url = f"{operation} {self.url(name)}"
         endpoint = urlsplit(self.client.meta.endpoint_url).netloc.rpartition("@")[2]
         limit = asyncio.timeout_at(deadline)
         try:
@@ -246,18 +246,18 @@ class Bucket:
                 yield
         except (BotoCoreError, ClientError, TransportError, OSError) as error:  # a TimeoutError is an OSError
             if limit.expired():
-                raise StoreError(f"{what} took longer than {self.timeout_s:g} s.") from error
-            raise s3_errors.store_error(what, endpoint, error) from error
+                raise StoreError(f"{operation_url} took longer than {self.timeout_s:g} s.") from error
+            raise s3_errors.store_error(operation_url, endpoint, error) from error
 
 
-def _left_out(headers: Set[str]) -> list[frozenset[str]]:
-    """What to leave out, attempt by attempt: nothing, then one header, then the other, then both."""
+def _omissions(headers: Set[str]) -> list[frozenset[str]]:
+    """Return the headers that each attempt omits: none, then only CONDITION, then only CHECKSUM, then both headers."""
     one_each = [frozenset({header}) for header in (CONDITION, CHECKSUM) if header in headers]
     return [frozenset(), *one_each, *([frozenset(headers)] if len(one_each) > 1 else [])]
 
 
 async def _chunk(body: Any) -> bytes:
-    """The next CHUNK of a response's body; shorter at its end, empty after it."""
+    """Return the next CHUNK bytes of a response's body; fewer at the end of the body, and none after the end."""
     chunk = bytearray()
     while len(chunk) < CHUNK and (piece := await body.read(CHUNK - len(chunk))):
         chunk += piece
@@ -270,25 +270,26 @@ def _opened(path: Path) -> Iterator[_File]:
     try:
         yield _File(fd, os.fstat(fd).st_size)
     finally:
-        os.close(fd)  # what a read under way in a thread still brings, nobody takes
+        os.close(fd)  # a read that is still running in a thread may fail now, but nobody uses its result
 
 
 @dataclass(frozen=True)
 class _File:
-    """A body as aiobotocore takes one: each attempt iterates over it anew, from its start, in chunks read in a thread.
+    """The body of a put, for aiobotocore: each attempt iterates over the file from its start, in chunks that a thread
+    reads.
 
-    Not a plain file: aiohttp sends one's name along, and reads it in 64 KiB.
+    The body is not a plain file, because aiohttp would send the file's name and read only 64 KiB at a time.
     """
 
     fd: int
     size: int
 
     def read(self) -> bytes:
-        """What tells botocore that this is a body; nobody calls it."""
+        """Mark this object as a body for botocore, which never calls this method."""
         raise NotImplementedError
 
     def seek(self, offset: int) -> None:
-        """What botocore does before another attempt, which starts anew anyway."""
+        """Do nothing: botocore calls this before another attempt, which iterates from the start anyway."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         offset = 0

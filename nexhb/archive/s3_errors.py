@@ -1,4 +1,4 @@
-"""What S3-compatible stores and the way to them answer instead of doing what was asked: one StoreError each."""
+"""Translate errors of S3-compatible stores and of the connection to them into StoreError."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from botocore.exceptions import ClientError
 
 from nexhb.errors import ObjectMissing, StoreError
 
-LONGEST = 300  # characters of the store's own message that are repeated
+MAX_MESSAGE_CHARS = 300  # length at which the store's message is cut when it is quoted
 
 _CREDENTIALS = "Check the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile of ~/.aws, or the role."
-_RENEW = "Renew the credentials; a role's are renewed by themselves."
-_ROOM = "Make room in the store, or have its quota raised."
+_RENEW = "Renew the credentials; those of a role are renewed automatically."
+_ROOM = "Free space in the store, or raise its quota."
 _HINTS = {
-    "AccessDenied": "The credentials need s3:PutObject, s3:GetObject and, to hear what is missing, s3:ListBucket.",
+    "AccessDenied": "The credentials need s3:PutObject, s3:GetObject and, to report missing objects, s3:ListBucket.",
     "ExpiredToken": _RENEW,
     "ExpiredTokenException": _RENEW,
     "TokenRefreshRequired": _RENEW,
@@ -21,15 +21,16 @@ _HINTS = {
     "InvalidToken": _CREDENTIALS,
     "SignatureDoesNotMatch": _CREDENTIALS,
     "RequestTimeTooSkewed": "Set this machine's clock.",
-    "NoSuchBucket": "Make the bucket, or correct archive.url.",
+    "NoSuchBucket": "Create the bucket, or correct archive.url.",
     "PermanentRedirect": "Correct archive.region.",
     "AuthorizationHeaderMalformed": "Correct archive.region.",
     "QuotaExceeded": _ROOM,
-    "BadDigest": "The file was changed on its way, or is not what it was when it was hashed.",
+    "BadDigest": "The file changed in transit, or since it was hashed.",
 }
 
-# Answered as 400, and no other headers would change it: the bytes, the name, the credentials or the clock are wrong.
-_NO_HEADERS_FAULT = {
+# Error codes of 400 responses whose cause is not an unsupported header, so that a retry without headers cannot help:
+# the bytes, the name, the credentials or the clock are wrong.
+_UNRELATED_TO_HEADERS = {
     "AuthorizationHeaderMalformed", "BadDigest", "EntityTooLarge", "EntityTooSmall", "ExpiredToken",
     "ExpiredTokenException", "IncompleteBody", "InvalidAccessKeyId", "InvalidBucketName", "InvalidToken",
     "KeyTooLongError", "RequestTimeTooSkewed", "RequestTimeout", "TokenRefreshRequired", "XAmzContentSHA256Mismatch",
@@ -37,54 +38,54 @@ _NO_HEADERS_FAULT = {
 
 
 def status(error: ClientError) -> int:
-    """The HTTP status of a store's answer; 0 where it has none."""
+    """Return the HTTP status of the store's response; 0 if the response has none."""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def retried(error: ClientError) -> bool:
-    """Whether an attempt came before the one that was answered so."""
+def was_retried(error: ClientError) -> bool:
+    """Return whether the error comes from a retry, not from the first attempt."""
     return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) > 0
 
 
-def exists(error: ClientError) -> bool:
-    """Whether a put with IfNoneMatch was refused because there is an object, or one is just being put."""
+def is_precondition_failure(error: ClientError) -> bool:
+    """Return whether a put with If-None-Match failed because the object exists or is being put concurrently."""
     return status(error) == 412 or _code(error) == "ConditionalRequestConflict"
 
 
-def header_unknown(error: ClientError) -> bool:
-    """Whether the store may have refused a put for a header that it does not know, and not for anything else.
+def is_header_unsupported(error: ClientError) -> bool:
+    """Return whether the store may have rejected a put because of a header that it does not support.
 
-    Stores say so by 400 or 501 with codes of their own choosing (InvalidArgument, NotImplemented, none at all), so
-    every code counts but those that mean something else.
+    Stores respond to such a header with 400 or 501 and various codes (InvalidArgument, NotImplemented, no code at all).
+    So every code counts, except the codes that are known to have another cause.
     """
-    return status(error) == 501 or (status(error) == 400 and _code(error) not in _NO_HEADERS_FAULT)
+    return status(error) == 501 or (status(error) == 400 and _code(error) not in _UNRELATED_TO_HEADERS)
 
 
-def store_error(what: str, endpoint: str, error: Exception) -> StoreError:
-    """`error` in one sentence: what was asked, of whom, and what came instead. No secret stands in it."""
+def store_error(operation: str, endpoint: str, error: Exception) -> StoreError:
+    """Describe `error` in one sentence: the request, the endpoint and the failure. The sentence contains no secret."""
     if isinstance(error, ClientError):
-        return _answered(what, endpoint, error)
+        return _response_error(operation, endpoint, error)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-        # What a provider says may hold anything: it is not repeated.
-        return StoreError(f"{what}: no credentials were found ({type(error).__name__}).", hint=_CREDENTIALS)
+        # The message of a credential provider may contain a secret, so it is not quoted.
+        return StoreError(f"{operation}: no credentials were found ({type(error).__name__}).", hint=_CREDENTIALS)
     if isinstance(error, boto.ReadTimeoutError):
-        return StoreError(f"{what}: the store at {endpoint} did not answer in time.")
+        return StoreError(f"{operation}: the store at {endpoint} did not respond in time.")
     if isinstance(error, boto.ConnectionError):
         reason = _short(str(getattr(error, "kwargs", {}).get("error") or error))
         return StoreError(
-            f"{what}: the store at {endpoint} cannot be reached: {reason}.", hint="See archive.endpoint_url."
+            f"{operation}: the store at {endpoint} cannot be reached: {reason}.", hint="See archive.endpoint_url."
         )
-    return StoreError(f"{what}: {_short(str(error)) or type(error).__name__}.")
+    return StoreError(f"{operation}: {_short(str(error)) or type(error).__name__}.")
 
 
-def _answered(what: str, endpoint: str, error: ClientError) -> StoreError:
+def _response_error(operation: str, endpoint: str, error: ClientError) -> StoreError:
     code = _code(error)
     if status(error) == 404 and code in {"NoSuchKey", "NotFound", "404"}:
-        return ObjectMissing(f"{what}: there is none.")
+        return ObjectMissing(f"{operation}: no such object.")
     message = _short(str(error.response.get("Error", {}).get("Message") or ""))
-    said = f"{code} ({status(error)})" + (f": {message}" if message else "")
+    summary = f"{code} ({status(error)})" + (f": {message}" if message else "")
     hint = _ROOM if status(error) == 507 else _HINTS.get(code, "")
-    return StoreError(f"{what}: the store at {endpoint} answered {said}.", hint=hint)
+    return StoreError(f"{operation}: the store at {endpoint} responded with {summary}.", hint=hint)
 
 
 def _code(error: ClientError) -> str:
@@ -92,4 +93,4 @@ def _code(error: ClientError) -> str:
 
 
 def _short(text: str) -> str:
-    return " ".join(text.split())[:LONGEST].rstrip(" .")
+    return " ".join(text.split())[:MAX_MESSAGE_CHARS].rstrip(" .")

@@ -1,4 +1,5 @@
-"""An archive read back: every byte of it, against its manifest. HEAD or an ETag would prove nothing."""
+"""Verify an archive: read every byte back and compare it with the manifest. A HEAD request or an
+ETag would not show that the bytes are intact."""
 
 from __future__ import annotations
 
@@ -16,19 +17,20 @@ from typing import BinaryIO, cast
 import msgspec
 import zstandard
 
-from nexhb.archive.manifest import MOST_BYTES, MOST_LINE_BYTES, STREAM_COLUMNS, Manifest, Object, decode
-from nexhb.archive.packed import unpacked
+from nexhb.archive.manifest import COLUMNS, MAX_LINE_BYTES, MAX_MANIFEST_BYTES, STREAM_COLUMNS, Manifest, Object, decode
+from nexhb.archive.packed import unpack
 from nexhb.archive.store import Store
 from nexhb.errors import ArchiveDamaged
 
-# What is held of an archive at a time, whatever it unpacks to: 1.9 MB of zstd can be 2 GB.
-SLICE = 1 << 16  # compressed bytes
-PIECE = 1 << 18  # unpacked bytes
-MOST_WINDOW_BYTES = 8 << 20  # that a frame may ask to be kept: twice what the former format asks, 64 times today's
+# Limits of memory that hold whatever an archive contains: 1.9 MB of zstd can decompress to 2 GB.
+READ_BYTES = 1 << 16  # compressed bytes that are read at a time
+PIECE_BYTES = 1 << 18  # decompressed bytes that are returned at a time
+MAX_WINDOW_BYTES = 8 << 20  # limit of the window of a zstd frame; format 1 uses half of this, the current format a 64th
 
 
 async def load(store: Store, name: str, sha256: str) -> Manifest:
-    """The manifest, whose SHA-256 (hex) was written down, with its objects' names as `store` takes them.
+    """Return the manifest, after checking its SHA-256 (hex). Its object names are changed so that `store` can read the
+    objects, also if the archive is in an earlier store.
 
     Raises ArchiveDamaged or StoreError.
     """
@@ -36,18 +38,18 @@ async def load(store: Store, name: str, sha256: str) -> Manifest:
     async with aclosing(store.get(name)) as chunks:
         async for chunk in chunks:
             raw += chunk
-            if len(raw) > MOST_BYTES:
+            if len(raw) > MAX_MANIFEST_BYTES:
                 raise ArchiveDamaged(f"{name} is larger than a manifest can be.")
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ArchiveDamaged(f"{name} is not the manifest that was written: its SHA-256 differs.")
+        raise ArchiveDamaged(f"{name} is not the manifest that was stored: its SHA-256 differs.")
     manifest = decode(raw)
-    root = name[: -len("/".join(name.rsplit("/", 2)[-2:]))]  # empty but for an archive in a former store
-    objects = tuple(msgspec.structs.replace(one, name=root + one.name) for one in manifest.objects)
+    root = name[: -len("/".join(name.rsplit("/", 2)[-2:]))]  # empty unless the archive is in an earlier store
+    objects = tuple(msgspec.structs.replace(item, name=root + item.name) for item in manifest.objects)
     return msgspec.structs.replace(manifest, objects=objects)
 
 
 async def verify(store: Store, name: str, sha256: str, spool: Path | None = None) -> Manifest:
-    """The manifest, once every object was read back and found whole. Raises ArchiveDamaged or StoreError."""
+    """Read every object back, and return the manifest if all objects match it. Raises ArchiveDamaged or StoreError."""
     manifest = await load(store, name, sha256)
     async with aclosing(stream(store, manifest, spool)) as pieces:
         async for _ in pieces:
@@ -56,77 +58,86 @@ async def verify(store: Store, name: str, sha256: str, spool: Path | None = None
 
 
 async def stream(store: Store, manifest: Manifest, spool: Path | None = None) -> AsyncGenerator[bytes, None]:
-    """The CSV, in pieces of PIECE bytes at most. Each object is fetched whole into a nameless file in `spool`, and
-    unpacked only once its SHA-256 is the manifest's. Raises ArchiveDamaged, at the latest behind the last piece: what
-    was read until then is not to be believed before this ends."""
-    taken = _Taken(manifest)
-    for one in manifest.objects:
-        async with _fetched(store, one, spool) as file:
-            unpacking = zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW_BYTES).stream_reader(
-                file, read_size=SLICE, read_across_frames=True
+    """Yield the CSV in pieces of at most PIECE_BYTES.
+
+    Each object is fetched into an unnamed file in `spool`, and decompressed only if its SHA-256 is the one in the
+    manifest. Raises ArchiveDamaged, possibly only after the last piece: do not trust the pieces before the end.
+    """
+    check = _StreamCheck(manifest)
+    for item in manifest.objects:
+        async with _fetched(store, item, spool) as file:
+            reader = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).stream_reader(
+                file, read_size=READ_BYTES, read_across_frames=True
             )
-            while piece := await asyncio.to_thread(taken.next, unpacking, one):
+            while piece := await asyncio.to_thread(check.read, reader, item.name):
                 yield piece
-    taken.end()
+    check.finish()
 
 
-class _Taken:
-    """What came of a stream so far, held against its manifest."""
+class _StreamCheck:
+    """The stream as read so far, checked against its manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._digest, self._size = hashlib.sha256(), 0
-        self._open_bytes, self._within = 0, 0  # of the row that has no end yet; 1 within quotes
+        # Bytes of the unfinished row so far, and 1 if they end inside quotes.
+        self._open_bytes, self._in_quotes = 0, 0
 
-    def next(self, unpacking: zstandard.ZstdDecompressionReader, one: Object) -> bytes:
-        """The next piece, empty at the object's end. Raises ArchiveDamaged for more than the manifest says, and for a
-        row without an end: PostgreSQL keeps one in memory whole."""
+    def read(self, reader: zstandard.ZstdDecompressionReader, name: str) -> bytes:
+        """Return the next piece; empty at the object's end.
+
+        Raises ArchiveDamaged if the stream is longer than the manifest says, or a row exceeds MAX_LINE_BYTES, because
+        PostgreSQL would hold the whole row in memory.
+        """
         try:
-            piece: bytes = unpacking.read(PIECE)
+            piece: bytes = reader.read(PIECE_BYTES)
         except zstandard.ZstdError as error:
-            raise ArchiveDamaged(f"{one.name} cannot be unpacked: {error}.") from error
+            raise ArchiveDamaged(f"{name} cannot be decompressed: {error}.") from error
         self._digest.update(piece)
         self._size += len(piece)
         if self._size > self._manifest.stream_bytes:
-            raise ArchiveDamaged(f"{one.name}: there is more in it than the manifest says.")
-        end = _end_of_rows(piece, self._within)
+            raise ArchiveDamaged(f"{name} contains more than the manifest says.")
+        end = _end_of_rows(piece, self._in_quotes)
         self._open_bytes = len(piece) - end if end else self._open_bytes + len(piece)
-        self._within = (self._within + piece.count(b'"')) % 2
-        if self._open_bytes > MOST_LINE_BYTES:
-            raise ArchiveDamaged(f"{one.name} has a row of more than {MOST_LINE_BYTES} bytes.")
+        self._in_quotes = (self._in_quotes + piece.count(b'"')) % 2
+        if self._open_bytes > MAX_LINE_BYTES:
+            raise ArchiveDamaged(f"{name} has a row of more than {MAX_LINE_BYTES} bytes.")
         return piece
 
-    def end(self) -> None:
-        """Raises ArchiveDamaged where it was not all, or not it."""
+    def finish(self) -> None:
+        """Raise ArchiveDamaged unless the whole stream has the size and the SHA-256 in the manifest."""
         if (self._size, self._digest.hexdigest()) != (self._manifest.stream_bytes, self._manifest.stream_sha256):
-            raise ArchiveDamaged(f"The archive of {self._manifest.partition} has other rows than its manifest says.")
+            raise ArchiveDamaged(f"The rows in the archive of {self._manifest.partition} do not match its manifest.")
 
 
 @asynccontextmanager
-async def _fetched(store: Store, one: Object, spool: Path | None) -> AsyncIterator[BinaryIO]:
-    """The object in a file without a name, at its start, and what the manifest says that it is."""
-    with await asyncio.to_thread(_nameless, spool) as file:
+async def _fetched(store: Store, item: Object, spool: Path | None) -> AsyncIterator[BinaryIO]:
+    """Fetch the object into an unnamed file and verify it. Yield the file, positioned at its start."""
+    with await asyncio.to_thread(_unnamed_file, spool) as file:
         digest, size = hashlib.sha256(), 0
 
-        def take(chunk: bytes) -> None:
+        def write(chunk: bytes) -> None:
             digest.update(chunk)
             file.write(chunk)
 
-        async with aclosing(store.get(one.name)) as chunks:
+        async with aclosing(store.get(item.name)) as chunks:
             async for chunk in chunks:
                 size += len(chunk)
-                if size > one.bytes:
+                if size > item.bytes:
                     break
-                await asyncio.to_thread(take, chunk)
-        if size != one.bytes or digest.hexdigest() != one.sha256:
-            raise ArchiveDamaged(f"{one.name} is not what was stored: {size} bytes or its SHA-256 differ.")
+                await asyncio.to_thread(write, chunk)
+        if size != item.bytes or digest.hexdigest() != item.sha256:
+            raise ArchiveDamaged(f"{item.name} is not what was stored: its size ({size} bytes) or its SHA-256 differs.")
         file.seek(0)
         yield file
 
 
-def _nameless(spool: Path | None) -> BinaryIO:
-    """A file that goes with its last user, however that ends. In the system's folder where `spool` is not there, or
-    another user's: a command that only reads makes no folder there."""
+def _unnamed_file(spool: Path | None) -> BinaryIO:
+    """Create a file that disappears with the process, however the process ends.
+
+    If `spool` does not exist or belongs to another user, the file is in the system's temporary folder: a command that
+    only reads must not create the spool folder.
+    """
     usable = spool is not None and os.access(spool, os.W_OK | os.X_OK)
     return cast(BinaryIO, tempfile.TemporaryFile(dir=spool if usable else None))
 
@@ -137,61 +148,64 @@ async def rows(
     where: tuple[str, Container[str]] | None = None,
     spool: Path | None = None,
 ) -> AsyncGenerator[list[list[str]], None]:
-    """The heartbeats as texts in the order of COLUMNS, some hundred at a time; an empty text is null. `where`: only
-    those whose column (device_id or device_no) is one of those texts. Raises as `stream` does."""
+    """Yield the heartbeats as texts in the order of COLUMNS, a few hundred at a time; an empty text stands for null.
+
+    With `where`, yield only the heartbeats whose value in the given column (device_id or device_no) is among the given
+    texts. Raises the same errors as `stream`.
+    """
     columns = STREAM_COLUMNS[manifest.format]
-    rest, head = b"", True
+    rest, is_header = b"", True
     async with aclosing(stream(store, manifest, spool)) as pieces:
         async for piece in pieces:
-            found, rest = await asyncio.to_thread(_readable_rows, rest + piece, manifest)
-            if found and head:
-                if tuple(found[0]) != columns:
-                    raise ArchiveDamaged(
-                        f"The archive of {manifest.partition} has other columns than this nexhb knows."
-                    )
-                found, head = found[1:], False
+            parsed, rest = await asyncio.to_thread(_parse_rows, rest + piece, manifest)
+            if parsed and is_header:
+                if tuple(parsed[0]) != columns:
+                    raise ArchiveDamaged(f"The archive of {manifest.partition} has unexpected columns.")
+                parsed, is_header = parsed[1:], False
             if where is not None:
-                place, wanted = columns.index(where[0]), where[1]
-                found = [row for row in found if row[place] in wanted]
-            if manifest.bucket_seconds is not None:
-                found = await asyncio.to_thread(_plain, found, manifest.bucket_seconds)
-            yield found
+                index, values = columns.index(where[0]), where[1]
+                parsed = [row for row in parsed if row[index] in values]
+            if columns != COLUMNS:
+                parsed = await asyncio.to_thread(_unpack_rows, parsed, manifest)
+            yield parsed
     if rest:
-        raise ArchiveDamaged(f"The archive of {manifest.partition} ends within a row.")
+        raise ArchiveDamaged(f"The archive of {manifest.partition} ends in the middle of a row.")
 
 
-def _readable_rows(data: bytes, manifest: Manifest) -> tuple[list[list[str]], bytes]:
-    """As `_whole_rows`. Raises ArchiveDamaged for what is no CSV of the format's columns."""
+def _parse_rows(data: bytes, manifest: Manifest) -> tuple[list[list[str]], bytes]:
+    """Return the result of `_whole_rows`. Raises ArchiveDamaged if `data` is not CSV with the format's columns."""
     try:
-        found, rest = _whole_rows(data)
+        parsed, rest = _whole_rows(data)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ArchiveDamaged(f"The archive of {manifest.partition} is no CSV: {error}.") from error
-    if any(len(row) != len(manifest.columns) for row in found):
-        raise ArchiveDamaged(f"The archive of {manifest.partition} has a row with other columns than the rest.")
-    return found, rest
+        raise ArchiveDamaged(f"The archive of {manifest.partition} is not valid CSV: {error}.") from error
+    if any(len(row) != len(manifest.columns) for row in parsed):
+        raise ArchiveDamaged(f"The archive of {manifest.partition} has a row with the wrong number of columns.")
+    return parsed, rest
 
 
-def _plain(found: list[list[str]], bucket_seconds: int) -> list[list[str]]:
+def _unpack_rows(packed: list[list[str]], manifest: Manifest) -> list[list[str]]:
     try:
-        return [unpacked(row, bucket_seconds) for row in found]
+        return [unpack(row, manifest.columns, manifest.bucket_seconds or 0) for row in packed]
     except (ValueError, OverflowError) as error:
-        raise ArchiveDamaged(f"An archive's row cannot be read: {error}.") from error
+        raise ArchiveDamaged(f"A row of an archive is unreadable: {error}.") from error
 
 
 def _whole_rows(data: bytes) -> tuple[list[list[str]], bytes]:
-    """The rows that end in `data`, and what is left."""
+    """Return the rows that end in `data`, and the remaining bytes."""
     end = _end_of_rows(data)
-    # Not splitlines: U+2028 and its like, which a network's name may hold, end a line for it, and none for COPY.
+    # Not with splitlines, which, unlike COPY, ends a line at U+2028 and the like; an SSID may contain these.
     return list(csv.reader(io.StringIO(data[:end].decode(), newline=""))), data[end:]
 
 
-def _end_of_rows(data: bytes, within: int = 0) -> int:
-    """Where the last row that ends in `data` does; 0 where none does. A line end within quotes is none; `within`: 1
-    where `data` begins within quotes."""
+def _end_of_rows(data: bytes, in_quotes: int = 0) -> int:
+    """Return the offset after the last row that ends in `data`; 0 if no row ends there.
+
+    A line break inside quotes ends no row. `in_quotes` is 1 if `data` begins inside quotes.
+    """
     end = data.rfind(b"\n") + 1
-    within = (within + data.count(b'"', 0, end)) % 2
-    while end and within:
+    in_quotes = (in_quotes + data.count(b'"', 0, end)) % 2
+    while end and in_quotes:
         before = data.rfind(b"\n", 0, end - 1) + 1
-        within = (within + data.count(b'"', before, end)) % 2  # a byte is looked at twice, however many lines there are
+        in_quotes = (in_quotes + data.count(b'"', before, end)) % 2  # no byte is searched for quotes more than twice
         end = before
     return end

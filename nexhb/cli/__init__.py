@@ -1,26 +1,62 @@
-"""The command `nexhb`: one file a command; here the app, what they share, and the exit codes."""
+"""The command line: each command has its own file. This file has the app, the shared functions and the exit codes.
+
+A command imports only its own file and what that file needs: importing everything takes twice as long as all of
+`nexhb status`.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import io
 import os
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
-import asyncpg
 import orjson
 import typer
 import uvloop
 
-from nexhb import __version__, cluster, log
+from nexhb import __version__, log
 from nexhb import config as configuration
-from nexhb import migrate as migrations
 from nexhb.config import Settings
-from nexhb.db import Connection, Database
 from nexhb.errors import BadInput, ConfigError, LockHeld, NexhbError
+
+if TYPE_CHECKING:
+    from nexhb.postgres.connections import Connection, Database
+
+# Command → its module in nexhb.cli, in the order of the help.
+COMMANDS = {
+    "archive": "archive",
+    "audit": "audit",
+    "backfill": "backfill",
+    "device": "fleet",
+    "devices": "devices",
+    "doctor": "doctor",
+    "fleet": "fleet",
+    "get": "fleet",
+    "history": "fleet",
+    "offline": "fleet",
+    "unity-down": "fleet",
+    "nightly": "jobs",
+    "reconcile": "jobs",
+    "import-legacy": "legacy",
+    "migrate": "migrate",
+    "notify": "notify",
+    "partitions": "partitions",
+    "serve": "serve",
+    "silence": "silence",
+    "sites": "sites",
+    "status": "status",
+    "config": "config",
+    "database": "database",
+    "flags": "flags",
+    "perf-diff": "perf_diff",
+}
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -29,91 +65,113 @@ EXIT_LOCK_HELD = 3
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 T = TypeVar("T")
 
-_chosen: dict[str, Path | None] = {"config": None}
+_config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"nexhb {__version__}")
         raise typer.Exit
 
 
-@app.callback(help="nexhb takes the heartbeats of a fleet of Android kiosks and never loses one.")
+@app.callback(help="nexhb ingests the heartbeats of a fleet of Android kiosks and never loses one.")
 def options(
     config_file: Annotated[
         Path | None,
-        typer.Option("--config", help="TOML file; else $NEXHB_CONFIG, ./nexhb.toml, /etc/nexhb/nexhb.toml."),
+        typer.Option(
+            "--config", help="TOML file. Default: $NEXHB_CONFIG, else ./nexhb.toml, else /etc/nexhb/nexhb.toml."
+        ),
     ] = None,
-    _shown: Annotated[
+    _show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    _chosen["config"] = config_file
+    _config_file.set(config_file)
 
 
 def chosen_config() -> Path | None:
-    """What --config named."""
-    return _chosen["config"]
+    """Return the path given with --config."""
+    return _config_file.get()
 
 
 def settings(*, for_daemon: bool = False) -> Settings:
-    """The settings of this call, the log set up as they say (commands show warnings only). Raises ConfigError."""
-    found = configuration.load(_chosen["config"])
-    log.setup(found.log_level if for_daemon else "warning")
-    return found
+    """Load the settings, and set the log up accordingly (a command logs warnings only). Raises ConfigError."""
+    loaded = configuration.load(chosen_config())
+    log.setup(loaded.log_level if for_daemon else "warning")
+    return loaded
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run one command's coroutine on uvloop."""
-    return uvloop.run(work)
+    """Run one command's coroutine on uvloop. uvloop.run is not used: if no event loop can be created, the wrapper
+    coroutine of uvloop.run is never awaited, which prints a warning."""
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(work)
+    finally:
+        work.close()  # if no event loop could be created, the coroutine was never awaited
 
 
 @asynccontextmanager
 async def opened_database(settings: Settings) -> AsyncIterator[Database]:
-    """The database of the daemon, with the schema of this nexhb; a command makes neither."""
+    """Open the daemon's database, which must have the schema of this nexhb. A command creates neither the
+    database nor the schema."""
+    from nexhb.postgres import cluster, migrate  # noqa: PLC0415 - most of the import time of a command
+
     async with cluster.open_database(settings) as database:
         async with database.connected(application="nexhb command") as conn:
-            await migrations.require(conn)
+            await migrate.require_current_schema(conn)
         yield database
 
 
 @asynccontextmanager
-async def opened_connection(settings: Settings, **how: Any) -> AsyncIterator[Connection]:
-    """One connection to it; `how` as Database.connect takes it."""
-    async with cluster.open_connection(settings, **how) as conn:
-        await migrations.require(conn)
+async def opened_connection(settings: Settings, **options: Any) -> AsyncIterator[Connection]:
+    """Open one connection to the daemon's database. `options` are those of Database.connect."""
+    from nexhb.postgres import cluster, migrate  # noqa: PLC0415 - see opened_database
+
+    async with cluster.open_connection(settings, **options) as conn:
+        await migrate.require_current_schema(conn)
         yield conn
 
 
 def show(value: object) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     sys.stdout.write(orjson.dumps(value, default=str, option=orjson.OPT_UTC_Z).decode() + "\n")
 
 
-def register() -> None:
-    """Import every command's file: that registers it. Raises UnsupportedLibrary."""
-    from nexhb.cli import archive, audit, backfill, devices, doctor, jobs, legacy, migrate, partitions, serve, status  # noqa: F401, PLC0415
-    from nexhb.cli import config as _config  # noqa: F401, PLC0415
-    from nexhb.cli import database as _database  # noqa: F401, PLC0415
-    from nexhb.cli import flags as _flags  # noqa: F401, PLC0415
-    from nexhb.cli import perf_diff as _perf_diff  # noqa: F401, PLC0415
+def register(command: str | None = None) -> None:
+    """Import the file of this command, which registers the command. If no command has this name, import the files of
+    all commands. Raises UnsupportedLibrary."""
+    modules = [COMMANDS[command]] if command in COMMANDS else dict.fromkeys(COMMANDS.values())
+    for module in modules:
+        importlib.import_module(f"nexhb.cli.{module}")
+
+
+def _command(words: Sequence[str]) -> str | None:
+    """Return the command among the arguments; None if there is none."""
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--config":
+            next(remaining, None)
+        elif not word.startswith("-"):
+            return word
+    return None
 
 
 def main() -> None:
-    """Entry point: errors as one sentence on stderr, never a traceback for what a person can mend."""
+    """Run the command line. An error that a person can correct is one sentence on stderr, and no traceback."""
     _open_standard_files()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Japanese shows escapes, not a traceback
+        if isinstance(stream, io.TextIOWrapper):  # escape what a terminal lacks, without an error
             stream.reconfigure(errors="backslashreplace")
     try:
-        register()
+        register(_command(sys.argv[1:]))
         try:
             app()
         finally:
-            sys.stdout.flush()  # here, where a full disk is an error with a sentence
-    except BrokenPipeError:  # `| head` has what it wanted
+            sys.stdout.flush()  # before the exit, so that a full disk gives an error message
+    except BrokenPipeError:  # the reader of the output has ended, for example `| head`
         _end("", EXIT_FAILED)
     except (ConfigError, BadInput) as error:
         _end(f"{error}", EXIT_USAGE)
@@ -121,15 +179,22 @@ def main() -> None:
         _end(f"{error}", EXIT_LOCK_HELD)
     except (NexhbError, OSError) as error:
         _end(f"{error}", EXIT_FAILED)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        _end(f"the database says: {error}", EXIT_FAILED)
+    except Exception as error:
+        if not _is_database_error(error):
+            raise
+        _end(f"database error: {error}", EXIT_FAILED)
 
 
-def _end(said: str, code: int) -> NoReturn:
-    """Exit with one sentence. What stdout or stderr did not take is dropped, and is no second error."""
+def _is_database_error(error: Exception) -> bool:
+    asyncpg = sys.modules.get("asyncpg")  # None if it was never imported: then the error is not asyncpg's
+    return asyncpg is not None and isinstance(error, (asyncpg.PostgresError, asyncpg.InterfaceError))
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Exit with one sentence. Output that stdout or stderr does not accept is dropped without an error."""
     with suppress(OSError):
-        if said:
-            typer.echo(f"nexhb: {said}", err=True)
+        if message:
+            typer.echo(f"nexhb: {message}", err=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -140,12 +205,12 @@ def _end(said: str, code: int) -> NoReturn:
 
 
 def _open_standard_files() -> None:
-    """Where one of the three was closed, `2>&-`, the next file or connection would take its number, and get what is
-    printed."""
+    """Open each of stdin, stdout and stderr that is closed (`2>&-`). Otherwise the next file or connection would get
+    the closed stream's file descriptor, and receive the stream's output."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             try:
                 os.fstat(number)
             except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - to the end
+                os.open(os.devnull, os.O_RDWR)  # open uses the lowest free file descriptor, which is `number`
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open until the exit

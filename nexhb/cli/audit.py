@@ -1,4 +1,4 @@
-"""nexhb audit: is everything there that was ever committed?"""
+"""nexhb audit: check that every committed heartbeat of a day still exists."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ async def _audit(day: datetime) -> ledger.Audit:
         return await ledger.audit(conn, day.date())
 
 
-@cli.app.command(help="Hold a day against the ledger of its commits. Exit code 1 where they differ, or rows dangle.")
+@cli.app.command(
+    help="Compare a day with the ledger of its commits. Exit code 1: they differ, or a row names a missing device."
+)
 def audit(
     day: Annotated[datetime, typer.Option(formats=["%Y-%m-%d", "%Y%m%d"], help="A UTC day: 2026-11-24.")],
     as_json: cli.Json = False,
 ) -> None:
-    found = cli.run(_audit(day))
+    result = cli.run(_audit(day))
     if as_json:
-        cli.show(found.shown())
+        cli.show(result.as_dict())
     else:
         typer.echo(
-            f"{found.partition} ({found.state}): {found.written:,} committed, {found.deduplicated:,} deduplicated"
+            f"{result.partition} ({result.state}): {result.written:,} committed, {result.deduplicated:,} deduplicated"
         )
-        typer.echo(f"  in its table {found.in_table:,}, in its archive {found.in_archive:,}, late {found.late:,}")
-        typer.echo("  nothing is missing" if found.missing == 0 else f"  MISSING: {found.missing:,}")
-        if found.dangling_devices or found.dangling_labels:
+        typer.echo(f"  in its table {result.in_table:,}, in its archive {result.in_archive:,}, late {result.late:,}")
+        typer.echo("  nothing is missing" if result.missing == 0 else f"  MISSING: {result.missing:,}")
+        if result.dangling_devices or result.dangling_labels:
             typer.echo(
-                f"  DANGLING: {found.dangling_devices:,} rows of a device that is not there, "
-                f"{found.dangling_labels:,} of a label"
+                f"  DANGLING: {result.dangling_devices:,} rows of a device that does not exist, "
+                f"{result.dangling_labels:,} of a label"
             )
-    raise typer.Exit(0 if found.ok else cli.EXIT_FAILED)
+    raise typer.Exit(0 if result.ok else cli.EXIT_FAILED)

@@ -1,4 +1,4 @@
-"""nexhb backfill: the last status of every device, from the history."""
+"""nexhb backfill: fill in the last status of every device from the history."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from typing import Annotated
 
 import typer
 
-from nexhb import cli, daemon
+from nexhb import cli, clock
 from nexhb.cli import progress
-from nexhb.jobs.backfill import DAYS_MOST
-from nexhb.jobs.board import Jobs
-from nexhb.jobs.runner import Run
+from nexhb.jobs.backfill import MAX_DAYS
+from nexhb.jobs.registry import Jobs
+from nexhb.jobs.runner import JobRun
 
 NEXT_STEP = "nexhb flags set read_from_last_status=on"
 
 EXIT_CODES = {"completed": 0, "skipped": cli.EXIT_LOCK_HELD}
 
 
-async def run(days: int, show: progress.Show) -> Run:
-    """The job, with how far it is."""
+async def run(days: int, show: progress.Show) -> JobRun:
+    """Run the job and report its progress."""
     settings = cli.settings()
     async with cli.opened_database(settings) as database:
-        jobs = Jobs(database, settings, daemon.utc_now)
+        jobs = Jobs(database, settings, clock.system_now)
         return await jobs.backfill(days, lambda done, total, wrote: show(done, total, f"{wrote:,} rows written"))
 
 
-def say(found: Run) -> None:
-    """For people."""
-    counts = found.counts
-    typer.echo(f"backfill: {found.status}" + (f" ({found.reason})" if found.reason else ""))
-    if found.status != "completed":
+def print_result(job_run: JobRun) -> None:
+    """Print the result of the job for people."""
+    counts = job_run.counts
+    typer.echo(f"backfill: {job_run.status}" + (f" ({job_run.reason})" if job_run.reason else ""))
+    if job_run.status != "completed":
         return
-    typer.echo(f"  devices looked at              {counts['checked']:,}, rows written {counts['updated']:,}")
+    typer.echo(f"  devices checked                {counts['checked']:,}, rows written {counts['updated']:,}")
     typer.echo(f"  devices in device_last_status  {counts['devices']:,}")
     typer.echo(f"  active in the last hour        {counts['active']:,}")
     typer.echo(f"  oldest last heartbeat          {_moment(counts['oldest'])}")
     typer.echo(f"  newest last heartbeat          {_moment(counts['newest'])}")
-    typer.echo(f"Next step, fast reads: {NEXT_STEP} (by steps: docs/runbook.md, Rolling out)")
+    typer.echo(f"Next, turn the fast reads on: {NEXT_STEP} (or gradually: docs/runbook.md, Rolling out)")
 
 
 def _moment(value: object) -> str:
@@ -45,18 +45,18 @@ def _moment(value: object) -> str:
 
 @cli.app.command(
     help="""
-    Fill device_last_status from the history, only where that is newer. Exit code 3 where somebody else is at
-    it.
+    Update device_last_status from the history wherever the history is newer. Exit code 3 if another process holds the
+    job's lock.
     """
 )
 def backfill(
-    days: Annotated[int, typer.Option(min=1, max=DAYS_MOST, help="How far back the history counts.")] = 7,
+    days: Annotated[int, typer.Option(min=1, max=MAX_DAYS, help="How many days of the history to read.")] = 7,
     as_json: cli.Json = False,
 ) -> None:
     with progress.shown("devices") as show:
-        found = cli.run(run(days, show))
+        job_run = cli.run(run(days, show))
     if as_json:
-        cli.show(found.shown() | {"next_step": NEXT_STEP})
+        cli.show(job_run.as_dict() | {"next_step": NEXT_STEP})
     else:
-        say(found)
-    raise typer.Exit(EXIT_CODES.get(found.status, cli.EXIT_FAILED))
+        print_result(job_run)
+    raise typer.Exit(EXIT_CODES.get(job_run.status, cli.EXIT_FAILED))

@@ -1,4 +1,4 @@
-"""nexhb config check: is the configuration usable, and what does it come to?"""
+"""nexhb config check: validate the configuration, and print the resulting settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import typer
 from pydantic import BaseModel, SecretStr
 
-from nexhb import cli, dburl, pgfiles
-from nexhb.config import Settings
-from nexhb.configfile import find_file
+from nexhb import cli
+from nexhb.config import Settings, database_url, libpq_files
+from nexhb.config.file import find_file
 from nexhb.errors import ConfigError
-from nexhb.http import tls
+from nexhb.http.transport import tls
+from nexhb.messages.routes import routes_of
 
 _commands = typer.Typer(no_args_is_help=True, help="The configuration.")
 cli.app.add_typer(_commands, name="config")
@@ -29,12 +30,12 @@ def _group() -> None:
 
 @_commands.command(
     help="""
-    Read the configuration as the daemon would, and print each value as the file takes it (TOML). Secrets are not shown.
+    Read the configuration as the daemon does, and print each value as TOML. Secrets are not shown.
     """
 )
 def check(as_json: cli.Json = False) -> None:
     settings = cli.settings()
-    refuse_unusable(settings)
+    check_usable(settings)
     if doubt := settings.heartbeat.doubt():
         typer.echo(f"warning: {doubt}. Hint: {settings.heartbeat.remedy()}.", err=True)
     if as_json:
@@ -44,26 +45,27 @@ def check(as_json: cli.Json = False) -> None:
     typer.echo("\n".join(toml_lines(settings)))
 
 
-def refuse_unusable(settings: Settings) -> None:
-    """Raise ConfigError for what the start or the nightly run would fail at: files that the settings name, and folders
-    that cannot be made or written by this user."""
+def check_usable(settings: Settings) -> None:
+    """Raise ConfigError for settings that would make the start or the nightly run fail: unusable files, folders
+    that this user cannot create or write, and routes of services that are not known."""
     tls.context(settings.server)
+    routes_of(settings)
     if settings.database.url is not None:
-        pgfiles.check(dburl.parse(settings.database.url.get_secret_value()), "database.url")
-    _refuse_folder("data_dir", settings.data_dir)
+        libpq_files.check(database_url.parse(settings.database.url.get_secret_value()), "database.url")
+    _check_folder("data_dir", settings.data_dir)
     if settings.archive_url.startswith("file://"):
-        _refuse_folder("archive.url", Path(settings.archive_url.removeprefix("file://")))
+        _check_folder("archive.url", Path(settings.archive_url.removeprefix("file://")))
 
 
-def _refuse_folder(key: str, folder: Path) -> None:
+def _check_folder(key: str, folder: Path) -> None:
     try:
-        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not there.is_dir():
-            raise ConfigError(f"{key}: {there} is not a folder.")
-        if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
-            what = "cannot be written" if there == folder else f"cannot be made: {there} cannot be written"
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise ConfigError(f"{key}: {existing} is not a folder.")
+        if not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+            problem = "cannot be written" if existing == folder else f"cannot be created: {existing} cannot be written"
             raise ConfigError(
-                f"{key}: {folder} {what} by user id {os.geteuid()}.",
+                f"{key}: {folder} {problem} by user id {os.geteuid()}.",
                 hint="Run this as the daemon's user; or change the folder's owner, or mount it read-write.",
             )
     except OSError as error:
@@ -71,7 +73,7 @@ def _refuse_folder(key: str, folder: Path) -> None:
 
 
 def toml_lines(settings: Settings) -> Iterator[str]:
-    """Every key with its value, a line each. What is not set, or secret, is a comment."""
+    """Yield one line for each key, with its value. An unset or secret key is a comment."""
     for section, value in settings:
         keys = {f"{section}.{name}": inner for name, inner in value} if isinstance(value, BaseModel) else {}
         for key, inner in (keys or {section: value}).items():
@@ -91,18 +93,20 @@ def _values(settings: Settings) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As the file takes it, in the types that JSON and TOML share."""
+    """Return the value as written in the file, in a type that JSON and TOML share."""
     if isinstance(value, timedelta):
         return _duration(value)
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
+    if isinstance(value, BaseModel):
+        return {name: _plain(inner) for name, inner in value if inner is not None}
     if value is None or isinstance(value, bool | int | float):
         return value
-    return str(value.absolute() if isinstance(value, Path) else value)  # of a SecretStr: asterisks
+    return str(value.absolute() if isinstance(value, Path) else value)  # a SecretStr becomes asterisks
 
 
 def _duration(value: timedelta) -> str:
-    """`7 days`, `5 minutes`, or what is left: `90 seconds`."""
+    """Return the duration in the largest unit that divides it: `7 days`, `5 minutes`, `90 seconds`."""
     seconds = value / timedelta(seconds=1)
     for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
         if seconds and seconds % length == 0:
@@ -112,5 +116,10 @@ def _duration(value: timedelta) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A TOML value: JSON's, but for DEL, which a TOML string takes only escaped."""
+    """Return the value in TOML, on one line. It is written as in JSON, except that a TOML string must escape DEL, and
+    for tables."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name} = {_toml(inner)}' for name, inner in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""nexhb flags: what is switched on, and by whom. Works beside running daemons, which hear of a change at once."""
+"""nexhb flags: show and change feature flags. Works beside running daemons, where a change takes effect at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from nexhb import cli, daemon
-from nexhb import flags as store
-from nexhb.db import Connection
+from nexhb import cli, clock
 from nexhb.errors import BadInput
-from nexhb.flags import Flags, Value
+from nexhb.postgres.connections import Connection
+from nexhb.reading import flags as store
+from nexhb.reading.flags import Flags, Value
 
-_commands = typer.Typer(invoke_without_command=True, help="What is switched on; `set` changes it, at once everywhere.")
+_commands = typer.Typer(invoke_without_command=True, help="Show the flags and their last changes.")
 cli.app.add_typer(_commands, name="flags")
 T = TypeVar("T")
 
@@ -30,64 +30,65 @@ async def _with_connection(work: Callable[[Connection, Flags], Awaitable[T]]) ->
         return await work(conn, store.first_values(settings.reads))
 
 
-@_commands.callback(help="The flags, and who changed them last.")
+@_commands.callback(help="Show the flags and their last changes. `set` changes flags in every daemon at once.")
 def show(context: typer.Context, changes: Changes = CHANGES_SHOWN, as_json: cli.Json = False) -> None:
     if context.invoked_subcommand is None:
-        _show(*cli.run(_with_connection(lambda conn, first: _look(conn, first, changes))), as_json)
+        _show(*cli.run(_with_connection(lambda conn, first: _read(conn, first, changes))), as_json)
 
 
-async def _look(conn: Connection, first: Flags, shown: int = CHANGES_SHOWN) -> tuple[Flags, list[dict[str, Any]], bool]:
-    """The flags, their last changes, and whether there are older ones."""
-    changes = await store.last_changes(conn, shown + 1)
-    return await store.read(conn, first), changes[:shown], len(changes) > shown
+async def _read(
+    conn: Connection, first: Flags, max_changes: int = CHANGES_SHOWN
+) -> tuple[Flags, list[dict[str, Any]], bool]:
+    """Return the flags, their last changes, and whether there are older changes."""
+    changes = await store.last_changes(conn, max_changes + 1)
+    return await store.read(conn, first), changes[:max_changes], len(changes) > max_changes
 
 
 @_commands.command(
     name="set", help="Change flags in every daemon: `nexhb flags set read_from_last_status=off` is the kill switch."
 )
 def set_flags(
-    changes: Annotated[list[str], typer.Argument(metavar="FLAG=VALUE …", help="on, off, or a number of percent.")],
+    changes: Annotated[list[str], typer.Argument(metavar="FLAG=VALUE …", help="on, off, or a percentage.")],
     as_json: cli.Json = False,
 ) -> None:
-    wanted = dict(_parsed(text) for text in changes)
+    values = dict(_parse(text) for text in changes)
 
     async def work(conn: Connection, first: Flags) -> tuple[Flags, list[dict[str, Any]], bool]:
-        await store.change(conn, wanted, _who(), daemon.utc_now(), first)
-        return await _look(conn, first)
+        await store.change(conn, values, _changed_by(), clock.system_now(), first)
+        return await _read(conn, first)
 
     _show(*cli.run(_with_connection(work)), as_json)
 
 
-def _parsed(text: str) -> tuple[str, Value]:
-    flag, _, given = text.partition("=")
-    value: object = int(given) if given.isascii() and given.isdigit() else _WORDS.get(given.lower(), given)
+def _parse(text: str) -> tuple[str, Value]:
+    flag, _, word = text.partition("=")
+    value: object = int(word) if word.isascii() and word.isdigit() else _WORDS.get(word.lower(), word)
     try:
         return flag, store.check(flag, value)
     except ValueError as error:
-        said = str(error).replace("true or false", "on or off")
-        raise BadInput(f"{text}: {said}.") from None
+        reason = str(error).replace("true or false", "on or off")
+        raise BadInput(f"{text}: {reason}.") from None
 
 
-def _who() -> str:
+def _changed_by() -> str:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user has no name
+    except (KeyError, OSError):  # a user of a container may have no name
         user = "somebody"
     return f"{user}@{socket.gethostname()}"
 
 
-def _show(flags: Flags, changes: list[dict[str, Any]], more: bool, as_json: bool) -> None:
+def _show(flags: Flags, changes: list[dict[str, Any]], has_more: bool, as_json: bool) -> None:
     if as_json:
-        cli.show({**flags.shown(), "changes": changes, "more_changes": more})
+        cli.show({**flags.shown(), "changes": changes, "more_changes": has_more})
         return
     for flag, value in flags.shown().items():
         typer.echo(f"{flag:22} {_word(value)}")
-    for one in changes:
-        typer.echo(
-            f"  {one['at']:%Y-%m-%d %H:%M:%SZ}  {one['flag']}: {_word(one['from'])} → {_word(one['to'])}, {one['by']}"
-        )
-    if more:
-        typer.echo(f"  and older ones: nexhb flags --changes {10 * len(changes)}")
+    for change in changes:
+        at, old, new = f"{change['at']:%Y-%m-%d %H:%M:%SZ}", _word(change["from"]), _word(change["to"])
+        typer.echo(f"  {at}  {change['flag']}: {old} → {new}, {change['by']}")
+    if has_more:
+        typer.echo(f"  There are older changes: nexhb flags --changes {10 * len(changes)}")
 
 
 def _word(value: object) -> str:

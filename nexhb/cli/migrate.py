@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from nexhb import cli, cluster, daemon
-from nexhb import migrate as migrations
+from nexhb import cli, clock
+from nexhb.postgres import cluster
+from nexhb.postgres import migrate as migrations
 
 
 async def _migrate() -> list[str]:
     async with cluster.open_connection(
         cli.settings(), create=True, application="nexhb migrate", lock_timeout="30000"
     ) as conn:
-        return await migrations.migrate(conn, daemon.utc_now())
+        return await migrations.migrate(conn, clock.system_now())
 
 
-@cli.app.command(help="Apply the migrations that are missing. Running it twice changes nothing.")
+@cli.app.command(help="Apply the missing migrations. Running it again changes nothing.")
 def migrate(as_json: cli.Json = False) -> None:
     applied = cli.run(_migrate())
     if as_json:

@@ -1,4 +1,4 @@
-"""nexhb partitions: the days, as hb_partitions and the catalog have them."""
+"""nexhb partitions: list the days, as recorded in hb_partitions and in PostgreSQL's catalog."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nexhb import partitions as days
 from nexhb.cli import tables
 
 
-async def _known() -> list[dict[str, Any]]:
+async def _recorded() -> list[dict[str, Any]]:
     async with cli.opened_connection(cli.settings(), application="nexhb partitions") as conn:
-        return [dict(row) for row in await days.known(conn)]
+        return [dict(row) for row in await days.recorded(conn)]
 
 
-@cli.app.command(help="List the partitions, newest first. Rows are those of the last nightly count.")
+@cli.app.command(help="List the partitions, newest first. Row counts are from the last nightly run.")
 def partitions(as_json: cli.Json = False) -> None:
-    rows = cli.run(_known())
+    rows = cli.run(_recorded())
     if as_json:
         cli.show({"partitions": rows})
         return
@@ -41,7 +41,7 @@ def _cells(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _as_of(counted_at: Iterable[datetime | None]) -> str:
-    """How old the rows are: a day that still takes heartbeats is counted each night, and has had more since."""
-    if last := max((each for each in counted_at if each is not None), default=None):
-        return f"Rows as the nightly run counted them, last at {last:%Y-%m-%d %H:%MZ}; what came since is not in them."
-    return "Rows are counted by the nightly run, which has counted none yet."
+    """Say when the rows were counted: a day that still receives heartbeats has more rows than its nightly count."""
+    if last := max((moment for moment in counted_at if moment is not None), default=None):
+        return f"Rows as counted by the nightly run, last at {last:%Y-%m-%d %H:%MZ}; later heartbeats are not included."
+    return "Rows are counted by the nightly run, which has not counted any yet."

@@ -1,5 +1,5 @@
-"""How far long work is: a bar for a person who watches, a line now and then otherwise. On stderr: stdout has the
-result alone."""
+"""Show the progress of long work on stderr: a bar at a terminal, else a line from time to time. stdout has only the
+result."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LINE_EVERY_S = 5.0
 
-Show = Callable[[int, int, str], None]  # done, of how many, what else there is to say
+Show = Callable[[int, int, str], None]  # arguments: done, total, text shown after these numbers
 
 
 @contextmanager
-def shown(what: str) -> Iterator[Show]:
-    """For the block: a function that is told how far it is."""
+def shown(title: str) -> Iterator[Show]:
+    """Yield a function that shows the progress of the block."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _lines(what)
+        yield _lines(title)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[more]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None, more="")
+        task = bar.add_task(title, total=None, more="")
         yield lambda done, total, more: bar.update(task, completed=done, total=total, more=more)
 
 
-def _lines(what: str) -> Show:
+def _lines(title: str) -> Show:
     started = last = time.monotonic()
 
     def show(done: int, total: int, more: str) -> None:
@@ -41,13 +41,13 @@ def _lines(what: str) -> Show:
         if now - last < LINE_EVERY_S and done < total:
             return
         last = now
-        left = f", {_left(done, total, now - started)} left" if 0 < done < total else ""
-        with suppress(OSError):  # work goes on where nobody can be told how far it is
-            typer.echo(f"{what}: {done:,} of {total:,}{f', {more}' if more else ''}{left}", err=True)
+        remaining = f", {_remaining(done, total, now - started)} left" if 0 < done < total else ""
+        with suppress(OSError):  # a failure to show progress does not stop the work
+            typer.echo(f"{title}: {done:,} of {total:,}{f', {more}' if more else ''}{remaining}", err=True)
 
     return show
 
 
-def _left(done: int, total: int, so_far_s: float) -> str:
-    seconds = round(so_far_s * (total - done) / done)
+def _remaining(done: int, total: int, elapsed_s: float) -> str:
+    seconds = round(elapsed_s * (total - done) / done)
     return f"{seconds // 60}:{seconds % 60:02}"

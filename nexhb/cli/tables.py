@@ -1,4 +1,4 @@
-"""Lists: a table for a person who watches, plain lines in a pipe."""
+"""Print lists: as a table at a terminal, as plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Rows = Iterable[Sequence[str]]
 
 
 def show(columns: Sequence[str], rows: Rows) -> None:
-    """At a terminal a table in which long cells are folded and none is cut; else the columns' names and the rows, a
-    line each with tabs between, whole. What a device calls itself is no markup, and moves no cursor."""
+    """Print a table at a terminal, with long cells wrapped; else the header and the rows as lines with tabs. Cells are
+    never truncated, and names from devices are neither interpreted as markup nor as control characters."""
     if not sys.stdout.isatty():
         for row in chain((columns,), rows):
             typer.echo("\t".join(shown(cell) for cell in row))

@@ -1,22 +1,27 @@
-"""All routes in one block, each with its key, its time as a metric and its errors as problem details."""
+"""All routes in one table, and the wrapper that checks keys, measures latency and turns errors into problem details."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from aiohttp import HttpVersion11, web
 
 from nexhb import log, metrics
-from nexhb.errors import BadInput, UnknownDevice
-from nexhb.http import auth, enrolment, fleet, heartbeats, ops, queues
-from nexhb.http.connections import Guarded
-from nexhb.http.parts import PARTS, Parts
-from nexhb.http.problem import Problem
-from nexhb.http.query import check as check_query
-from nexhb.pgerrors import is_unavailable
+from nexhb.errors import BadInput, SiteInUse, UnknownDevice, UnknownSite
+from nexhb.heartbeat import FieldError
+from nexhb.http.device_api import enrolment, heartbeats, queues
+from nexhb.http.device_api.authentication import DEVICE
+from nexhb.http.device_api.context import DEVICE_API, DeviceApi
+from nexhb.http.operator_api import devices, fleet, messages, ops, sites, stream, watched
+from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
+from nexhb.http.transport.http_connection import HttpConnection
+from nexhb.http.transport.problem import Problem
+from nexhb.http.transport.query import check as check_query
+from nexhb.postgres.errors import is_unavailable
 
 _log = log.get("http")
 
@@ -24,25 +29,47 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Route(NamedTuple):
-    """One call. `query` names the parameters that it takes; any other is refused."""
+    """A route. `query` names the parameters that it accepts; any other is refused."""
 
     method: str
     path: str
     handler: Handler
-    key: str  # whose: device, enrolment, admin or none
+    key: str  # the key that it requires: device, enrolment, admin or none
     query: tuple[str, ...] = ()
 
+
+AMONG = ("site", "tag")  # the parameters that limit a list of devices
 
 ROUTES = (
     Route("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
     Route("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
     Route("POST", "/v1/register", enrolment.post_register, "enrolment", ("alias",)),
     Route("GET", "/v1/fleet", fleet.get_fleet, "admin"),
-    Route("GET", "/v1/devices", fleet.get_devices, "admin", ("limit", "after")),
-    Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", "limit", "after")),
-    Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", ("limit", "after")),
+    Route("GET", "/v1/devices", fleet.get_devices, "admin", ("limit", "after", *AMONG)),
+    Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", "limit", "after", *AMONG)),
+    Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", ("limit", "after", *AMONG)),
     Route("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
+    Route("PATCH", "/v1/devices/{device_id}", devices.patch_device, "admin"),
     Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", "limit", "after")),
+    Route("GET", "/v1/sites", sites.get_sites, "admin", ("limit", "after")),
+    Route("GET", "/v1/sites/{site}", sites.get_site, "admin"),
+    Route("PUT", "/v1/sites/{site}", sites.put_site, "admin"),
+    Route("DELETE", "/v1/sites/{site}", sites.delete_site, "admin"),
+    Route("GET", "/v1/devices/{device_id}/timeline", watched.get_timeline, "admin", ("from", "to")),
+    Route(
+        "GET",
+        "/v1/events",
+        watched.get_events,
+        "admin",
+        ("from", "to", "site", "kind", "device", "order", "limit", "after"),
+    ),
+    Route("GET", "/v1/incidents", watched.get_incidents, "admin", ("state", "site", "limit", "after")),
+    Route("POST", "/v1/incidents/{incident_id}/ack", messages.post_ack, "admin"),
+    Route("GET", "/v1/silences", messages.get_silences, "admin", ("limit", "after", "all")),
+    Route("POST", "/v1/silences", messages.post_silence, "admin"),
+    Route("DELETE", "/v1/silences/{silence_id}", messages.delete_silence, "admin"),
+    Route("POST", "/v1/notify/{route}/test", messages.post_test, "admin"),
+    Route("GET", "/v1/stream", stream.get_stream, "admin", ("site", "kind", "device")),
     Route("POST", "/ops/enrolment-keys", ops.post_enrolment_key, "admin"),
     Route("POST", "/ops/nightly", ops.post_nightly, "admin", ("dry_run", "yes")),
     Route("POST", "/ops/reconcile", ops.post_reconcile, "admin", ("dry_run", "max_rows")),
@@ -55,39 +82,43 @@ ROUTES = (
 )
 
 
-def make_app(parts: Parts) -> web.Application:
-    """The application. Bodies are bounded by their handlers, so aiohttp's own limit is the larger of theirs.
+def make_app(device_api: DeviceApi, operator_api: OperatorApi) -> web.Application:
+    """Return the application. Each handler limits its body; aiohttp's own limit is the largest of these limits.
 
-    HEAD is taken wherever GET is. Each path is taken with a second slash before it as well: an agent whose server_url
-    ends in a slash sends to //v1/heartbeat.
+    HEAD is accepted wherever GET is. Each path is also accepted with a second leading slash, because an agent whose
+    server_url ends in a slash sends to //v1/heartbeat.
     """
-    app = web.Application(client_max_size=parts.settings.server.batch_body_max_bytes)
-    app[PARTS] = parts
+    app = web.Application(client_max_size=device_api.settings.server.batch_body_max_bytes)
+    app[DEVICE_API] = device_api
+    app[OPERATOR_API] = operator_api
+    app[stream.STREAMS] = Counter()
+    app.on_shutdown.append(stream.end_streams)
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
             handler = _wrapped(route.path, method, route.handler, admin=route.key == "admin", query=route.query)
             for path in (route.path, f"/{route.path}"):
                 app.router.add_route(method, path, handler, expect_handler=_expect)
-    other = _wrapped("other", "other", _no_such_route, admin=False, query=None)
-    app.router.add_route("*", "/{tail:.*}", other, expect_handler=_expect)
+    unknown = _wrapped("other", "other", _no_such_route, admin=False, query=None)
+    app.router.add_route("*", "/{tail:.*}", unknown, expect_handler=_expect)
     return app
 
 
 def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: tuple[str, ...] | None) -> Handler:
-    """The handler with its key, its parameters, its time and its errors. No middleware: aiohttp would build a chain of
-    them for every request."""
+    """Return the handler with its key and parameters checked, its latency measured and its errors converted. This is
+    not a middleware, because aiohttp would build the chain of middlewares for every request."""
     observe = metrics.http_request_latency_ms.series(route, method)
 
     async def call(request: web.Request) -> web.StreamResponse:
         started = time.perf_counter()
         try:
             if admin:
-                auth.check_admin(request, request.app[PARTS])
+                request.app[OPERATOR_API].admin_key.check(request)
             if query is not None:
                 check_query(request, query)
             response = await handler(request)
         except Exception as error:
-            # In a function of its own: the problem's traceback holds this frame, which must not hold the problem.
+            # In a separate function: the problem's traceback refers to this frame, and a variable for the problem here
+            # would complete a reference cycle.
             response = _refusal(error, request, admin=admin)
         except asyncio.CancelledError:
             observe(499, time.perf_counter() - started)
@@ -100,61 +131,71 @@ def _wrapped(route: str, method: str, handler: Handler, *, admin: bool, query: t
 
 def _refusal(error: Exception, request: web.Request, *, admin: bool) -> web.Response:
     problem = _as_problem(error, request, admin=admin)
-    _note_refusal(problem, request)
-    _leave_the_rest(request, problem)
+    _record_refusal(problem, request)
+    _discard_rest(request, problem)
     return problem.response()
 
 
-def _leave_the_rest(request: web.Request, problem: Problem) -> None:
-    """What is still to come of a body larger than a heartbeat, of somebody who showed no valid key."""
-    line, length = request.protocol, request.content_length
-    small = length is not None and length <= request.app[PARTS].settings.server.body_max_bytes
-    if isinstance(line, Guarded) and not line.is_proven and not small and not request.content.is_eof():
+def _discard_rest(request: web.Request, problem: Problem) -> None:
+    """Discard the rest of the body slowly if the body is larger than a heartbeat and the request has no valid key."""
+    connection, length = request.protocol, request.content_length
+    is_small = length is not None and length <= request.app[DEVICE_API].settings.server.body_max_bytes
+    if not isinstance(connection, HttpConnection) or connection.is_authenticated:
+        return
+    if not is_small and not request.content.is_eof():
         problem.close = True
-        line.slow_down()
+        connection.slow_down()
 
 
 def _as_problem(error: Exception, request: web.Request, *, admin: bool) -> Problem:
-    """The one rim at which exceptions become answers; the database's own words are for who showed the admin key."""
+    """Return the problem for an exception of a handler. Only with the admin key does it have PostgreSQL's message."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, UnknownDevice | BadInput):
-        return Problem(404 if isinstance(error, UnknownDevice) else 422, str(error))
+    if isinstance(error, UnknownDevice | UnknownSite):
+        return Problem(404, str(error))
+    if isinstance(error, SiteInUse):
+        return Problem(409, str(error))
+    if isinstance(error, BadInput):
+        return Problem(422, str(error), errors=[FieldError(error.field, error.detail)] if error.field else ())
     if is_unavailable(error):
-        parts = request.app[PARTS]
-        return parts.come_back(str(error) or type(error).__name__) if admin else parts.unavailable(error)
+        unavailability = request.app[DEVICE_API].unavailability
+        detail = str(error) or type(error).__name__
+        return unavailability.retry_later(detail) if admin else unavailability.because_of(error)
     _log.error("http.unexpected", method=request.method, path=request.path, exc_info=error)
-    return Problem(500, "An unexpected error; it is in the log.")
+    return Problem(500, "An unexpected error occurred; see the log.")
 
 
-def _note_refusal(problem: Problem, request: web.Request) -> None:
-    """Who was refused or limited: the device whose token the request carries."""
-    device = request.get(auth.DEVICE)
+def _record_refusal(problem: Problem, request: web.Request) -> None:
+    """Record that the device whose token the request carries was refused or rate limited."""
+    device = request.get(DEVICE)
     if device is not None and problem.status < 500:
         first = problem.errors[0] if problem.errors else None
         reason = f"{problem.detail} {first.message}" if first else problem.detail
-        request.app[PARTS].troubles.refused(device, problem.status, reason, (first and first.path) or None)
+        request.app[DEVICE_API].troubles.refused(device, problem.status, reason, (first and first.path) or None)
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:
-    """`Expect: 100-continue`, or a refusal that repeats nothing (aiohttp's own could not encode what it repeats)."""
+    """Respond to `Expect: 100-continue`, or refuse any other value without repeating it (aiohttp's own refusal fails if
+    it cannot encode the value)."""
     if request.headers.get("Expect", "").lower() != "100-continue":
-        return Problem(417, "Expect takes 100-continue.", close=True).response()
-    if request.version >= HttpVersion11:  # before it nobody knew such an answer, and it would be taken for the last
+        return Problem(417, "Expect must be 100-continue.", close=True).response()
+    if request.version >= HttpVersion11:  # an older client would mistake this response for the final one
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     return None
 
 
 async def _no_such_route(request: web.Request) -> web.StreamResponse:
     allowed: set[str] = set()
+    path = ""  # the first that matches: /v1/devices/offline is not a device
     for resource in request.app.router.resources():
         for route in resource:
             if route.method not in ("*", request.method) and (await resource.resolve(request))[1]:
-                allowed.add(route.method)
+                path = path or resource.canonical
+                allowed |= {route.method} if resource.canonical == path else set()
     if allowed:
         raise Problem(
             405,
-            f"{request.path} takes {', '.join(sorted(allowed))}.",
+            f"{request.path} accepts {', '.join(sorted(allowed))}.",
             headers={"Allow": ", ".join(sorted(allowed))},
         )
-    raise Problem(404, "There is nothing here.")
+    raise Problem(404, "This path does not exist.")

@@ -1,6 +1,6 @@
-"""Fills device_last_status from the history: after an import, or before reads are turned over to it.
+"""Fill device_last_status from the history: after an import, or before reads are switched to it.
 
-The reconciliation's own statement, with a longer look back and no bound of repairs.
+The backfill executes the statement of the reconciliation, with a longer history and no limit on the repairs.
 """
 
 from __future__ import annotations
@@ -8,30 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from nexhb import sql
-from nexhb.db import Connection
 from nexhb.jobs.reconcile import heal
-from nexhb.jobs.runner import Done, Job
-from nexhb.locks import Lock
+from nexhb.jobs.runner import Job, JobResult
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection
+from nexhb.postgres.locks import Lock
 
 _Q = sql.queries("backfill")
 
-DAYS_MOST = 90
+MAX_DAYS = 90
 ACTIVE_WITHIN = timedelta(hours=1)
 
-Tell = Callable[[int, int, int], None]  # devices looked at, of how many, rows written
+Progress = Callable[[int, int, int], None]  # called with: devices checked, devices in total, rows written
 
 
-def backfill_job(days: int, tell: Tell) -> Job:
-    """The newest heartbeat of each device within `days` days, where it is newer than what stands there."""
+def backfill_job(days: int, progress: Progress) -> Job:
+    """Return the job that writes each device's newest heartbeat of `days` days, if the device's status is older."""
 
-    async def work(conn: Connection, now: datetime) -> Done:
+    async def work(conn: Connection, now: datetime) -> JobResult:
         devices = await conn.fetchval(_Q["devices"])
-        found = await heal(
-            conn, now, looks_back=timedelta(days=days), tell=lambda checked, wrote: tell(checked, devices, wrote)
+        result = await heal(
+            conn,
+            now,
+            history=timedelta(days=days),
+            progress=lambda checked, updated: progress(checked, devices, updated),
         )
         row = await conn.fetchrow(_Q["fleet"], now - ACTIVE_WITHIN)
         assert row is not None  # noqa: S101 - an aggregate has one row
-        return Done({"days": days, "checked": found.checked, "updated": found.updated, **row})
+        return JobResult({"days": days, "checked": result.checked, "updated": result.updated, **row})
 
     return Job("backfill", Lock.BACKFILL, "backfill", work)

@@ -1,5 +1,8 @@
-"""The nightly run: the plan, carried out step by step. Each step can be killed anywhere and done again; one that fails
-is the run's failure, and stops only what depends on it."""
+"""The nightly run: carry out the plan step by step.
+
+Each step may be killed at any point and repeated. If a step fails, the run counts as failed, but only the steps that
+depend on it are left out.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,247 +18,300 @@ from typing import Any
 import asyncpg
 from asyncpg import Record
 
-from nexhb import clock, locks, log, metrics, partitions, sql
+from nexhb import clock, log, metrics, partitions, retirement
 from nexhb.archive import catalog, late, marker, restore, verify
-from nexhb.archive.export import BUCKET_SECONDS, Source, clean_spool, export
+from nexhb.archive.export import BUCKET_SECONDS, ArchivedTable, clean_spool, export
 from nexhb.archive.store import Store
-from nexhb.db import Connection
 from nexhb.errors import JobFailed, LockLost, NexhbError
 from nexhb.jobs import plan
-from nexhb.jobs.plan import Day, Kind, Step
-from nexhb.jobs.runner import CLOCKS_DIFFER, Done, Job
-from nexhb.locks import Lock
+from nexhb.jobs.plan import Day, Step, StepKind
+from nexhb.jobs.runner import MAX_CLOCK_DIFFERENCE, Job, JobResult
 from nexhb.partitions import Partition
+from nexhb.postgres import locks, sql
+from nexhb.postgres.connections import Connection
+from nexhb.postgres.locks import Lock
+from nexhb.watching import device_days, months, retention
+from nexhb.watching.device_days import DayTable, UptimeRules
 
 _P = sql.queries("partitions")
 _Q = sql.queries("jobs")
 _log = log.get("jobs")
 
 RUNS_KEPT = timedelta(days=366)
-YES = "Set the clock; if the clock is right: `nexhb nightly --yes`, or POST /ops/nightly?yes=true."
-COMPARISONS_KEPT = timedelta(days=8)  # of perf_diff, a week of them is looked at
+CONFIRM_HINT = "Set the clock. If the clock is right: `nexhb nightly --yes`, or POST /ops/nightly?yes=true."
+COMPARISONS_KEPT = timedelta(days=8)  # how long to keep perf_diff's comparisons; a rollout's last report covers a week
 
 
-def nothing(_point: str) -> None:
-    """Nobody listens."""
+def no_checkpoint(_point: str) -> None:
+    """Do nothing at a checkpoint."""
 
 
 @dataclass(frozen=True)
-class Means:
-    """What a nightly run works with."""
+class NightlyContext:
+    """The settings and resources of a nightly run."""
 
-    rules: plan.Rules
+    rules: plan.NightlyRules
     store: Callable[[], AbstractAsyncContextManager[Store]]
-    spool: Path  # a folder for objects on their way
-    random: random.Random = field(default_factory=random.SystemRandom)  # which day is drilled
-    at: Callable[[str], None] = nothing  # hears of each thing that is durable; the tests kill a run there
-    bucket_seconds: int = BUCKET_SECONDS  # of the days that are archived, as a rule
-    compare_clocks: bool = False  # do nothing where this machine's clock is not the database's
-    yes: bool = False  # somebody said that most of what stands may leave, or that the clock is right
+    spool: Path  # a folder for objects before they are stored
+    random: random.Random = field(default_factory=random.SystemRandom)  # chooses the archive to restore as a trial
+    checkpoint: Callable[[str], None] = no_checkpoint  # called after each durable step; tests kill a run there
+    bucket_seconds: int = BUCKET_SECONDS  # bucket length of most rows of the archived days
+    events_kept: timedelta = timedelta(days=400)
+    uptime: UptimeRules = field(default_factory=UptimeRules)
+    compare_clocks: bool = False  # fail if this machine's clock differs from the database's
+    # The operator confirmed an unusual plan: that most of the days may be archived and dropped, or the clock is right.
+    confirmed: bool = False
 
 
-def job(means: Means) -> Job:
-    """The job."""
+def nightly_job(context: NightlyContext) -> Job:
+    """Return the job of the nightly run."""
 
-    async def work(conn: Connection, now: datetime) -> Done:
-        if means.compare_clocks:
+    async def work(conn: Connection, now: datetime) -> JobResult:
+        if context.compare_clocks:
             await _compare_clocks(conn, now)
-        async with means.store() as store:
-            return await Night(conn, store, means, now).run()
+        async with context.store() as store:
+            return await NightlyRun(conn, store, context, now).run()
 
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
 
 
 async def _compare_clocks(conn: Connection, now: datetime) -> None:
-    """Raise JobFailed where one clock is far ahead: by it, days that still fill would be old, archived and dropped."""
-    theirs = (await clock.look(conn))[0]
-    if abs(now - theirs) > CLOCKS_DIFFER:
+    """Raise JobFailed if the two clocks differ: by a clock that is far ahead, a run would drop days that still get
+    heartbeats."""
+    database_now = (await clock.read(conn))[0]
+    if abs(now - database_now) > MAX_CLOCK_DIFFERENCE:
         raise JobFailed(
-            f"It is {now:%Y-%m-%d %H:%MZ} here and {theirs:%Y-%m-%d %H:%MZ} in the database: set the clocks."
+            f"It is {now:%Y-%m-%d %H:%MZ} here and {database_now:%Y-%m-%d %H:%MZ} in the database: set the clocks."
         )
 
 
-def dry_run(means: Means) -> Job:
-    """The same, which only says what would be done."""
+def dry_run_job(context: NightlyContext) -> Job:
+    """Return the job that only lists the steps of a nightly run."""
 
-    async def work(conn: Connection, now: datetime) -> Done:
-        steps, doubt = await _planned(conn, now, means)
+    async def work(conn: Connection, now: datetime) -> JobResult:
+        steps, confirm_reason = await _make_plan(conn, now, context)
         listed = [{"step": s.kind, "target": s.target, "reason": s.reason} for s in steps]
-        return Done({"dry_run": True, "plan": listed} | ({"asks": f"{doubt} {YES}"} if doubt else {}))
+        return JobResult(
+            {"dry_run": True, "plan": listed} | ({"asks": f"{confirm_reason} {CONFIRM_HINT}"} if confirm_reason else {})
+        )
 
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work, dry_run=True)
 
 
-async def _planned(conn: Connection, now: datetime, means: Means) -> tuple[list[Step], str | None]:
-    """The steps, and why they are not to be gone without somebody's word."""
-    days = await read_days(conn, now)
-    steps = plan.nightly(days, now, means.rules)
-    last_run: datetime | None = await conn.fetchval(_Q["last_gone_through"], now + CLOCKS_DIFFER)
-    seen = await conn.fetch(_Q["heartbeat_days"], last_run, now)
-    witnesses = plan.Witnesses(last_run, tuple(row["day"] for row in seen))
-    return steps, None if means.yes else plan.doubt(days, steps, now, witnesses)
+async def _make_plan(conn: Connection, now: datetime, context: NightlyContext) -> tuple[list[Step], str | None]:
+    """Return the steps, and the reason why an operator must confirm the steps; None if no confirmation is required."""
+    days = await _with_uptime_due(conn, await read_days(conn, now), now)
+    steps = plan.nightly(days, now, context.rules)
+    last_run: datetime | None = await conn.fetchval(_Q["last_carried_out"], now + MAX_CLOCK_DIFFERENCE)
+    rows = await conn.fetch(_Q["heartbeat_days"], last_run, now)
+    evidence = plan.TimeEvidence(last_run, tuple(row["day"] for row in rows))
+    return steps, None if context.confirmed else plan.confirmation_reason(days, steps, now, evidence)
 
 
 async def read_days(conn: Connection, now: datetime | None = None) -> list[Day]:
-    """Every partition that hb_partitions or the catalog knows. What was done to one after `now`, by a clock that was
-    ahead, was not done."""
+    """Return every partition in hb_partitions or in PostgreSQL's catalog.
+
+    A count or freeze whose recorded time is later than `now` is ignored: a clock that was ahead recorded it.
+    """
     attached = {p.name: p for p in await partitions.attached(conn)}
     late_rows = {row["day"]: row["rows"] for row in await conn.fetch(_P["late"])}
     days = [
         _known_day(row, attached.get(row["partition_name"]), late_rows, now)
-        for row in await partitions.known(conn)
-        if row["attached"] == (row["partition_name"] in attached)  # else its bounds cannot be read: it is left alone
+        for row in await partitions.recorded(conn)
+        if row["attached"]
+        == (row["partition_name"] in attached)  # otherwise the partition's bounds are unreadable, and it is skipped
     ]
     known = {day.name for day in days}
-    return days + [
+    days += [
         Day(p.name, p.start, p.end, "unknown", attached=True, present=True, detach_pending=p.detach_pending)
         for p in attached.values()
         if p.name not in known
     ]
+    return days
 
 
-def _known_day(row: Record, found: Partition | None, late_rows: dict[date, int], now: datetime | None) -> Day:
-    """A day as hb_partitions has it; of one that is `found` attached, the catalog's bounds count."""
-    start, end = (found.start, found.end) if found else (row["range_start"], row["range_end"])
+async def _with_uptime_due(conn: Connection, days: list[Day], now: datetime) -> list[Day]:
+    """Return the days, each with the reason why its uptimes must be made. Only the table of an ended day is read."""
+    ended = {
+        each: day.name
+        for day in days
+        if day.present and day.state != "dropped" and day.end <= now
+        for each in plan.dates(day)
+    }
+    reasons = await device_days.due(conn, list(ended))
+    by_name = {ended[each]: reason for each, reason in reasons.items()}
+    return [replace(day, uptime_due=by_name.get(day.name, "")) for day in days]
+
+
+def _known_day(row: Record, attached: Partition | None, late_rows: dict[date, int], now: datetime | None) -> Day:
+    """Return a recorded day. If the day is attached, its bounds are taken from PostgreSQL's catalog."""
+    start, end = (attached.start, attached.end) if attached else (row["range_start"], row["range_end"])
     return Day(
         name=row["partition_name"],
         start=start,
         end=end,
-        state=_state(row, found),
-        attached=found is not None,
+        state=_state(row, attached),
+        attached=attached is not None,
         present=row["present"],
-        detach_pending=found is not None and found.detach_pending,
+        detach_pending=attached is not None and attached.detach_pending,
         restored=row["restored_at"] is not None,
-        counted_at=None if _lies_ahead(row["counted_at"], now) else row["counted_at"],
-        frozen=row["frozen_at"] is not None and not _lies_ahead(row["frozen_at"], now),
+        counted_at=None if _is_in_the_future(row["counted_at"], now) else row["counted_at"],
+        frozen=row["frozen_at"] is not None and not _is_in_the_future(row["frozen_at"], now),
         late=sum(n for day, n in late_rows.items() if start.date() <= day < end.date()),
     )
 
 
-def _lies_ahead(moment: datetime | None, now: datetime | None) -> bool:
-    return moment is not None and now is not None and moment > now + CLOCKS_DIFFER
+def _is_in_the_future(moment: datetime | None, now: datetime | None) -> bool:
+    return moment is not None and now is not None and moment > now + MAX_CLOCK_DIFFERENCE
 
 
-def _state(row: Record, found: Partition | None) -> str:
+def _state(row: Record, attached: Partition | None) -> str:
     state: str = row["state"]
-    if found and state != "dropped":
-        told = (row["range_start"], row["range_end"]) == (found.start, found.end)
-        return state if told and state != "archived" and not found.sealed else "unknown"  # attached by hand
+    if attached and state != "dropped":
+        same_bounds = (row["range_start"], row["range_end"]) == (attached.start, attached.end)
+        # "unknown": somebody attached the partition by hand.
+        return state if same_bounds and state != "archived" and not attached.sealed else "unknown"
     if state == "active" and row["archive_url"] and not row["present"]:
-        return "dropped"  # restored, and dropped by hand: its archive is all there is of it
+        return "dropped"  # the table was restored, then dropped by hand: only the archive is left
     return state
 
 
-class Night:
-    """One run."""
+class NightlyRun:
+    """Carries out the plan of one nightly run."""
 
-    def __init__(self, conn: Connection, store: Store, means: Means, now: datetime) -> None:
-        self._conn, self._store, self._means, self._now = conn, store, means, now
+    def __init__(self, conn: Connection, store: Store, context: NightlyContext, now: datetime) -> None:
+        self._conn, self._store, self._context, self._now = conn, store, context, now
         self._counts: Counter[str] = Counter()
         self._failures: list[str] = []
-        self._failed: set[tuple[Kind, str]] = set()
-        self._do: dict[Kind, Callable[[Step], Awaitable[None]]] = {
-            Kind.FINALIZE: self._finalize, Kind.ADOPT: self._adopt, Kind.CREATE: self._create, Kind.COUNT: self._count,
-            Kind.ARCHIVE: self._archive, Kind.DROP: self._drop, Kind.LATE: self._late, Kind.FREEZE: self._freeze,
-            Kind.VACUUM: self._vacuum, Kind.ANALYZE: self._analyze, Kind.INACTIVE: self._inactivate,
-            Kind.DRILL: self._drill, Kind.PRUNE: self._prune,
-        }  # fmt: skip
+        self._failed: set[tuple[StepKind, str]] = set()
+        self._actions: dict[StepKind, Callable[[Step], Awaitable[None]]] = {
+            StepKind.FINALIZE: self._finalize,
+            StepKind.REGISTER: self._register,
+            StepKind.CREATE: self._create,
+            StepKind.COUNT: self._count,
+            StepKind.UPTIME: self._make_uptimes,
+            StepKind.ARCHIVE: self._archive,
+            StepKind.DROP: self._drop,
+            StepKind.LATE: self._late,
+            StepKind.FREEZE: self._freeze,
+            StepKind.VACUUM: self._vacuum,
+            StepKind.ANALYZE: self._analyze,
+            StepKind.INACTIVE: self._mark_inactive,
+            StepKind.DRILL: self._drill,
+            StepKind.PRUNE: self._prune,
+        }
 
-    async def run(self) -> Done:
-        """Every step of the plan. Raises where the connection, and with it the lock, is lost, and before the first step
-        where somebody is to be asked."""
-        clean_spool(self._means.spool)
-        steps, doubt = await _planned(self._conn, self._now, self._means)
-        if doubt:
-            raise JobFailed(doubt, hint=YES)
+    async def run(self) -> JobResult:
+        """Carry out every step of the plan.
+
+        Raises JobFailed before the first step if an operator must confirm the plan. Also raises JobFailed when the
+        connection is lost, and with it the lock.
+        """
+        clean_spool(self._context.spool)
+        steps, confirm_reason = await _make_plan(self._conn, self._now, self._context)
+        if confirm_reason:
+            raise JobFailed(confirm_reason, hint=CONFIRM_HINT)
         for step in steps:
-            if step.needs and (step.needs, step.target) in self._failed:
+            if any((kind, step.target) in self._failed for kind in step.needs):
                 self._failed.add((step.kind, step.target))
                 continue
-            await self._try(step)
-        return Done(dict(self._counts), tuple(self._failures))
+            await self._carry_out(step)
+        return JobResult(dict(self._counts), tuple(self._failures))
 
-    async def _try(self, step: Step) -> None:
+    async def _carry_out(self, step: Step) -> None:
         try:
-            await self._do[step.kind](step)
+            await self._actions[step.kind](step)
         except Exception as error:
             reason = f"{step.kind} {step.target}: {error or type(error).__name__}"
-            # A foreseen one says all in its sentence; the trace of four days' archives would bury it.
+            # The message of an expected error is sufficient; stack traces of several failed steps would bury it.
             trace = None if isinstance(error, NexhbError) else error
             _log.error(
                 "nightly_maintenance.step_failed", step=step.kind, target=step.target, reason=reason, exc_info=trace
             )
-            if isinstance(error, LockLost) or not await self._is_ours():
-                raise JobFailed(f"Its connection was lost: {reason}") from error
+            if isinstance(error, LockLost) or not await self._holds_lock():
+                raise JobFailed(f"The job's connection was lost: {reason}") from error
             self._failures.append(reason)
             self._failed.add((step.kind, step.target))
             self._counts["failed_steps"] += 1
 
-    async def _is_ours(self) -> bool:
-        """Whether there is a connection that holds the lock. One that is just being lost does not know it yet."""
+    async def _holds_lock(self) -> bool:
+        """Return whether the connection works and holds the lock. A query to the server decides, because a connection
+        that is just being lost does not report this yet."""
         try:
             await locks.check(self._conn, Lock.NIGHTLY)
         except (LockLost, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
             return False
         return True
 
-    # ---- the days -------------------------------------------------------------------------------------------------
+    # ---- partitions -------------------------------------------------------------------------------------------------
 
     async def _finalize(self, step: Step) -> None:
-        await partitions.detach(self._conn, step.target)
+        await retirement.detach(self._conn, step.target)
         self._counts["detaches_finished"] += 1
 
-    async def _adopt(self, step: Step) -> None:
+    async def _register(self, step: Step) -> None:
         day = _day(step)
-        await partitions.adopt(self._conn, day.name, day.start, day.end)
+        await retirement.register(self._conn, day.name, day.start, day.end)
         self._counts["adopted"] += 1
 
     async def _create(self, step: Step) -> None:
-        assert step.make is not None  # noqa: S101 - every CREATE has it
-        await partitions.ensure(self._conn, [step.make])
+        assert step.new_day is not None  # noqa: S101 - every CREATE has it
+        await partitions.ensure(self._conn, [step.new_day])
         self._counts["created"] += 1
 
     async def _count(self, step: Step) -> None:
-        rows = await partitions.count(self._conn, step.target)
+        rows = await partitions.count_rows(self._conn, step.target)
         await self._conn.execute(_P["counted"], step.target, rows, self._now)
         self._counts["counted"] += 1
 
-    # ---- out ------------------------------------------------------------------------------------------------------
+    # ---- uptimes ----------------------------------------------------------------------------------------------------
+
+    async def _make_uptimes(self, step: Step) -> None:
+        day, context = _day(step), self._context
+        for each in plan.dates(day):
+            source = DayTable(each, day.name)
+            self._counts["device_days"] += await device_days.make_due(
+                self._conn, source, context.uptime, self._now, context.checkpoint
+            )
+
+    # ---- archive and drop -------------------------------------------------------------------------------------------
 
     async def _archive(self, step: Step) -> None:
         day = _day(step)
         _log.info("archive.start", partition=day.name, reason=step.reason)
         try:
-            rows, url = await self._stored_and_verified(day)
+            rows, url = await self._store_and_verify(day)
         except Exception as error:
-            await self._archive_failed(day.name, error)
+            await self._record_failure(day.name, error)
             raise
         metrics.partitions_archived.inc()
         self._counts["archived"] += 1
         _log.info("archive.end", partition=day.name, rows=rows, url=url)
 
-    async def _stored_and_verified(self, day: Day) -> tuple[int, str]:
-        means, at = self._means, self._means.at
-        await self._right_store()
-        await partitions.detach(self._conn, day.name)
-        at("detached")
-        await partitions.seal(self._conn, day.name, day.start, day.end)
-        at("sealed")
-        source = Source(day.name, "day", day.name, day.start, day.end)
-        stored = await export(self._conn, source, self._store, means.spool, bucket_seconds=means.bucket_seconds, at=at)
-        await verify.verify(self._store, stored.name, stored.sha256, means.spool)
-        at("verified")
+    async def _store_and_verify(self, day: Day) -> tuple[int, str]:
+        context, checkpoint = self._context, self._context.checkpoint
+        await self._require_store()
+        await retirement.detach(self._conn, day.name)
+        checkpoint("detached")
+        await retirement.seal(self._conn, day.name, day.start, day.end)
+        checkpoint("sealed")
+        source = ArchivedTable(day.name, "day", day.name, day.start, day.end)
+        stored = await export(
+            self._conn, source, self._store, context.spool, bucket_seconds=context.bucket_seconds, checkpoint=checkpoint
+        )
+        await verify.verify(self._store, stored.name, stored.sha256, context.spool)
+        checkpoint("verified")
         manifest, url = stored.manifest, self._store.url(stored.name)
         await locks.check(self._conn, Lock.NIGHTLY)
-        await catalog.record(self._conn, manifest, stored.sha256, url, self._now)
-        at("recorded")
+        await catalog.record_archive(self._conn, manifest, stored.sha256, url, self._now)
+        checkpoint("recorded")
         return manifest.rows, url
 
-    async def _right_store(self) -> None:
-        """Raise WrongStore where the store is not the one that the database knows: nothing goes there."""
-        await marker.ensure(self._conn, self._store, self._means.spool, self._now)
+    async def _require_store(self) -> None:
+        """Raise WrongStore, before anything is stored, if the store is not the one that the database knows."""
+        await marker.require_marker(self._conn, self._store, self._context.spool, self._now)
 
-    async def _archive_failed(self, name: str, error: Exception) -> None:
+    async def _record_failure(self, name: str, error: Exception) -> None:
         metrics.archive_failures.inc()
         reason = str(error) or type(error).__name__
         _log.error("archive.failed", partition=name, reason=reason)
@@ -264,45 +320,48 @@ class Night:
 
     async def _drop(self, step: Step) -> None:
         day = _day(step)
-        earlier = step.needs is None  # an earlier run archived it: what that run saw may have rotted since
-        if earlier and not await partitions.is_sealed(self._conn, day.name):
-            await self._archive(step)  # somebody let it take rows again
+        archived_earlier = not step.needs  # an earlier run archived the day; the archive may be damaged since
+        if archived_earlier and not await retirement.is_sealed(self._conn, day.name):
+            await self._archive(step)  # somebody unsealed the table, so its rows may have changed
         try:
-            await self._right_store()
-            if earlier:
+            await self._require_store()
+            if archived_earlier:
                 for archived in await catalog.find(self._conn, day.start.date()):
-                    name, spool = self._store.name_of(archived.url), self._means.spool
+                    name, spool = self._store.name_of(archived.url), self._context.spool
                     await verify.verify(self._store, name, archived.sha256, spool)
         except Exception as error:
-            await self._archive_failed(day.name, error)
+            await self._record_failure(day.name, error)
             raise
-        await partitions.drop(self._conn, day.name, self._now)
-        self._means.at("dropped")
+        await retirement.drop(self._conn, day.name, self._now)
+        self._context.checkpoint("dropped")
         self._counts["dropped"] += 1
 
     async def _late(self, step: Step) -> None:
-        """Where the day stands now, behind this run's own steps, decides where they go."""
+        """Move a day's late heartbeats into its table, or into a supplement if the table was dropped.
+
+        The day is read again, because earlier steps of this run may have changed its state.
+        """
         day = next((d for d in await read_days(self._conn, self._now) if d.name == step.target), None)
         if day is None or not day.late:
             return
-        gone = day.state == "dropped"  # a table of its name is somebody's own
-        if day.attached and not gone:
-            self._counts["late_merged"] += await partitions.merge_late(self._conn, day.name, day.start, day.end)
-        elif gone or not day.present:
-            archives, means = await catalog.find(self._conn, day.start.date()), self._means
-            await self._right_store()
-            rows = await late.supplement(
+        dropped = day.state == "dropped"  # then a table with its name is not the day's table
+        if day.attached and not dropped:
+            self._counts["late_merged"] += await retirement.merge_late(self._conn, day.name, day.start, day.end)
+        elif dropped or not day.present:
+            archives, context = await catalog.find(self._conn, day.start.date()), self._context
+            await self._require_store()
+            rows = await late.store_supplement(
                 self._conn,
                 self._store,
                 archives,
-                means.spool,
+                context.spool,
                 self._now,
-                bucket_seconds=means.bucket_seconds,
-                at=means.at,
+                bucket_seconds=context.bucket_seconds,
+                checkpoint=context.checkpoint,
             )
             self._counts["late_archived"] += rows
 
-    # ---- upkeep ---------------------------------------------------------------------------------------------------
+    # ---- upkeep -----------------------------------------------------------------------------------------------------
 
     async def _freeze(self, step: Step) -> None:
         await partitions.vacuum(self._conn, step.target, freeze=True)
@@ -316,17 +375,17 @@ class Night:
     async def _analyze(self, _step: Step) -> None:
         await partitions.analyze_parent(self._conn)
 
-    async def _inactivate(self, _step: Step) -> None:
-        since = self._now - timedelta(days=self._means.rules.retention_days)
+    async def _mark_inactive(self, _step: Step) -> None:
+        since = self._now - timedelta(days=self._context.rules.retention_days)
         self._counts["inactivated"] += _rows(await self._conn.execute(_Q["inactivate"], since))
 
     async def _drill(self, _step: Step) -> None:
-        archives = await catalog.every(self._conn)
+        archives = await catalog.current_archives(self._conn)
         if not archives:
             return
-        archived = self._means.random.choice(archives)
-        rows = await restore.drill(self._conn, self._store, archived, self._means.spool)
-        await catalog.drilled(self._conn, archived, self._now)
+        archived = self._context.random.choice(archives)
+        rows = await restore.drill(self._conn, self._store, archived, self._context.spool)
+        await catalog.record_drill(self._conn, archived, self._now)
         metrics.last_drill.set(self._now.timestamp())
         _log.info("archive.drill", partition=archived.partition, rows=rows, url=archived.url)
         self._counts["drilled"] += 1
@@ -335,7 +394,9 @@ class Night:
         await self._conn.execute(_Q["prune_runs"], self._now - RUNS_KEPT)
         await self._conn.execute(_Q["prune_flag_changes"], self._now - RUNS_KEPT)
         await self._conn.execute(_Q["prune_comparisons"], self._now - COMPARISONS_KEPT)
-        await partitions.fold_ledger(self._conn, (self._now - self._means.rules.accept_past).date())
+        await retention.prune(self._conn, self._now - self._context.events_kept)
+        await months.keep(self._conn, self._now.date(), self._context.uptime.retention_days)
+        await partitions.fold_ledger(self._conn, (self._now - self._context.rules.accept_past).date())
 
 
 def _day(step: Step) -> Day:

@@ -1,5 +1,8 @@
-"""When the daemon runs its jobs. What is due is read from job_runs, so a run that was missed while no daemon was there
-is made up, and one that another daemon made is not made again."""
+"""The schedule of the daemon's jobs.
+
+Whether a job is due follows from job_runs. So a run that was missed while no daemon ran is made up for, and a run that
+another daemon made is not repeated.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,42 @@ from datetime import datetime
 
 from croniter import croniter
 
-from nexhb import log, metrics, partitions, sql
-from nexhb.config import Jobs as Settings
-from nexhb.db import Connection, Database
+from nexhb import log, metrics, partitions
+from nexhb.config import JobsSettings
 from nexhb.jobs import runner
-from nexhb.jobs.board import Jobs
-from nexhb.jobs.runner import Run
+from nexhb.jobs.registry import Jobs
+from nexhb.jobs.runner import JobRun
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection, Database
+from nexhb.watching import counts
 
 _Q = sql.queries("jobs")
 _log = log.get("jobs")
 
-LOOK_S = 15.0  # how often it is looked whether something is due
+CHECK_INTERVAL_S = 15.0  # seconds between two checks of whether a job is due
 
 
 @dataclass(frozen=True)
 class _Scheduled:
     name: str
     cron: str
-    run: Callable[..., Awaitable[Run]]
+    run: Callable[..., Awaitable[JobRun]]
 
 
 def due_since(cron: str, now: datetime, last_started: datetime | None) -> datetime | None:
-    """The last time at which the job should have begun, if it has not begun since; else None. Times in UTC."""
+    """Return the last time at which the job was scheduled, or None if the job has started since then. Times are UTC."""
     last: datetime = croniter(cron, now).get_prev(datetime)
     return last if last_started is None or last_started < last else None
 
 
 class Schedule:
-    """The coroutine that runs what is due."""
+    """Runs jobs when they are due."""
 
     def __init__(
         self,
         database: Database,
         jobs: Jobs,
-        settings: Settings,
+        settings: JobsSettings,
         now: Callable[[], datetime],
         random_fraction: Callable[[], float] = random.random,
     ) -> None:
@@ -52,52 +57,55 @@ class Schedule:
         self._now = now
         self._jitter_s = settings.jitter_seconds
         self._random_fraction = random_fraction
-        wanted = (
+        jobs_and_crons = (
             _Scheduled("nightly", settings.nightly, jobs.nightly),
             _Scheduled("reconcile", settings.reconcile, jobs.reconcile),
         )
-        self._scheduled = [one for one in wanted if one.cron]
+        self._scheduled = [job for job in jobs_and_crons if job.cron]
 
     async def run(self) -> None:
-        """Run what is due, each job beside the others, until cancelled."""
+        """Run due jobs until cancelled. Different jobs may run at the same time."""
         async with asyncio.TaskGroup() as group:
-            for one in self._scheduled:
-                group.create_task(self._keep(one), name=one.name)
-            group.create_task(self._keep_metrics(), name="job metrics")
+            for job in self._scheduled:
+                group.create_task(self._run_when_due(job), name=job.name)
+            group.create_task(self._keep_metrics_current(), name="job metrics")
 
-    async def _keep(self, one: _Scheduled) -> None:
+    async def _run_when_due(self, job: _Scheduled) -> None:
         while True:
             await asyncio.sleep(self._jitter_s * self._random_fraction())
             try:
-                if due := await self._due(one):
-                    await one.run(unless_since=due)
+                if due := await self._due(job):
+                    await job.run(unless_since=due)
             except Exception:
-                # The job's own failures are in job_runs; this is the database's absence, and the next look is soon.
-                _log.exception("job.not_run", job=one.name)
-            await asyncio.sleep(LOOK_S)
+                # Failures of the job are in job_runs. This error comes from the database, and the next check is soon.
+                _log.exception("job.not_run", job=job.name)
+            await asyncio.sleep(CHECK_INTERVAL_S)
 
-    async def _due(self, one: _Scheduled) -> datetime | None:
+    async def _due(self, job: _Scheduled) -> datetime | None:
         async with self._database.connected(application="nexhb schedule", command_timeout_s=10) as conn:
             now = self._now()
-            return due_since(one.cron, now, await runner.last_started(conn, one.name, now))
+            return due_since(job.cron, now, await runner.last_started(conn, job.name, now))
 
-    async def _keep_metrics(self) -> None:
-        """What the database says counts, whichever daemon or command did it: one's own last run may be an old story."""
+    async def _keep_metrics_current(self) -> None:
+        """Update the metrics from the database: the last run may have been made by another daemon or by a command."""
         while True:
             try:
                 async with self._database.connected(application="nexhb schedule", command_timeout_s=10) as conn:
-                    await show(conn, self._now())
+                    await update_metrics(conn, self._now())
+                    await counts.update_metrics(conn)
             except Exception:
                 _log.exception("job.metrics_not_read")
             await asyncio.sleep(60)
 
 
-async def show(conn: Connection, now: datetime) -> None:
-    """Set the metrics that speak of the database and not of this daemon."""
-    last_good = {row["job"]: row["at"] for row in await conn.fetch(_Q["last_good"], now + runner.CLOCKS_DIFFER)}
+async def update_metrics(conn: Connection, now: datetime) -> None:
+    """Set the metrics that describe the database, which are the same in every daemon."""
+    last_success = {
+        row["job"]: row["at"] for row in await conn.fetch(_Q["last_success"], now + runner.MAX_CLOCK_DIFFERENCE)
+    }
     for job in ("nightly", "reconcile"):
-        last_good.setdefault(job, None)
-    for job, at in last_good.items():
+        last_success.setdefault(job, None)
+    for job, at in last_success.items():
         if job == "drill" and at is None:
             continue
         gauge = metrics.last_drill if job == "drill" else metrics.job_last_success.labels(job=job)

@@ -1,19 +1,19 @@
--- `http-request lua.copy_to_nexmdm URL` sends a copy of a heartbeat to the NexMDM at URL. A task of its own does it, so
--- that the device does not wait. This file belongs into /etc/haproxy/. In each thread at most 32 copies wait for NexMDM;
+-- `http-request lua.copy_to_nexmdm URL` sends a copy of a heartbeat to the NexMDM at URL. A separate task does it, so
+-- that the device does not wait. This file belongs in /etc/haproxy/. In each thread at most 32 copies wait for NexMDM;
 -- those beyond the limit are dropped, with a line in the log. A heartbeat that does not fit into one buffer
 -- (tune.bufsize) or comes without a Content-Length is not copied.
 
-local most, wait_ms = 32, 10000
+local max_waiting, timeout_ms = 32, 10000
 local waiting, dropped = 0, 0
-local passed_on = {"authorization", "content-type", "user-agent", "x-forwarded-for", "x-forwarded-proto"}
+local forwarded_headers = {"authorization", "content-type", "user-agent", "x-forwarded-for", "x-forwarded-proto"}
 
 local function copy(request)
-    local sent, answer = pcall(function()
+    local ok, response = pcall(function()
         return core.httpclient():post(request)
     end)
     waiting = waiting - 1
-    if not sent or answer == nil or answer.status == nil or answer.status == 0 then
-        core.Warning("copy_to_nexmdm: no answer from " .. request.url)
+    if not ok or response == nil or response.status == nil or response.status == 0 then
+        core.Warning("copy_to_nexmdm: no response from " .. request.url)
     end
 end
 
@@ -22,13 +22,13 @@ core.register_action("copy_to_nexmdm", {"http-req"}, function(txn, nexmdm)
     if #body == 0 or tostring(#body) ~= txn.sf:req_hdr("content-length") then
         return
     end
-    if waiting >= most then
+    if waiting >= max_waiting then
         dropped = dropped + 1
-        core.Warning("copy_to_nexmdm: " .. most .. " copies wait for an answer; " .. dropped .. " were dropped")
+        core.Warning("copy_to_nexmdm: " .. max_waiting .. " copies wait for a response; " .. dropped .. " were dropped")
         return
     end
     local headers = {["content-length"] = {tostring(#body)}}
-    for _, name in ipairs(passed_on) do
+    for _, name in ipairs(forwarded_headers) do
         local value = txn.sf:req_hdr(name)
         if value ~= "" then
             headers[name] = {value}
@@ -36,6 +36,6 @@ core.register_action("copy_to_nexmdm", {"http-req"}, function(txn, nexmdm)
     end
     waiting = waiting + 1
     core.register_task(function()
-        copy({url = nexmdm .. "/v1/heartbeat", headers = headers, body = body, timeout = wait_ms})
+        copy({url = nexmdm .. "/v1/heartbeat", headers = headers, body = body, timeout = timeout_ms})
     end)
 end, 1)

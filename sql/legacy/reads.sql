@@ -1,9 +1,9 @@
--- What the old system asked before it had device_last_status: the newest heartbeat of each device, picked by a window
--- function over the whole history. Kept to be compared with, and to fall back on. Over heartbeat_history, so that it
--- has device_id as the old table had.
+-- The queries of the old system before it had device_last_status: a window function over the whole history picks the newest
+-- heartbeat of each device. They are kept for comparison and as a fallback. They read heartbeat_history, which has
+-- device_id, as the old table had.
 
 -- name: offline
--- $1 cutoff.
+-- The devices whose newest heartbeat is from before $1.
 SELECT device_id, alias, last_ts
 FROM (
     SELECT h.device_id, d.alias, h.ts AS last_ts,
@@ -14,7 +14,7 @@ WHERE nth = 1 AND last_ts < $1
 ORDER BY last_ts;
 
 -- name: unity_down
--- $1 seen since.
+-- The devices whose newest heartbeat is from $1 or later, and says that Unity is not running.
 SELECT device_id, alias, last_ts, unity_running
 FROM (
     SELECT h.device_id, d.alias, h.ts AS last_ts, h.unity_running,
@@ -24,31 +24,34 @@ FROM (
 WHERE nth = 1 AND unity_running = false AND last_ts >= $1
 ORDER BY last_ts DESC;
 
--- What is answered while read_from_last_status is off: the same window, in the shape of the fast answers. By number and
--- not by text, the texts joined to what is left. A device is there if anything of it was received lately; what is known
--- of it is its newest heartbeat by newer_content: the one with the latest ts, unless its clock was set back after that.
--- Late heartbeats, which wait beside their day for the nightly run, are not in it, and neither is a second heartbeat of
--- one bucket.
+-- The queries below run while read_from_last_status is off. They use the same window function, and return the columns
+-- of the fast reads. They work with the numbers of devices and labels, and join the texts to the remaining rows only. A
+-- device was last seen when its last heartbeat arrived. Its content is that of the newest heartbeat by newer_content:
+-- the heartbeat with the latest ts, unless the device's clock was set back after that ts. These queries see neither
+-- late heartbeats, which are in late_heartbeats until the nightly run, nor a second heartbeat of one bucket.
 --
--- 500 devices, 7 days (5,000,000 rows), one of two cores that others use too, 16 MB of work_mem: offline 2.2 to 6 s,
--- unity-down 0.4 to 0.8 s, one device 0.03 to 0.1 s. The two above, asked in turn with them: 5.7 to 9 s, unity-down too.
--- With the usual 4 MB of work_mem the sort of offline takes 4.7 to 10 s.
+-- Measured with 500 devices, 7 days (5,000,000 rows), one of two shared cores and 16 MB of work_mem: offline 2.2 to 6 s,
+-- unity-down 0.4 to 0.8 s, one device 0.03 to 0.1 s. The two queries above, run alternately with these, took 5.7 to 9 s
+-- each. With the default 4 MB of work_mem the sort of offline takes 4.7 to 10 s.
 
 -- name: list_offline
--- $1 last heard before, $2 but not within (a tstzmultirange as text), $3 history to (included): past it lie only rows of
--- a daemon whose clock was wrong, $4 history from: who is silent for longer than the retention is inactive, $5 how many.
--- The longest silent first; total counts the others too.
--- From behind the one that was last heard at $6 with the device_id $7.
+-- Devices that were last seen before $1, but not within $2 (a tstzmultirange as text); the longest silence first.
+-- $3: end of the history (inclusive); later rows exist only if a daemon's clock was wrong.
+-- $4: start of the history; a device that is silent for longer than the retention is inactive.
+-- $5: the limit.
+-- $6, $7: the page starts after the device that was last seen at $6 and has the device_id $7.
+-- $8: only these devices (device_no[]); null for all.
+-- `total` counts the devices of all pages.
 SELECT * FROM (
 SELECT d.device_id, d.name, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
-       nullif(l.agent_version, '') AS agent_version, count(*) OVER () AS total
+       nullif(l.agent_version, '') AS agent_version, d.device_no, count(*) OVER () AS total
 FROM (
     SELECT device_no, ts, received_at, bucket, uptime_s, clock_wrong,
            row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth,
            max(received_at) OVER (PARTITION BY device_no) AS heard_at
     FROM device_heartbeats
-    WHERE ts >= $4 AND ts <= $3
+    WHERE ts >= $4 AND ts <= $3 AND ($8::int[] IS NULL OR device_no = ANY($8))
 ) h
 JOIN devices d USING (device_no)
 LEFT JOIN LATERAL (
@@ -67,20 +70,23 @@ ORDER BY x.heard_at, x.device_id COLLATE "C"
 LIMIT $5;
 
 -- name: list_unity_down
--- $1 heard since, $2 history to (included), $3 history from: eight days before $1, as a queue may be a week old, $4 how
--- many. The last heard first.
--- From behind the one that was last heard at $5 with the device_id $6.
+-- Devices that were last seen at $1 or later and whose Unity is not running; the device that was seen last comes first.
+-- $2: end of the history (inclusive).
+-- $3: start of the history, eight days before $1, because a queue may be a week old.
+-- $4: the limit.
+-- $5, $6: the page starts after the device that was last seen at $5 and has the device_id $6.
+-- $7: only these devices (device_no[]); null for all.
 SELECT * FROM (
 SELECT d.device_id, d.name, d.alias, c.ts AS last_ts, h.heard_at, c.received_at, c.clock_wrong,
        nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.battery_pct, c.unity_running,
        nullif(l.unity_pkg_version, '') AS unity_pkg_version, nullif(l.agent_version, '') AS agent_version,
-       count(*) OVER () AS total
+       d.device_no, count(*) OVER () AS total
 FROM (
     SELECT device_no, ts, received_at, bucket, uptime_s, clock_wrong,
            row_number() OVER (PARTITION BY device_no ORDER BY ts DESC) AS nth,
            max(received_at) OVER (PARTITION BY device_no) AS heard_at
     FROM device_heartbeats
-    WHERE ts >= $3 AND ts <= $2
+    WHERE ts >= $3 AND ts <= $2 AND ($7::int[] IS NULL OR device_no = ANY($7))
 ) h
 JOIN devices d USING (device_no)
 LEFT JOIN LATERAL (
@@ -98,13 +104,11 @@ ORDER BY x.heard_at DESC, x.device_id COLLATE "C" DESC
 LIMIT $4;
 
 -- name: device
--- $1 device_id, $2 history to (included), $3 inactive where it was last heard before. Of one whose history is all
--- archived nothing is known here.
-SELECT d.device_id, d.name, d.alias, d.model, d.manufacturer, d.android_version, d.sdk_int, d.patch_level, d.build_id,
-       d.created_at, d.revoked_at, c.ts AS last_ts, h.heard_at, c.received_at, c.battery_pct, c.plugged, c.temp_c,
-       nullif(l.network_type, '') AS network_type, nullif(l.ssid, '') AS ssid, c.ip, c.signal_dbm, c.uptime_s,
-       c.ram_used_mb, nullif(l.unity_pkg_version, '') AS unity_pkg_version, c.unity_running,
-       nullif(l.agent_version, '') AS agent_version, c.clock_wrong,
+-- $1 device_id; $2 end of the history (inclusive); $3 a device last seen before this time is inactive. A device whose whole
+-- history is archived looks as if it was never seen.
+SELECT d.device_id, d.name, d.alias, d.site, d.tags, d.model, d.manufacturer, d.android_version, d.sdk_int,
+       d.patch_level, d.build_id, d.created_at, d.revoked_at, c.ts AS last_ts, h.heard_at, c.received_at,
+       {{content: c.$column | nullif(l.$column, '') AS $column}}, c.clock_wrong,
        CASE WHEN d.revoked_at IS NOT NULL THEN 'revoked' WHEN h.heard_at IS NULL THEN 'never_seen'
             WHEN h.heard_at < $3 THEN 'inactive' ELSE 'ok' END AS status
 FROM devices d

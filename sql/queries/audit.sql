@@ -1,7 +1,7 @@
--- What was committed of a day, held against what is there.
+-- The committed heartbeats of a day, compared with the rows that exist.
 
 -- name: day
--- $1 a day's start (UTC). The partition that it lies in, and the ledger of all of its days.
+-- $1 a day's start (UTC). The partition that contains it, and the ledger of all days of that partition.
 SELECT p.partition_name, p.range_start, p.range_end, p.state, p.row_count, p.archive_url,
        to_regclass(quote_ident(p.partition_name)) IS NOT NULL AS present,
        (SELECT sum(l.written)::bigint FROM ingest_ledger l

@@ -1,9 +1,9 @@
 -- Which database this is, and whether it contains what a daemon has learned.
 
 -- name: look
--- $1 generation and $2 mark of the last one that this daemon added, $3 and $4 the same of the one that was found missing
--- (either may be null), $5 device_no[] and $6 device_id[] of devices learned since $1, $7 how many changes of tokens it
--- has seen.
+-- $1, $2: generation and mark of the last generation that this daemon added; $3, $4: generation and mark of the
+-- generation that is missing (either pair may be null); $5 device_no[], $6 device_id[]: the devices that the daemon has
+-- learned since generation $1; $7: the highest count of token changes that the daemon has read.
 SELECT d.oid::bigint AS oid,
        pg_is_in_recovery() AS in_recovery,
        $2::uuid IS NULL OR EXISTS (SELECT FROM database_generations WHERE generation = $1::bigint AND mark = $2)
@@ -20,23 +20,24 @@ FROM pg_database d
 WHERE d.datname = current_database();
 
 -- name: advance
--- $1 a generation that the new one has to exceed. No row where another daemon added one in the same moment.
+-- $1 a generation that the new one must exceed. Returns no row if another daemon added the same number at the same
+-- moment.
 INSERT INTO database_generations (generation)
 SELECT greatest(coalesce(max(generation), 0), $1::bigint) + 1 FROM database_generations
 ON CONFLICT DO NOTHING
 RETURNING generation, mark;
 
 -- name: prune
--- $1 the newest generation, $2 how many are kept.
+-- $1 the newest generation, $2 how many to keep.
 DELETE FROM database_generations WHERE generation <= $1::bigint - $2::bigint;
 
 -- name: claim
--- $1 mark, $2 generation, $3 host. What this database lacks.
+-- $1 mark, $2 generation, $3 host. Records that this database lacks the generation.
 INSERT INTO database_missing (mark, generation, host) VALUES ($1, $2, $3)
 ON CONFLICT (mark) DO NOTHING;
 
 -- name: missing
--- Not accepted yet.
+-- The missing generations that no operator has accepted yet.
 SELECT mark, generation, host, found_at FROM database_missing WHERE accepted_at IS NULL ORDER BY generation DESC;
 
 -- name: accept

@@ -13,7 +13,7 @@ SELECT version, name, checksum_sha256 FROM schema_migrations ORDER BY version;
 -- $1 version, $2 name, $3 checksum_sha256, $4 now.
 INSERT INTO schema_migrations (version, name, checksum_sha256, applied_at) VALUES ($1, $2, $3, $4);
 
--- name: standing
+-- name: journal_exists
 SELECT to_regclass('schema_migrations') IS NOT NULL;
 
 -- name: last

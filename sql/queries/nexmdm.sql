@@ -1,16 +1,18 @@
--- What is asked of NexMDM's own database, in short read-only transactions, with the TimeZone of the sessions that wrote it.
+-- Queries on NexMDM's own database, in short read-only transactions, with TimeZone set to the time zone in which NexMDM
+-- wrote its times.
 --
--- Its times are in columns without a zone. They are compared with moments (timestamptz), which PostgreSQL does by the
--- session's TimeZone, and by the index; columns that do have a zone are read by the same queries. An hour that the end of
--- daylight saving time repeats is read as its second pass; for rows of the first pass the queries take it back: those from
--- the moment fold (included) on, for as long as `length`, with an hb_id below `split`. AT TIME ZONE would not do: it takes
--- CET for an abbreviation without daylight saving time, TimeZone takes it for a zone.
+-- NexMDM stores times in columns without a time zone. The queries compare them with timestamptz values, for which
+-- PostgreSQL uses the session's TimeZone and the index; columns with a time zone work with the same queries. At the end
+-- of daylight saving time, an hour occurs twice; PostgreSQL reads its times as the second pass. For rows of the first
+-- pass the queries therefore subtract `length`. A row belongs to the first pass if its ts is within the time `length`
+-- from `fold` (inclusive) on, and its hb_id is below `split`. AT TIME ZONE would not work: it treats CET as an
+-- abbreviation without daylight saving time, while TimeZone treats it as a zone.
 --
--- Its versions differ in their columns. A name inside LATERAL is the table's column where it has one, else that of the
--- row of nulls before it.
+-- Versions of NexMDM differ in their columns. A name inside LATERAL refers to the table's column if the table has such
+-- a column, and otherwise to the row of nulls before LATERAL.
 
 -- name: shape
--- What is there; whether the heartbeats can be read in the order of their time, which takes an index that begins with it.
+-- The tables and columns of the database. by_time: an index that begins with ts allows reading the heartbeats in that order.
 SELECT to_regclass('devices') IS NOT NULL AS devices,
        to_regclass('device_heartbeats') IS NOT NULL AS heartbeats,
        current_database() AS database,
@@ -28,22 +30,23 @@ SELECT to_regclass('devices') IS NOT NULL AS devices,
         WHERE attrelid = to_regclass('device_heartbeats') AND attnum > 0 AND NOT attisdropped) AS heartbeat_columns;
 
 -- name: system
--- Which server it is, as long as it lives: a restored copy of it is the same.
+-- An identifier of the server, which never changes; a restored physical copy has the same identifier.
 SELECT system_identifier::text FROM pg_control_system();
 
--- name: standing
--- Whether there are devices with a bcrypt hash alone (by the index of token_id), and whether this is a standby.
+-- name: state
+-- `hashes`: whether there are devices of which NexMDM has only a bcrypt hash (found by the index of token_id);
+-- `standby`: whether this server is a standby; `replayed`: up to which time the standby has replayed commits.
 SELECT (SELECT EXISTS (SELECT FROM devices v WHERE token_id IS NULL) FROM (SELECT NULL::text AS token_id) missing)
            AS hashes,
        pg_is_in_recovery() AS standby, pg_last_xact_replay_timestamp() AS replayed, clock_timestamp() AS clock;
 
 -- name: own_zone
--- The TimeZone of this session, which did not ask for one, and what set it.
+-- The TimeZone that this session has without setting one, and the source of the setting.
 SELECT setting AS zone, source FROM pg_settings WHERE name = 'TimeZone';
 
 -- name: zones
--- The roles that write the heartbeats (the owner of the table, and who else may; of superusers the owner alone), each with
--- the TimeZone that its sessions have in this database, and what says so; null: the server's own.
+-- The roles that may write the heartbeats (the owner of the table, and others except superusers), each with the TimeZone of
+-- its sessions in this database and the source of that setting; null: the server's own TimeZone.
 SELECT r.rolname::text AS role, z.zone,
        CASE WHEN z.zone IS NULL THEN 'the server''s configuration'
             WHEN z.setrole <> 0 AND z.setdatabase <> 0 THEN 'ALTER ROLE … IN DATABASE'
@@ -68,15 +71,15 @@ WHERE c.oid = to_regclass('device_heartbeats')
 ORDER BY r.owns DESC, r.rolname;
 
 -- name: use_zone
--- $1 a zone.
+-- $1 the name of a zone.
 SELECT set_config('TimeZone', $1, false);
 
 -- name: clock
 SELECT clock_timestamp();
 
 -- name: changes
--- $1 from, $2 to. When the session's zone changes its offset from UTC, with the offset before and after; the first row is
--- the beginning. No zone has changed it off the quarters of an hour for fifty years.
+-- $1 from, $2 to. The times at which the session's zone changes its offset from UTC, with the offsets before and after; the
+-- first row is the start, not a change. For fifty years, every change has fallen on a quarter of an hour.
 SELECT at, coalesce(before, after) AS before, after
 FROM (SELECT t AS at, t::timestamp - (t AT TIME ZONE 'UTC') AS after,
              lag(t::timestamp - (t AT TIME ZONE 'UTC')) OVER (ORDER BY t) AS before
@@ -85,24 +88,26 @@ WHERE before IS DISTINCT FROM after
 ORDER BY at;
 
 -- name: stamped
--- $1 from (included), $2 to (excluded), as the column has it. How many rows.
+-- $1 from (included), $2 to (excluded), in local time as the column stores it. The number of rows.
 SELECT count(*) FROM device_heartbeats WHERE ts >= $1::timestamp AND ts < $2::timestamp;
 
 -- name: split
--- $1, $2 as above, of a repeated hour. The hb_id with which its second pass begins: the first row that is stamped five
--- minutes before one that was written earlier. A request takes seconds.
+-- $1, $2: as in `stamped`, for an hour that occurs twice. Returns the hb_id with which its second pass begins: that of
+-- the first row whose ts is at least five minutes before the ts of an earlier row. Smaller steps back do not count,
+-- because concurrent requests, which take seconds, cause them.
 SELECT min(hb_id)
 FROM (SELECT hb_id, max(ts) OVER (ORDER BY hb_id) - ts AS back
       FROM device_heartbeats WHERE ts >= $1::timestamp AND ts < $2::timestamp) x
 WHERE back >= interval '5 minutes';
 
--- name: ahead
--- Rows from behind the clock, and the last of them.
+-- name: future_rows
+-- The number of rows with a ts after the source's clock, and the newest ts.
 SELECT count(*) AS rows, max(ts)::timestamptz AS newest, statement_timestamp() AS clock
 FROM device_heartbeats WHERE ts > statement_timestamp();
 
 -- name: devices
--- $1 from behind this id, $2 how many, $3 token_id[]: of these (null: of all), $4 true: only those with a bcrypt hash alone.
+-- $1: only ids after this id; $2: the limit; $3 token_id[]: only devices with one of these (null: all devices); $4: if
+-- true, only devices of which NexMDM has only a bcrypt hash.
 SELECT x.*
 FROM (SELECT NULL::text AS token_hash, NULL::text AS token_id, NULL::timestamptz AS token_revoked_at,
              NULL::text AS model, NULL::text AS manufacturer, NULL::text AS android_version, NULL::integer AS sdk_int,
@@ -117,8 +122,8 @@ CROSS JOIN LATERAL (
     ORDER BY v.id LIMIT $2
 ) x;
 
--- name: among
--- $1 id[]. Which of them it has.
+-- name: existing
+-- $1 id[]. Which of these devices exist.
 SELECT id::text FROM devices WHERE id = ANY($1::varchar[]);
 
 -- name: count
@@ -126,12 +131,12 @@ SELECT id::text FROM devices WHERE id = ANY($1::varchar[]);
 SELECT count(*) FROM device_heartbeats WHERE ts >= $1::timestamptz AND ts < $2::timestamptz;
 
 -- name: older
--- $1. Whether there are rows from before it.
+-- $1 a time. Whether there are rows from before it.
 SELECT EXISTS (SELECT FROM device_heartbeats WHERE ts < $1::timestamptz);
 
 -- name: next_by_time
--- $1 from (included), $2 to (excluded), $3 and $4: behind this ts and hb_id, $5 how many, $6 fold, $7 length, $8 split.
--- read_as is the ts by which the next ones are found.
+-- $1 from (included), $2 to (excluded), $3 and $4: after this ts and hb_id, $5 the limit, $6 fold, $7 length, $8 split
+-- (see the head of this file). read_as is the ts from which the next query continues.
 SELECT x.*
 FROM (SELECT NULL::text AS ip, NULL::integer AS battery_pct, NULL::boolean AS plugged, NULL::integer AS temp_c,
              NULL::text AS network_type, NULL::text AS ssid, NULL::integer AS signal_dbm, NULL::integer AS uptime_s,
@@ -153,8 +158,8 @@ CROSS JOIN LATERAL (
 ) x;
 
 -- name: next_by_device
--- $1 from (included), $2 to (excluded), $3 to $5: behind this device_id, ts and hb_id, $6 how many, $7 fold, $8 length,
--- $9 split. The order of the key of its partitioned table, which has no index on ts.
+-- $1 from (included), $2 to (excluded), $3 to $5: after this device_id, ts and hb_id, $6 the limit, $7 fold, $8 length,
+-- $9 split. The rows are in the order of the key of NexMDM's partitioned table, which has no index on ts.
 SELECT x.*
 FROM (SELECT NULL::text AS ip, NULL::integer AS battery_pct, NULL::boolean AS plugged, NULL::integer AS temp_c,
              NULL::text AS network_type, NULL::text AS ssid, NULL::integer AS signal_dbm, NULL::integer AS uptime_s,
@@ -176,9 +181,9 @@ CROSS JOIN LATERAL (
 ) x;
 
 -- name: day
--- $1 from (included), $2 to (excluded), $3 seconds of a bucket, $4 device_id[] that nexhb took, $5 fold, $6 length, $7
--- split. Rows, those of other devices, how many different device and bucket there are of those that nexhb took, and the
--- newest.
+-- $1 from (included), $2 to (excluded), $3 seconds of a bucket, $4 device_id[] that nexhb imported, $5 fold, $6 length,
+-- $7 split. Returns `rows`: the number of rows; `refused`: the number of rows of devices that are not in $4; `keys`:
+-- the number of distinct pairs of device and bucket of the devices in $4; and `newest`: the newest ts.
 SELECT coalesce(sum(b.rows), 0)::bigint AS rows,
        coalesce(sum(b.rows) FILTER (WHERE t.device_id IS NULL), 0)::bigint AS refused,
        count(*) FILTER (WHERE t.device_id IS NOT NULL) AS keys,
@@ -192,8 +197,8 @@ FROM (SELECT device_id, floor(extract(epoch FROM ts) / $3::int) AS bucket, count
 LEFT JOIN unnest($4::text[]) t (device_id) USING (device_id);
 
 -- name: keys
--- $1 from (included), $2 to (excluded), $3 seconds of a bucket, $4 device_id[], $5 fold, $6 length, $7 split. Each device
--- and bucket (seconds since 1970) once.
+-- $1 from (included), $2 to (excluded), $3 seconds of a bucket, $4 device_id[], $5 fold, $6 length, $7 split. The distinct
+-- pairs of device and bucket (in seconds since 1970).
 SELECT DISTINCT device_id, (floor(extract(epoch FROM ts) / $3::int) * $3::int)::bigint AS bucket
 FROM (SELECT device_id::text AS device_id,
              ts::timestamptz - CASE WHEN ts >= $5::timestamptz AND ts < $5::timestamptz + $6::interval

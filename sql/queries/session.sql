@@ -1,10 +1,13 @@
--- What a new session of nexhb looks at, and sets. The role's own search_path is in force yet: every name is qualified.
+-- What nexhb reads and sets in a new session. The role's own search_path is still in force, so every name is qualified.
 
 -- name: look
--- $1 table[], $2 column[]: by which a system's tables are known.
--- The mark of our own settings, the database's encoding, whether the role or the database makes transactions read-only
--- (a whole server that does, by its own configuration, is full or under repair: that is respected), the schemas that
--- hold all of the system's tables, or some, the first of the role's search_path, and the schemas that it may use.
+-- $1 table[], $2 column[]: the tables, each with one of its columns, by which nexhb or NexMDM is recognised. Returns:
+-- `mark`: a value that only a session with nexhb's settings has.
+-- `encoding`: the database's encoding.
+-- `read_only_by_default`: whether the role or the database makes transactions read-only. (If the server's configuration
+-- makes them read-only, the server is full or under repair, and nexhb does not override that.)
+-- `whole`: the schemas that have all of these tables; `parts`: the schemas that have some of them.
+-- `own`: the first schema of the role's search_path that exists; `usable`: the schemas that the role may use.
 WITH found AS (
     SELECT n.nspname::text AS schema, pg_catalog.count(*) AS tables
     FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS t (relation, attribute)
@@ -27,7 +30,7 @@ SELECT pg_catalog.current_setting('nexhb.session', true) AS mark,
              WHERE pg_catalog.has_schema_privilege(oid, 'USAGE')) AS usable;
 
 -- name: set
--- $1 name[], $2 value[]. Each of them that this version of PostgreSQL has, and has otherwise.
+-- $1 name[], $2 value[]. Sets each setting that this version of PostgreSQL has, and that has another value.
 SELECT pg_catalog.set_config(name, value, false)
 FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS w (name, value)
 WHERE pg_catalog.current_setting(name, true) <> value;

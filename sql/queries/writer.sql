@@ -1,118 +1,113 @@
--- The one transaction of a batch. All of it runs on the writer's own connection.
--- The rows themselves go in by binary COPY straight into the day's partition: from 1,000 rows on twice as fast as INSERT … unnest.
+-- The transaction of a batch, on the writer's own connection. The rows themselves are written by binary COPY directly
+-- into the day's partition: from 1,000 rows on, that is twice as fast as INSERT … unnest.
 
 -- name: keep_late
--- $1 reason. Staged heartbeats whose day has no partition any more; what was new, by key.
-INSERT INTO late_heartbeats
-SELECT *, $1 FROM hb_stage ORDER BY device_no, bucket
+-- $1 reason. Inserts the staged heartbeats, whose day no longer has a partition; returns the keys of the new rows.
+INSERT INTO late_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong, {{measured: $column}}, reason)
+SELECT ts, received_at, device_no, bucket, label_no, clock_wrong, {{measured: $column}}, $1
+FROM hb_stage ORDER BY device_no, bucket
 ON CONFLICT DO NOTHING
 RETURNING device_no, bucket;
 
 -- name: upsert_last_status
--- $1..$20: one array a column, sorted by device_no, each device once: $18 heard_at, $19 sections, $20 the digest of what
--- the heartbeat says of the device itself (null: nothing). $21 day[], $22 written[], $23 deduplicated[]: the ledger, in
--- the same transaction.
+-- $1 day[], $2 written[], $3 deduplicated[]: what to add to the ledger, in the same transaction.
+-- $4 battery_pct, $5 interval: which changes the watcher wants to know of (below).
+-- $6 device_no[], $7 device_id[], $8 last_ts[], $9 received_at[], $10 clock_wrong[], $11 heard_at[], $12 sections[]: the
+-- statuses.
+-- $13 said_facts[]: the digest of the device facts that the heartbeat states (null: it states none).
+-- $14 and so on: one array for each column of the content.
+-- The arrays from $6 on are sorted by device_no, and contain each device once.
 --
--- Whoever is heard is there: heard_at grows with every heartbeat, unless it lies ahead of this receipt by more than a
--- batch may have waited; then a clock was wrong. Content replaces content by newer_content alone. A section that the
--- heartbeat has (battery 1, network 2, memory 4, system 8, app_versions 16) replaces all of its columns; what it does
--- not say stays. A revoked device stays revoked.
+-- heard_at never decreases, with one exception: if the stored heard_at is more than a minute after this receipt, it was
+-- written by a wrong clock (no batch waits as long), and is replaced. Content is replaced only as newer_content
+-- decides. A section that the heartbeat has (battery 1, network 2, memory 4, system 8, app_versions 16) replaces all of
+-- its columns, nulls included. A column whose section is absent, or that belongs to no section, is replaced only if the
+-- heartbeat has a value for it. A revoked device stays revoked.
 --
--- Answers how many rows were written, the devices of which devices does not hold yet what they say of themselves, and
--- this transaction's id.
+-- `changes` says in which respect this heartbeat changed the status, as the sum of: 1 Unity started or stopped; 2 the
+-- battery's charge changed while it is at most $4; 4 the clock became wrong or right; 8 a version changed; 16 the uptime
+-- fell, which means that the device was restarted; 32 the device had been silent for longer than $5; 64 this is its
+-- first status. The watcher reads such changes from device_changes, so that it need not compare a million statuses.
+--
+-- Returns `written`: the number of statuses written; `facts_changed`: the devices whose stated facts are not in
+-- `devices` yet; and `xid`: the id of this transaction.
 WITH ledger AS (
     INSERT INTO ingest_ledger AS l (day, slot, written, deduplicated)
     SELECT day, pg_backend_pid(), written, deduplicated
-    FROM unnest($21::date[], $22::bigint[], $23::bigint[]) AS d (day, written, deduplicated)
+    FROM unnest($1::date[], $2::bigint[], $3::bigint[]) AS d (day, written, deduplicated)
     ON CONFLICT (day, slot) DO UPDATE SET
         written = l.written + excluded.written, deduplicated = l.deduplicated + excluded.deduplicated
 ),
 written AS (
     INSERT INTO device_last_status AS s (
-        device_no, device_id, last_ts, received_at, battery_pct, plugged, temp_c, network_type, ssid, ip,
-        signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, clock_wrong, heard_at,
-        sections, said_facts)
-    SELECT * FROM unnest(
-        $1::int[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::smallint[], $6::bool[], $7::real[],
-        $8::text[], $9::text[], $10::inet[], $11::smallint[], $12::int[], $13::int[], $14::text[], $15::bool[],
-        $16::text[], $17::bool[], $18::timestamptz[], $19::smallint[], $20::int[])
+        device_no, device_id, last_ts, received_at, clock_wrong, heard_at, sections, said_facts, {{content: $column}},
+        changes)
+    SELECT *, 64 FROM unnest(
+        $6::int[], $7::text[], $8::timestamptz[], $9::timestamptz[], $10::bool[], $11::timestamptz[], $12::smallint[],
+        $13::int[], {{content: $14…::$type[]}})
     ON CONFLICT (device_no) DO UPDATE SET
         heard_at = CASE WHEN s.heard_at - excluded.heard_at > interval '1 minute' THEN excluded.heard_at
                         ELSE greatest(s.heard_at, excluded.heard_at) END,
         status = CASE s.status WHEN 'revoked' THEN 'revoked' ELSE 'ok' END,
-        (last_ts, received_at, clock_wrong, sections,
-         battery_pct, plugged, temp_c,
-         network_type, ssid, ip, signal_dbm,
-         ram_used_mb, uptime_s,
-         unity_pkg_version, unity_running,
-         agent_version, said_facts) = (
+        (last_ts, received_at, clock_wrong, sections, said_facts, {{content: $column}}, changes) = (
             SELECT CASE WHEN newer THEN excluded.last_ts ELSE s.last_ts END,
                    CASE WHEN newer THEN excluded.received_at ELSE s.received_at END,
                    CASE WHEN newer THEN excluded.clock_wrong ELSE s.clock_wrong END,
                    CASE WHEN newer THEN excluded.sections ELSE s.sections END,
-                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.battery_pct ELSE s.battery_pct END,
-                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.plugged ELSE s.plugged END,
-                   CASE WHEN newer AND has & 1 <> 0 THEN excluded.temp_c ELSE s.temp_c END,
-                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.network_type ELSE s.network_type END,
-                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.ssid ELSE s.ssid END,
-                   CASE WHEN newer AND has & 2 <> 0 THEN excluded.ip ELSE s.ip END,
-                   CASE WHEN newer AND (has & 2 <> 0 OR excluded.signal_dbm IS NOT NULL)
-                        THEN excluded.signal_dbm ELSE s.signal_dbm END,
-                   CASE WHEN newer AND has & 4 <> 0 THEN excluded.ram_used_mb ELSE s.ram_used_mb END,
-                   CASE WHEN newer AND has & 8 <> 0 THEN excluded.uptime_s ELSE s.uptime_s END,
-                   CASE WHEN newer AND has & 16 <> 0 THEN excluded.unity_pkg_version ELSE s.unity_pkg_version END,
-                   CASE WHEN newer AND (has & 16 <> 0 OR excluded.unity_running IS NOT NULL)
-                        THEN excluded.unity_running ELSE s.unity_running END,
-                   CASE WHEN newer AND excluded.agent_version IS NOT NULL
-                        THEN excluded.agent_version ELSE s.agent_version END,
                    CASE WHEN newer AND excluded.said_facts IS NOT NULL
-                        THEN excluded.said_facts ELSE s.said_facts END
+                        THEN excluded.said_facts ELSE s.said_facts END,
+                   {{content: CASE WHEN newer AND (has & $section <> 0 OR excluded.$column IS NOT NULL)
+                        THEN excluded.$column ELSE s.$column END}},
+                   CASE WHEN newer AND excluded.unity_running IS DISTINCT FROM s.unity_running
+                             AND (has & 16 <> 0 OR excluded.unity_running IS NOT NULL) THEN 1 ELSE 0 END
+                   + CASE WHEN newer AND excluded.battery_pct IS DISTINCT FROM s.battery_pct
+                               AND least(excluded.battery_pct, s.battery_pct) <= $4 THEN 2 ELSE 0 END
+                   + CASE WHEN newer AND excluded.clock_wrong <> s.clock_wrong THEN 4 ELSE 0 END
+                   + CASE WHEN newer AND (excluded.agent_version <> s.agent_version
+                                          OR excluded.unity_pkg_version <> s.unity_pkg_version) THEN 8 ELSE 0 END
+                   + CASE WHEN newer AND excluded.uptime_s < s.uptime_s THEN 16 ELSE 0 END
+                   + CASE WHEN excluded.heard_at - s.heard_at > $5 THEN 32 ELSE 0 END
             FROM (SELECT newer_content(s.last_ts, s.received_at, s.uptime_s, s.clock_wrong, excluded.last_ts,
                                        excluded.received_at, excluded.uptime_s, excluded.clock_wrong) AS newer,
                          excluded.sections AS has
                   OFFSET 0) decided)
-    RETURNING device_no, said_facts IS DISTINCT FROM kept_facts AS facts_changed
+    RETURNING device_no, said_facts IS DISTINCT FROM kept_facts AS facts_changed, changes, heard_at, last_ts, received_at,
+              clock_wrong, uptime_s, battery_pct, plugged, unity_running, agent_version, unity_pkg_version
+),
+noted AS (
+    INSERT INTO device_changes (device_no, changes, heard_at, ts, received_at, clock_wrong, uptime_s, battery_pct,
+                                plugged, unity_running, agent_version, unity_pkg_version)
+    SELECT device_no, changes, heard_at, last_ts, received_at, clock_wrong, uptime_s, battery_pct,
+           plugged, unity_running, agent_version, unity_pkg_version
+    FROM written WHERE changes <> 0
 )
 SELECT count(*) AS written, array_agg(device_no) FILTER (WHERE facts_changed) AS facts_changed,
        pg_current_xact_id()::text AS xid
 FROM written;
 
 -- name: correct_ledger
--- $1 day[], $2 written[], $3 deduplicated[]: what to add to this transaction's own rows of the ledger, where rows that
--- were taken for new were there already.
+-- $1 day[], $2 written[], $3 deduplicated[]: a correction, which is added to the ledger's rows of this connection if
+-- heartbeats that were counted as written turned out to exist already.
 UPDATE ingest_ledger l SET written = l.written + d.written, deduplicated = l.deduplicated + d.deduplicated
 FROM unnest($1::date[], $2::bigint[], $3::bigint[]) AS d (day, written, deduplicated)
 WHERE l.day = d.day AND l.slot = pg_backend_pid();
 
 -- name: update_facts
--- $1 device_no[], $2 ts[], $3 alias[], $4 android_version[], $5 sdk_int[], $6 patch_level[], $7 build_id[],
--- $8 model[], $9 manufacturer[]. Of heartbeats whose content upsert_last_status took in this same transaction: they are
--- newer than what devices holds. What a heartbeat does not say stays.
+-- $1 device_no[], $2 ts[]; $3 and so on: one array for each fact. They describe heartbeats whose content
+-- upsert_last_status stored in the same transaction, so the facts are newer than those in `devices`. A fact that a
+-- heartbeat does not state is kept.
 WITH changed AS (
-    UPDATE devices d SET
-        facts_ts = f.ts,
-        alias = coalesce(f.alias, d.alias),
-        android_version = coalesce(f.android_version, d.android_version),
-        sdk_int = coalesce(f.sdk_int, d.sdk_int),
-        patch_level = coalesce(f.patch_level, d.patch_level),
-        build_id = coalesce(f.build_id, d.build_id),
-        model = coalesce(f.model, d.model),
-        manufacturer = coalesce(f.manufacturer, d.manufacturer)
-    FROM unnest($1::int[], $2::timestamptz[], $3::text[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[],
-                $9::text[])
-        AS f (device_no, ts, alias, android_version, sdk_int, patch_level, build_id, model, manufacturer)
+    UPDATE devices d SET facts_ts = f.ts, {{facts: $column = coalesce(f.$column, d.$column)}}
+    FROM unnest($1::int[], $2::timestamptz[], {{facts: $3…::$type[]}}) AS f (device_no, ts, {{facts: $column}})
     WHERE d.device_no = f.device_no
-      AND (coalesce(f.alias, d.alias), coalesce(f.android_version, d.android_version), coalesce(f.sdk_int, d.sdk_int),
-           coalesce(f.patch_level, d.patch_level), coalesce(f.build_id, d.build_id), coalesce(f.model, d.model),
-           coalesce(f.manufacturer, d.manufacturer))
-          IS DISTINCT FROM
-          (d.alias, d.android_version, d.sdk_int, d.patch_level, d.build_id, d.model, d.manufacturer)
+      AND ({{facts: coalesce(f.$column, d.$column)}}) IS DISTINCT FROM ({{facts: d.$column}})
 )
 UPDATE device_last_status SET kept_facts = said_facts WHERE device_no = ANY($1);
 
 -- name: locked_by
--- Who keeps writers off the tables of every heartbeat, or waits to: then they queue behind. Of another user's session a
--- role without pg_read_all_stats sees no name.
+-- Returns the session that holds a lock which blocks the writers of every heartbeat, or that waits for such a lock:
+-- writers queue behind a waiting lock, too. A role without pg_read_all_stats sees no application name of another user's
+-- session.
 SELECT l.relation::regclass::text AS relation,
        CASE WHEN l.pid IS NULL THEN 'a prepared transaction (see pg_prepared_xacts)'
             ELSE format('pid %s (%s)', l.pid, coalesce(nullif(a.application_name, ''), 'unnamed')) END AS holder
@@ -125,11 +120,12 @@ ORDER BY l.granted DESC
 LIMIT 1;
 
 -- name: xact_status
--- $1: the id that upsert_last_status answered. committed · aborted · in progress · null (too old to know). An error
--- (22023) where PostgreSQL has not given out such an id: it crashed, and had nothing of that transaction on disk.
+-- $1: the id that upsert_last_status returned. Returns committed, aborted, in progress, or null (too old to know). Fails
+-- with 22023 if PostgreSQL has not assigned such an id: it crashed, and nothing of that transaction was on disk.
 SELECT pg_xact_status($1::text::xid8);
 
 -- name: is_stored
--- $1 device_no, $2 bucket, $3 ts, $4 received_at. Whether this very arrival of a heartbeat is a row, and no other's.
+-- $1 device_no, $2 bucket, $3 ts, $4 received_at. Whether the row with this key is from this arrival of the heartbeat,
+-- and not from another.
 SELECT EXISTS (SELECT FROM device_heartbeats WHERE device_no = $1 AND bucket = $2 AND ts = $3 AND received_at = $4)
     OR EXISTS (SELECT FROM late_heartbeats WHERE device_no = $1 AND bucket = $2 AND ts = $3 AND received_at = $4);

@@ -1,18 +1,17 @@
-"""What the acceptance tests share."""
+"""Fixtures of the acceptance tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests import warm
+from tests.support import forks
+from tests.support.site import Site, new_site
 
 
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for PATH: its `nexhb` is a fork of a process that has imported all, which saves a second each time."""
-    folder = tmp_path_factory.mktemp("commands")
-    with warm.shim(folder / "nexhb", folder / "warm"):
-        yield folder
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A machine without data; its daemons are forks."""
+    with new_site(forks.popen) as site:
+        yield site

@@ -1,4 +1,4 @@
-"""A dump of one version of PostgreSQL restored into another, by the runbook's own commands, in each direction."""
+"""Dumps of one version of PostgreSQL can be restored into another with the runbook's commands, in both directions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from nexhb import db, devices, migrate, partitions, session
-from nexhb.db import Connection, Database
-from tests import servers
-from tests.promises.runbook import blocks
+from nexhb import partitions
+from nexhb.devices import registry
+from nexhb.postgres import connections, migrate, session
+from nexhb.postgres.connections import Connection, Database
+from tests import postgres_servers
+from tests.support.runbook import blocks
 
 RUNBOOK = Path(__file__).parents[2] / "docs" / "runbook.md"
 NOW = datetime(2026, 11, 24, 2, tzinfo=UTC)
@@ -33,17 +35,19 @@ FINGERPRINTS = (
 
 
 @pytest.fixture(scope="module")
-def programs() -> Iterator[servers.Programs]:
-    """Of every version."""
-    with servers.programs() as found:
-        yield found
+def programs() -> Iterator[postgres_servers.Programs]:
+    """Yield the programs of every version of PostgreSQL."""
+    with postgres_servers.programs() as programs:
+        yield programs
 
 
 @pytest.fixture(scope="module")
-def addresses(programs: servers.Programs) -> Iterator[dict[str, str]]:
-    """A server of each version, with nexhb's data in it: version → address."""
+def addresses(programs: postgres_servers.Programs) -> Iterator[dict[str, str]]:
+    """Start a server of each version with nexhb's data in it; yield the DSNs by version."""
     with ExitStack() as stack:
-        found = {one: stack.enter_context(servers.running(programs.of(one))) for one in servers.versions()}
+        found = {
+            one: stack.enter_context(postgres_servers.running(programs.of(one))) for one in postgres_servers.versions()
+        }
         for dsn in found.values():
             asyncio.run(_fill(Database(dsn)))
         yield found
@@ -54,7 +58,7 @@ async def _fill(database: Database) -> None:
         await migrate.migrate(conn, NOW)
         await partitions.ensure(conn, [NOW.date(), NOW.date() + timedelta(days=1)])
         for name in ("kiosk-1", "渋谷店", 'a \\ "quoted" one'):
-            await devices.add(conn, name, name)
+            await registry.add(conn, name, name)
         await conn.execute(
             """WITH label AS (
                 INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
@@ -80,9 +84,11 @@ async def _exchange(conn: Connection, *statements: str) -> None:
         await conn.execute(statement)
 
 
-def moved(programs: servers.Programs, source: str, target: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The runbook's commands for a dump of `source` restored into `target`."""
-    [block] = [one for one in blocks(RUNBOOK.read_text(), "sh") if "transaction_timeout" in one]
+def dump_and_restore(
+    programs: postgres_servers.Programs, source: str, target: str, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run the runbook's commands that dump `source` and restore the dump into `target`; return the finished process."""
+    [block] = [block for block in blocks(RUNBOOK.read_text(), "sh") if "transaction_timeout" in block]
     lines = [line for line in block.splitlines() if not line.startswith(("export PATH=", "FROM=", "TO="))]
     assert len(lines) == len(block.splitlines()) - 3
     script = "\n".join(lines).replace("/backup/", f"{folder}/")
@@ -93,50 +99,52 @@ def moved(programs: servers.Programs, source: str, target: str, folder: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [pair for pair in itertools.product(servers.versions(), repeat=2) if "18" in pair]
+    ("source", "target"), [pair for pair in itertools.product(postgres_servers.versions(), repeat=2) if "18" in pair]
 )
-async def test_a_dump_of_one_version_comes_back_in_another(
-    programs: servers.Programs, addresses: dict[str, str], tmp_path: Path, source: str, target: str
+async def test_a_dump_of_one_version_can_be_restored_into_another(
+    programs: postgres_servers.Programs, addresses: dict[str, str], tmp_path: Path, source: str, target: str
 ) -> None:
-    """By the page, a dump of 18 was refused by 15 and 16: SET transaction_timeout."""
+    """Formerly, versions 15 and 16 rejected a dump of version 18 made with the runbook's commands, because the dump
+    contains SET transaction_timeout."""
     bare = await asyncpg.connect(addresses[target])
     await _exchange(bare, "DROP DATABASE IF EXISTS back", "CREATE DATABASE back TEMPLATE template0 ENCODING 'UTF8'")
     back = Database(addresses[target].replace("/nexhb?", "/back?"))
-    done = moved(programs, addresses[source], back.dsn, tmp_path)
+    done = dump_and_restore(programs, addresses[source], back.dsn, tmp_path)
     assert done.returncode == 0, done.stderr
-    async with Database(addresses[source]).connected(application="test") as was:
-        expected = await _fingerprint(was)
-    async with back.connected(application="test") as now:  # a session's settings are those of each version
-        assert await _fingerprint(now) == expected
-        assert await migrate.migrate(now, NOW) == []
-        await db.check_tables(now)
-        known = await now.fetchval("SELECT current_setting('transaction_timeout', true)")
-        assert known == (session.AFTERWARDS["transaction_timeout"] if int(target) >= 17 else None)
+    async with Database(addresses[source]).connected(application="test") as source_conn:
+        expected = await _fingerprint(source_conn)
+    async with back.connected(application="test") as target_conn:
+        assert await _fingerprint(target_conn) == expected
+        assert await migrate.migrate(target_conn, NOW) == []
+        await connections.check_tables(target_conn)
+        # nexhb's sessions have the settings that the version supports.
+        timeout = await target_conn.fetchval("SELECT current_setting('transaction_timeout', true)")
+        assert timeout == (session.AFTER_START["transaction_timeout"] if int(target) >= 17 else None)
     await _exchange(bare, "DROP DATABASE back WITH (FORCE)")
     await bare.close()
 
 
 async def test_a_dump_that_is_cut_off_leaves_nothing(
-    programs: servers.Programs, addresses: dict[str, str], tmp_path: Path
+    programs: postgres_servers.Programs, addresses: dict[str, str], tmp_path: Path
 ) -> None:
-    """psql commits what it has read when its input ends: the COMMIT comes only behind all of the dump."""
+    """At the end of its input, psql commits what it has read, so the COMMIT must be sent only after the whole dump."""
     bare = await asyncpg.connect(addresses["16"])
     await _exchange(bare, "DROP DATABASE IF EXISTS back", "CREATE DATABASE back TEMPLATE template0 ENCODING 'UTF8'")
     target = addresses["16"].replace("/nexhb?", "/back?")
-    cut = tmp_path / "pg_dump"  # in place of the real one
+    cut = tmp_path / "pg_dump"  # replaces the real pg_dump
     cut.write_text(f'#!/bin/bash\n"{programs.of("18")}/pg_dump" "$@" && truncate -s -3000 "{tmp_path}/nexhb.dump"\n')
     cut.chmod(0o755)
-    faked = tmp_path / "programs"
-    faked.mkdir()
+    programs_with_cut = tmp_path / "programs"
+    programs_with_cut.mkdir()
     for name in ("psql", "pg_restore"):
-        (faked / name).symlink_to(programs.of("18") / name)
-    (faked / "pg_dump").symlink_to(cut)
+        (programs_with_cut / name).symlink_to(programs.of("18") / name)
+    (programs_with_cut / "pg_dump").symlink_to(cut)
 
-    class Faked(servers.Programs):
+    class CutOff(postgres_servers.Programs):
         def of(self, version: str) -> Path:
-            return faked
+            return programs_with_cut
 
-    done = moved(Faked(faked), addresses["18"], target, tmp_path)
+    done = dump_and_restore(CutOff(programs_with_cut), addresses["18"], target, tmp_path)
     assert done.returncode != 0
     async with Database(target).connected(application="test") as conn:
         assert await conn.fetchval("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == 0

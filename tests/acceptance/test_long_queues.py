@@ -1,4 +1,4 @@
-"""A queue as long as it likes, against a process of its own: what it holds in memory, and what a kill leaves."""
+"""Very long queues, sent to a separate daemon process: the memory that they use, and the rows that a kill leaves."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.test_serve import Site, site  # noqa: F401 - a fixture
 from tests.conftest import example
+from tests.support.site import Site
 
 LINES = 100_000
 GROWTH_MOST_KB = 30_000  # the body has 60 MB
 
 
 def lines(now: datetime, count: int) -> Iterator[bytes]:
-    """One heartbeat a second, the oldest first, in pieces of a hundred."""
+    """Yield one heartbeat per second, the oldest first, in pieces of a hundred."""
     rest = json.dumps({"app_versions": example(now)["app_versions"], "filler": "x" * 330})[1:]
     for first in range(0, count, 100):
         made = (now - timedelta(seconds=count - number) for number in range(first, min(first + 100, count)))
         yield "".join(f'{{"timestamp_utc":"{one:%Y-%m-%dT%H:%M:%S}Z",{rest}\n' for one in made).encode()
 
 
-def open_queue(site: Site, token: str) -> socket.socket:  # noqa: F811
+def open_queue(site: Site, token: str) -> socket.socket:
     line = socket.create_connection(("127.0.0.1", site.port), timeout=50)
     line.sendall(
         f"POST /v1/heartbeats HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n"
@@ -47,21 +47,21 @@ def answer_of(line: socket.socket) -> tuple[int, dict[str, object]]:
 
 
 def memory_kb(pid: int, name: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (the most since the last reset) of a process."""
+    """Return `VmRSS` (now) or `VmHWM` (the peak since the last reset) of a process."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found
     return int(found[1])
 
 
 @pytest.fixture
-def device(site: Site) -> str:  # noqa: F811
-    """A daemon that takes long queues, and a device's token."""
+def device(site: Site) -> str:
+    """Start a daemon that accepts long queues, and return a device's token."""
     site.settings |= {"NEXHB_INGEST__DEVICE_BURST": "1000000", "NEXHB_INGEST__BUCKET_SECONDS": "1"}
     site.start()
     return site.nexhb("devices", "add", "gateway").stdout.strip()
 
 
-def test_a_hundred_thousand_in_one_body_take_little_memory(site: Site, device: str) -> None:  # noqa: F811
+def test_a_hundred_thousand_heartbeats_in_one_body_use_little_memory(site: Site, device: str) -> None:
     pid = site.daemons[-1].pid
     now = datetime.now(UTC)
 
@@ -74,16 +74,16 @@ def test_a_hundred_thousand_in_one_body_take_little_memory(site: Site, device: s
         assert status == 200
         return answer
 
-    send(2_000)  # what every queue needs is there
+    send(2_000)  # a first queue, so that memory that every queue needs is allocated before it is measured
     before = memory_kb(pid, "VmRSS")
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # VmHWM begins anew
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # resets VmHWM
     answer = send(LINES)
     assert (answer["written"], answer["deduplicated"]) == (LINES - 2_000, 2_000)
     assert memory_kb(pid, "VmHWM") - before < GROWTH_MOST_KB
 
 
-def test_a_kill_in_the_middle_leaves_what_was_committed_and_the_rest_comes_again(
-    site: Site,  # noqa: F811
+def test_after_a_kill_within_a_queue_the_committed_part_is_stored_and_a_retry_adds_the_rest(
+    site: Site,
     device: str,
 ) -> None:
     now = datetime.now(UTC)

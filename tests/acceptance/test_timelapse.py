@@ -1,5 +1,5 @@
-"""The time-lapse, cut down to seconds: weeks instead of months, kept for days, with more faults a night. `make
-timelapse` is the whole of it."""
+"""A time-lapse that takes seconds: it simulates weeks instead of months, with a retention of days and more faults per
+night. `make timelapse` runs the full time-lapse."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from nexhb import log
-from nexhb.db import Database
+from nexhb.postgres.connections import Database
 from tests.timelapse.days import live
 from tests.timelapse.kills import DAY_POINTS
-from tests.timelapse.nights import CARDS
+from tests.timelapse.nights import KINDS
 from tests.timelapse.report import missing
 from tests.timelapse.world import Settings
 
@@ -26,12 +26,12 @@ SHORT = Settings(
 )
 
 
-async def test_after_weeks_of_faults_every_heartbeat_is_there_once_and_every_day_where_it_belongs(
+async def test_after_weeks_of_faults_every_heartbeat_is_stored_once_in_a_partition_or_an_archive(
     database: Database, tmp_path: Path
 ) -> None:
-    log.setup("critical")  # what goes wrong here goes wrong on purpose
-    world, found = await live(SHORT, database.dsn, tmp_path, lambda _: None)
-    assert [line for check in found for line in check.wrong] == []
+    log.setup("critical")  # the errors in this log are caused on purpose
+    world, results = await live(SHORT, database.dsn, tmp_path, lambda _: None)
+    assert [line for check in results for line in check.wrong] == []
     never = missing(world)
     assert [name for name in never if name in POINTS] == []
-    assert len(never) < len(CARDS) / 10, never  # chance deals the cards; in `make timelapse` each has its turn
+    assert len(never) < len(KINDS) / 10, never  # few nights: some random kinds of faults may not occur

@@ -1,4 +1,4 @@
-"""`python -m tests.faults --seeds 1-100`: each seed on a PostgreSQL of its own, which goes with it."""
+"""Run `python -m tests.faults --seeds 1-100`. Each seed has its own PostgreSQL, which is deleted after the seed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from tests.faults.world import living
 SECONDS = 20.0
 
 
-async def one(seed: int, devices: int, seconds: float, logs: Path | None) -> Outcome:
-    """One seed's life, on a cluster of its own. Where something is wrong, the logs go to `logs`."""
+async def run_seed(seed: int, devices: int, seconds: float, logs: Path | None) -> Outcome:
+    """Run one seed on a cluster of its own, and return the outcome. On a violation, copy the logs of the run to
+    `logs`."""
     with guarding() as guard:
         async with (
             running(guard) as cluster,
@@ -31,11 +32,11 @@ async def one(seed: int, devices: int, seconds: float, logs: Path | None) -> Out
         ):
             outcome = await live(world, seconds)
             if outcome.violations and logs is not None:
-                await asyncio.to_thread(_keep_logs, world.folder, logs / f"seed-{seed}")
+                await asyncio.to_thread(_copy_logs, world.folder, logs / f"seed-{seed}")
             return outcome
 
 
-def _keep_logs(folder: Path, to: Path) -> None:
+def _copy_logs(folder: Path, to: Path) -> None:
     for path in folder.rglob("*.log"):
         target = to / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,24 +49,26 @@ def _seeds(text: str) -> list[int]:
 
 
 def main(
-    seeds: Annotated[str, typer.Option(help="One, or the first and the last: 1-100.")] = "1",
+    seeds: Annotated[str, typer.Option(help="One seed, or the first and the last: 1-100.")] = "1",
     devices: Annotated[int, typer.Option(min=1)] = 40,
-    seconds: Annotated[float, typer.Option(min=1, help="Of faults, each seed.")] = SECONDS,
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on stdout.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table as docs/reliability.md has it.")] = False,
-    logs: Annotated[Path | None, typer.Option(help="Where the logs of a seed go in which something is wrong.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON there after each seed.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long faults occur, for each seed.")] = SECONDS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as it is in docs/reliability.md.")
+    ] = False,
+    logs: Annotated[Path | None, typer.Option(help="Copy the logs of a seed with a violation to this folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file after each seed.")] = None,
 ) -> None:
-    """Break everything, heal it, compare. Exit code 1: something was lost, doubled, wrong or stuck."""
+    """Inject faults, end them, and compare the database with the devices' journal. Exit with 1 on a violation."""
     console = Console(stderr=as_json or as_markdown, width=120)
     log.setup("warning")
     outcomes: list[Outcome] = []
     for seed in _seeds(seeds):
-        outcome = uvloop.run(one(seed, devices, seconds, logs))
+        outcome = uvloop.run(run_seed(seed, devices, seconds, logs))
         outcomes.append(outcome)
-        figures = ", ".join(f"{outcome.count(word)} {word}" for word in report.WORDS)
+        figures = ", ".join(f"{outcome.count(verdict)} {verdict}" for verdict in report.VERDICTS)
         console.print(
-            f"seed {seed}: {len(outcome.struck)} faults in {outcome.seconds:.0f} s, {figures}", highlight=False
+            f"seed {seed}: {len(outcome.injected)} faults in {outcome.seconds:.0f} s, {figures}", highlight=False
         )
         for violation in outcome.violations[:10]:
             console.print(f"  {violation}", highlight=False, markup=False)

@@ -1,4 +1,5 @@
-"""`nexhb serve` whose clock can be stepped: `python -m tests.faults.clock FILE serve` adds the hours that FILE says."""
+"""`nexhb serve` with a clock that can be stepped: `python -m tests.faults.clock FILE serve` adds the number of hours in
+FILE to the machine's clock."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from nexhb import cli, daemon
-from nexhb.clock import DatabaseClock
+from nexhb.clock import DatabaseClock, system_now
 
 
-class Stepped:
-    """The machine's clock, and what a file says on top of it."""
+class SteppedClock:
+    """The machine's clock plus the number of hours that a file contains."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -22,12 +23,12 @@ class Stepped:
         hours = 0.0
         with suppress(OSError, ValueError):
             hours = float(self._file.read_text())
-        return daemon.utc_now() + timedelta(hours=hours)
+        return system_now() + timedelta(hours=hours)
 
 
 def main() -> None:
-    """Run nexhb by that clock."""
-    clock = DatabaseClock(Stepped(Path(sys.argv.pop(1))))
+    """Run nexhb with the stepped clock."""
+    clock = DatabaseClock(SteppedClock(Path(sys.argv.pop(1))))
     setattr(daemon, "running", partial(daemon.running, now=clock))  # noqa: B010 - mypy: it is a function there
     cli.main()
 

@@ -1,5 +1,5 @@
-"""A PostgreSQL of a run's own, on a small disk of its own where that can be had; its postmaster is started again
-whenever it ends, as an init system would."""
+"""A PostgreSQL for one run, on a small disk of its own if such a disk can be mounted. The postmaster is restarted
+whenever it ends, as an init system would do."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from pathlib import Path
 
 import asyncpg
 
-from nexhb import embedded, migrate
-from nexhb.daemon import utc_now
-from nexhb.db import Database
+from nexhb.clock import system_now
 from nexhb.errors import NexhbError
+from nexhb.postgres import embedded, migrate
+from nexhb.postgres.connections import Database
 from tests.faults import faketime, standby
 from tests.faults.guard import Guard
-from tests.faults.processes import ended
+from tests.faults.processes import wait_for_exit
 from tests.faults.standby import Standby
 
 DISK = "768m"
-INODES = 30_000  # of which PostgreSQL with its programs takes 6,000
+INODES = 30_000  # PostgreSQL with its programs uses 6,000 inodes
 START_S = 60.0
 
 
 class Cluster:
-    """A running PostgreSQL."""
+    """A PostgreSQL cluster that is running, or is about to be restarted."""
 
     def __init__(self, folder: Path, guard: Guard, *, small_disk: bool) -> None:
         self._folder = folder
         self.data_dir = folder / "data"
         self.small_disk = small_disk
-        self._ballast = folder / "ballast"
+        self._filler = folder / "filler"
         self._files = folder / "files"
         self._server = embedded.start(self.data_dir)
         self._guard = guard
-        guard.tell("postmaster", self._server.pgdata)
+        guard.report("postmaster", self._server.pgdata)
         self.dsn = self._server.dsn
         self.starts = 1
         self._start = asyncio.Condition()
@@ -53,44 +53,44 @@ class Cluster:
 
     @property
     def pid(self) -> int:
-        """The postmaster; 0 where there is none."""
+        """The process ID of the postmaster; 0 if there is none."""
         with suppress(OSError, ValueError, IndexError):
             return int((self._server.pgdata / "postmaster.pid").read_text().splitlines()[0])
         return 0
 
     @asynccontextmanager
-    async def kept(self) -> AsyncIterator[Cluster]:
-        """For the block it is started whenever it is not there."""
-        keeper = asyncio.create_task(self._keep())
+    async def supervised(self) -> AsyncIterator[Cluster]:
+        """For the block, start the cluster whenever it is not running; stop it afterwards."""
+        supervisor = asyncio.create_task(self._supervise())
         try:
             yield self
         finally:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
             await asyncio.to_thread(self._server.stop)
 
-    async def started_again(self, starts: int) -> None:
-        """Wait until it was started more than `starts` times."""
+    async def wait_for_restart(self, starts: int) -> None:
+        """Wait until the cluster was started more than `starts` times."""
         async with self._start:
             await self._start.wait_for(lambda: self.starts > starts)
 
     def kill(self) -> None:
-        """SIGKILL the postmaster; its children notice it by themselves."""
+        """Send SIGKILL to the postmaster; its children notice by themselves that it has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """A fast stop, and no start until `may_start`."""
+        """Shut the cluster down (fast), and do not restart it until `may_start` is called."""
         self._may_start.clear()
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGINT)
 
     def may_start(self) -> None:
-        """It may come back."""
+        """Let the cluster be started again."""
         self._may_start.set()
 
     async def backend(self) -> int:
-        """A backend of the daemon's writer; 0 where there is none."""
+        """Return the process ID of a backend of the daemon's writer; 0 if there is none."""
         with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
             conn = await asyncpg.connect(self.dsn, timeout=3, command_timeout=3)
             try:
@@ -101,49 +101,50 @@ class Cluster:
         return 0
 
     @asynccontextmanager
-    async def by_a_clock_of_its_own(self) -> AsyncIterator[faketime.Clock]:
-        """For the block its clock can be stepped: it is started anew with it, and behind the block without."""
+    async def with_own_clock(self) -> AsyncIterator[faketime.Clock]:
+        """For the block, give the cluster a clock that can be stepped: it is restarted with that clock, and after the
+        block without it."""
         library = faketime.library()
-        assert library is not None  # such kinds are drawn only where it is installed
+        assert library is not None  # a schedule has faults that need the library only if it is installed
         clock = faketime.Clock(self._folder / "clock", library)
         await asyncio.to_thread(clock.step, timedelta(0))
         try:
-            await self._started_by(clock)
+            await self._restart_with(clock)
             yield clock
         finally:
             pid = self.pid
-            await self._started_by(None)
-            faketime.clear_away(pid)
+            await self._restart_with(None)
+            faketime.remove_files(pid)
 
-    async def _started_by(self, clock: faketime.Clock | None) -> None:
-        faketime.goes_by(self.data_dir, clock)
+    async def _restart_with(self, clock: faketime.Clock | None) -> None:
+        faketime.use_clock(self.data_dir, clock)
         starts = self.starts
         self.stop()
         self.may_start()
-        await self.started_again(starts)
+        await self.wait_for_restart(starts)
 
     def make_standby(self) -> Standby:
-        """A standby beside it. Raises EmbeddedPostgresError."""
+        """Create a standby of this cluster and return it. Raises EmbeddedPostgresError."""
         return standby.make(self._server, self._folder, self._guard)
 
-    async def lose(self) -> None:
-        """The postmaster ends at once, and does not come back until `may_start` or `give_way`."""
+    async def crash(self) -> None:
+        """Shut the cluster down (immediate), and do not restart it until `may_start` or `replace_with` is called."""
         self._may_start.clear()
         if pid := self.pid:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGQUIT)
-            await ended(pid)
+            await wait_for_exit(pid)
 
-    async def give_way(self, to: Standby) -> None:
-        """Once it is lost, the standby takes its place for good."""
-        lost, self._server = self._server, await asyncio.to_thread(to.promote)
-        await asyncio.to_thread(lost.stop)  # it is gone: this gives up the claim on its folder
-        self.data_dir, self.dsn = to.data_dir, self._server.dsn
+    async def replace_with(self, standby: Standby) -> None:
+        """Promote the standby, which replaces the crashed cluster for good."""
+        crashed, self._server = self._server, await asyncio.to_thread(standby.promote)
+        await asyncio.to_thread(crashed.stop)  # the crashed postmaster has ended: this releases the claim on its folder
+        self.data_dir, self.dsn = standby.data_dir, self._server.dsn
         self._may_start.set()
 
     def fill_disk(self) -> None:
-        """Not a byte is left."""
-        file = os.open(self._ballast, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        """Fill the disk to the last byte."""
+        file = os.open(self._filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for block in (b"\0" * (1 << 24), b"\0" * (1 << 12)):
             with suppress(OSError):
                 while os.write(file, block) == len(block):
@@ -151,28 +152,28 @@ class Cluster:
         os.close(file)
 
     def free_disk(self) -> None:
-        """There is room again."""
-        self._ballast.unlink(missing_ok=True)
+        """Delete the file that fills the disk."""
+        self._filler.unlink(missing_ok=True)
 
     def fill_inodes(self) -> None:
-        """Not a file more can be made."""
+        """Use up the inodes, so that no further file can be created."""
         self._files.mkdir(exist_ok=True)
         with suppress(OSError):
             for number in range(INODES):
                 os.close(os.open(self._files / f"{number}", os.O_WRONLY | os.O_CREAT, 0o600))
 
     def free_inodes(self) -> None:
-        """Files can be made again."""
+        """Delete the files that use up the inodes."""
         shutil.rmtree(self._files, ignore_errors=True)
 
-    async def _keep(self) -> None:
+    async def _supervise(self) -> None:
         while True:
             if pid := self.pid:
-                await ended(pid)
+                await wait_for_exit(pid)
             self.up.clear()
             await self._may_start.wait()
             with suppress(NexhbError, OSError):
-                if self._server.alive:  # another one has taken its place
+                if self._server.alive:  # a promoted standby has replaced the cluster
                     self.up.set()
                     continue
                 await asyncio.to_thread(self._server.stop)
@@ -182,39 +183,39 @@ class Cluster:
                 async with self._start:
                     self._start.notify_all()
                 continue
-            await asyncio.sleep(0.2)  # the disk is full
+            await asyncio.sleep(0.2)  # the start failed, for example because the disk is full
 
 
 @asynccontextmanager
 async def running(guard: Guard, template: Path | None = None) -> AsyncIterator[Cluster]:
-    """A cluster for the block, with nexhb's schema: a copy of the stopped one in `template`, or a new one."""
+    """Run a cluster with nexhb's schema for the block: a copy of the stopped cluster in `template`, or a new one."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
-    guard.tell("folder", folder)
+    guard.report("folder", folder)
     small = await asyncio.to_thread(_mount, folder)
     if small:
-        guard.tell("mount", folder)
+        guard.report("mount", folder)
     if template is not None:
         await asyncio.to_thread(_copy, template, folder / "data")
     cluster = await asyncio.to_thread(Cluster, folder, guard, small_disk=small)
-    async with cluster.kept():
+    async with cluster.supervised():
         if template is None:
             conn = await Database(cluster.dsn).connect(application="faults")
-            await migrate.migrate(conn, utc_now())
+            await migrate.migrate(conn, system_now())
             await conn.close()
         yield cluster
 
 
 @asynccontextmanager
 async def stopped(guard: Guard) -> AsyncIterator[Path]:
-    """The folder of a cluster with nexhb's schema that does not run, to be copied during the block."""
+    """Create a cluster with nexhb's schema, stop it, and yield its data directory, to be copied during the block."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-pg-"))
-    guard.tell("folder", folder)
-    await asyncio.to_thread(folder.chmod, 0o711)  # as root, PostgreSQL's own user must pass
+    guard.report("folder", folder)
+    await asyncio.to_thread(folder.chmod, 0o711)  # if root runs this, PostgreSQL's own user needs access
     server = await asyncio.to_thread(embedded.start, folder / "data")
     try:
-        guard.tell("postmaster", server.pgdata)
+        guard.report("postmaster", server.pgdata)
         conn = await Database(server.dsn).connect(application="faults")
-        await migrate.migrate(conn, utc_now())
+        await migrate.migrate(conn, system_now())
         await conn.close()
     finally:
         await asyncio.to_thread(server.stop)
@@ -222,13 +223,13 @@ async def stopped(guard: Guard) -> AsyncIterator[Path]:
 
 
 def _copy(template: Path, data_dir: Path) -> None:
-    """Owners and modes too; the copy's own paths are written at its start."""
+    """Copy a data directory with its owners and modes; paths in it are rewritten when the copy is started."""
     subprocess.run(["cp", "-a", "--reflink=auto", template, data_dir], check=True)
 
 
 def _mount(folder: Path) -> bool:
-    """A disk that can be filled; only root can have one."""
-    folder.chmod(0o711)  # as root, PostgreSQL's own user must pass
+    """Mount a small disk, which can be filled, and return whether that succeeded; only root can mount one."""
+    folder.chmod(0o711)  # if root runs this, PostgreSQL's own user needs access
     if os.geteuid() != 0:
         return False
     done = subprocess.run(
@@ -239,10 +240,11 @@ def _mount(folder: Path) -> bool:
     return done.returncode == 0
 
 
-async def until_up(cluster: Cluster, bound_s: float) -> float:
-    """Wait until it takes connections; the seconds. Raises TimeoutError."""
+async def until_up(cluster: Cluster, timeout_s: float) -> float:
+    """Wait until the cluster accepts connections, and return how many seconds that took. Raises TimeoutError after
+    `timeout_s` seconds."""
     began = time.monotonic()
-    async with asyncio.timeout(bound_s):
+    async with asyncio.timeout(timeout_s):
         while True:
             await cluster.up.wait()
             with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -1,5 +1,5 @@
-"""A clock of its own for a run's PostgreSQL: libfaketime, where Debian's package is installed, adds to the time of day
-what a file says. Monotonic time stays the machine's."""
+"""A separate clock for a run's PostgreSQL: libfaketime, if Debian's package is installed, reads an offset from a file
+and adds it to the time of day. Monotonic time stays the machine's."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from nexhb import embedded, pgaccount
-from nexhb.pgaccount import Account
+from nexhb.postgres import account as pg_account
+from nexhb.postgres import embedded
+from nexhb.postgres.account import Account
 
-_EACH_PROCESS = ("faketime_shm_{}", "sem.faketime_sem_{}")  # which nobody removes behind one that was killed
+_FILES_OF_PROCESS = ("faketime_shm_{}", "sem.faketime_sem_{}")  # not removed if the process was killed
 
 
 def library() -> Path | None:
-    """The library, where it is installed (apt-get install libfaketime)."""
+    """Return the path of the library; None if it is not installed (apt-get install libfaketime)."""
     return next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How far a PostgreSQL's clock is ahead of the machine's."""
+    """A clock for a PostgreSQL. Its file contains the seconds by which the clock is ahead of the machine's."""
 
     file: Path
     library: Path
 
     def step(self, ahead: timedelta) -> None:
-        """From now on by so much; every process of it sees that at once."""
+        """Set how far the clock is ahead; every process of that PostgreSQL sees the change at once."""
         new = self.file.with_suffix(".new")
         new.write_text(f"{ahead / timedelta(seconds=1):+.0f}")
         new.chmod(0o644)
@@ -35,7 +36,7 @@ class Clock:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to go by it."""
+        """The environment variables that make a process use this clock."""
         return {
             "LD_PRELOAD": str(self.library), "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1",
@@ -43,8 +44,8 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class _Clocked(Account):
-    """The account whose postmaster goes by that clock; what `run` runs goes by the machine's."""
+class _AccountWithClock(Account):
+    """An account whose postmaster uses `clock`; programs that `run` starts use the machine's clock."""
 
     clock: Clock
 
@@ -55,11 +56,11 @@ class _Clocked(Account):
         return Account(self.name, self.uid, self.gid).run(*argv, stdin=stdin, timeout_s=timeout_s)
 
 
-_clocks: dict[Path, Clock] = {}  # data_dir → whose
+_clocks: dict[Path, Clock] = {}  # data_dir → the clock of the PostgreSQL in it
 
 
-def goes_by(data_dir: Path, clock: Clock | None) -> None:
-    """From its next start on the PostgreSQL in that folder goes by that clock; None: by the machine's."""
+def use_clock(data_dir: Path, clock: Clock | None) -> None:
+    """Make the PostgreSQL in `data_dir` use `clock` from its next start on; None stands for the machine's clock."""
     if clock is None:
         _clocks.pop(data_dir, None)
         return
@@ -68,12 +69,12 @@ def goes_by(data_dir: Path, clock: Clock | None) -> None:
 
 
 def _prepare(data_dir: Path) -> tuple[Account, Path]:
-    account, found = pgaccount.prepare(data_dir)
+    account, folder = pg_account.prepare(data_dir)
     clock = _clocks.get(data_dir)
-    return (account if clock is None else _Clocked(account.name, account.uid, account.gid, clock)), found
+    return (account if clock is None else _AccountWithClock(account.name, account.uid, account.gid, clock)), folder
 
 
-def clear_away(pid: int) -> None:
-    """What the library has left of that process."""
-    for name in _EACH_PROCESS:
+def remove_files(pid: int) -> None:
+    """Remove the files that the library has created for that process."""
+    for name in _FILES_OF_PROCESS:
         Path("/dev/shm", name.format(pid)).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Nothing is left running and nothing is left lying, however a run ends: a process of its own waits for the run's end
-(the end of its standard input, which the kernel brings about in any case), ends what it was told of and was not told
-to forget, and removes the folder."""
+"""The guard: however a run ends, it leaves no process and no file. The guard is a separate process that waits for the
+run's end (the end of its standard input, which the kernel closes in any case). It then kills each process that the run
+has reported as started but not as ended, and removes the folders that the run has reported."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PATIENCE_S = 20.0  # for a postmaster to end
+END_S = 20.0  # timeout for the end of a postmaster
 
 
 class Guard:
-    """What to clear away, told line by line."""
+    """The run's side of the guard: it reports to the guard's process, one per line, what has to be removed."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def tell(self, what: str, value: object) -> None:
-        """`child PID`, `ended PID`, `postmaster PGDATA`, `mount PATH`, `folder PATH`."""
+    def report(self, what: str, value: object) -> None:
+        """Report `child PID`, `ended PID`, `postmaster PGDATA`, `mount PATH` or `folder PATH`."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{what} {value}\n")
         self._process.stdin.flush()
@@ -32,22 +32,23 @@ class Guard:
 
 @contextmanager
 def guarding() -> Iterator[Guard]:
-    """A guard for the block; behind it everything is gone."""
+    """Run a guard for the block; when the block ends, the guard removes everything that was reported to it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.faults.guard"],
         stdin=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent,
-        start_new_session=True,  # a Ctrl-C at the terminal is not for it
+        start_new_session=True,  # so that a Ctrl-C at the terminal does not reach the guard
     )  # fmt: skip
     try:
         yield Guard(process)
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(PATIENCE_S * 2)
+        process.wait(END_S * 2)
 
 
-def born(pid: int) -> str:
-    """When a process was started, in ticks: with its number, its name for as long as the machine runs."""
+def started_at(pid: int) -> str:
+    """Return when a process was started, in clock ticks since boot. Together with the process ID, this identifies a
+    process until the machine is rebooted."""
     return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[19]
 
 
@@ -65,8 +66,8 @@ def _postmaster(pgdata: Path) -> int | None:
 
 
 def _end_postmaster(pgdata: Path) -> None:
-    """An immediate stop, which its children follow; nobody needs the data any more."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Shut a cluster down (immediate), which also ends its children; its data is not needed any more."""
+    deadline = time.monotonic() + END_S
     while (pid := _postmaster(pgdata)) and time.monotonic() < deadline:
         _end(pid, signal.SIGCONT)
         _end(pid, signal.SIGQUIT)
@@ -74,27 +75,27 @@ def _end_postmaster(pgdata: Path) -> None:
 
 
 def main() -> None:
-    """Read what there is; at its end, clear away."""
+    """Read the reports until the input ends, then remove everything that was reported."""
     children: dict[int, str] = {}
-    told: dict[str, list[str]] = {"postmaster": [], "mount": [], "folder": []}
+    reported: dict[str, list[str]] = {"postmaster": [], "mount": [], "folder": []}
     for line in sys.stdin:
         what, _, value = line.rstrip("\n").partition(" ")
         if what == "child":
             with suppress(OSError):
-                children[int(value)] = born(int(value))
+                children[int(value)] = started_at(int(value))
         elif what == "ended":
             children.pop(int(value), None)
         else:
-            told[what].append(value)
-    for pid, started in children.items():
+            reported[what].append(value)
+    for pid, ticks in children.items():
         with suppress(OSError):
-            if born(pid) == started:
+            if started_at(pid) == ticks:
                 _end(pid, signal.SIGKILL)
-    for pgdata in told["postmaster"]:
+    for pgdata in reported["postmaster"]:
         _end_postmaster(Path(pgdata))
-    for path in told["mount"]:
+    for path in reported["mount"]:
         subprocess.run(["umount", "-l", path], check=False, capture_output=True)
-    for path in told["folder"]:
+    for path in reported["folder"]:
         shutil.rmtree(path, ignore_errors=True)
 
 

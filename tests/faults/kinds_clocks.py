@@ -1,5 +1,5 @@
-"""The database's own clock, which jumps while it runs: heartbeats keep their times, the daemon says that its host's
-clock is another, and all is as before when both are right."""
+"""The database's clock is stepped while the database runs: heartbeats keep their times, the daemon reports that its
+host's clock differs, and it is ready again as soon as the database's clock is right."""
 
 from __future__ import annotations
 
@@ -11,58 +11,64 @@ from datetime import timedelta
 
 from tests.faults.faketime import Clock
 from tests.faults.kinds_processes import READY_S, own_cluster
-from tests.faults.nemesis import Fault, Kind
+from tests.faults.nemesis import Fault, FaultKind, Lane
 from tests.faults.world import World
 
-# So far that it is noticed, and no heartbeat falls out of the accept window: devices are 20 to 70 h behind, and catch
-# up.
+# Large enough for the daemon to notice, but so small that every heartbeat stays within the accept window: the clocks of
+# devices start 20 to 70 h behind, and catch up.
 STEPS = (timedelta(minutes=9), timedelta(hours=90), timedelta(minutes=-9), timedelta(hours=-9))
-FAR_BACK = timedelta(days=-3)  # and here every heartbeat would: devices are kept away meanwhile
-LOOK_S = 0.05
-NEAR_S = 60.0
-ON_ITS_WAY_S = 0.5  # what was sent before is received by then
-RIGHT_S = 60.0
-_APART = re.compile(r"clock is (\d+) s (behind|ahead of) the database's")
+# Every heartbeat would be outside the accept window, so no device is connected to the daemon meanwhile.
+FAR_BACK = timedelta(days=-3)
+POLL_S = 0.05
+TOLERANCE_S = 60.0
+IN_TRANSIT_S = 0.5  # a heartbeat is received within this time after it is sent
+CORRECTED_S = 60.0
+_DIFFERENCE = re.compile(r"clock is (\d+) s (behind|ahead of) the database's")
 
 
-async def _jump(world: World, fault: Fault) -> None:
-    async with own_cluster(world).by_a_clock_of_its_own() as clock:
+async def _step_clock(world: World, fault: Fault) -> None:
+    async with own_cluster(world).with_own_clock() as clock:
         await world.daemons[0].ready(READY_S)
         for step in random.Random(fault.dice).sample(STEPS, 2):  # noqa: S311 - a simulation
-            await _stepped(world, clock, step)
-            if world.blamed:  # enough is known
+            await _step(world, clock, step)
+            if world.violations_of_faults:  # after one violation, further steps are not needed
                 return
         if fault.dice > 0.4:
             with world.front.closed():
-                await asyncio.sleep(ON_ITS_WAY_S)
-                await _stepped(world, clock, FAR_BACK)
-                await _right_again(world, clock)
-        await _right_again(world, clock)
+                await asyncio.sleep(IN_TRANSIT_S)
+                await _step(world, clock, FAR_BACK)
+                await _correct_clock(world, clock)
+        await _correct_clock(world, clock)
     await world.daemons[0].ready(READY_S)
 
 
-async def _stepped(world: World, clock: Clock, by: timedelta) -> None:
-    """The clock is so far ahead now, and the daemon is to say so."""
-    began, alone = time.monotonic(), world.apart == 1
+async def _step(world: World, clock: Clock, by: timedelta) -> None:
+    """Step the database's clock, and expect the daemon to report the difference within READY_S seconds."""
+    began, is_only_fault = time.monotonic(), world.disconnecting_faults == 1
     await asyncio.to_thread(clock.step, by)
-    while abs(await _said_s(world) - by.total_seconds()) > NEAR_S:
+    while abs(await _reported_difference_s(world) - by.total_seconds()) > TOLERANCE_S:
         if time.monotonic() - began > READY_S:
-            if alone and world.apart == 1 and world.together_since_s < began:
-                world.blame("wrong", f"{READY_S:.0f} s after the database's clock jumped by {by} the daemon is ready")
+            if is_only_fault and world.disconnecting_faults == 1 and world.reconnected_at_s < began:
+                world.report(
+                    "wrong", f"{READY_S:.0f} s after a step of the database's clock by {by}, the daemon is ready"
+                )
             return
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_S)
 
 
-async def _said_s(world: World) -> float:
-    """How far the database's clock is ahead, by what the daemon says of its readiness."""
-    said = _APART.search(await world.daemons[0].reasons())
-    return 0.0 if said is None else float(said[1]) * (1 if said[2] == "behind" else -1)
+async def _reported_difference_s(world: World) -> float:
+    """Return how many seconds the database's clock is ahead of the daemon's, according to the readiness response."""
+    match = _DIFFERENCE.search(await world.daemons[0].reasons())
+    return 0.0 if match is None else float(match[1]) * (1 if match[2] == "behind" else -1)
 
 
-async def _right_again(world: World, clock: Clock) -> None:
-    """Not before the daemon has seen it a heartbeat may come: it would be stored at a time that is wrong."""
+async def _correct_clock(world: World, clock: Clock) -> None:
+    """Set the clock right, and wait until the daemon has noticed: a heartbeat that arrived earlier would be stored with
+    a wrong time."""
     await asyncio.to_thread(clock.step, timedelta(0))
-    await world.daemons[0].ready(RIGHT_S)
+    await world.daemons[0].ready(CORRECTED_S)
 
 
-KINDS = (Kind("database's clock jumps", "processes", (2.0, 3.0), _jump, own_cluster=True, own_clock=True),)
+KINDS = (
+    FaultKind("database's clock stepped", Lane.PROCESSES, (2.0, 3.0), _step_clock, own_cluster=True, own_clock=True),
+)

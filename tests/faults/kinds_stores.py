@@ -1,38 +1,39 @@
-"""A store that is not the one that the database knows: its marker is missing, another's, or goes while a run is at
-work."""
+"""An archive store that must not be used because it may not belong to this database: its marker is missing, belongs to
+another database, or disappears during a nightly run."""
 
 from __future__ import annotations
 
-from tests.faults.kinds_tables import SENDING_S, send_days_away
-from tests.faults.nemesis import Fault, Kind, Unable
-from tests.faults.tables import UNREACHABLE
+from tests.faults.blocked_writer import UNREACHABLE
+from tests.faults.kinds_tables import NIGHTLY_RUN_S, archive_days
+from tests.faults.nemesis import Fault, FaultKind, Lane, NotPossible
 from tests.faults.world import World
 
-LONGER = {"NEXHB_PARTITIONS__RETENTION_DAYS": "2"}  # than what is sent away afterwards
-_LIFE = """
-SELECT oid::text || left(pg_walfile_name(pg_current_wal_lsn()), 8) AS name  -- and its timeline
+FIRST_RETENTION = {"NEXHB_PARTITIONS__RETENTION_DAYS": "2"}  # one day more, so that the second run has a day to archive
+_INCARNATION = """
+SELECT oid::text || left(pg_walfile_name(pg_current_wal_lsn()), 8) AS name  -- with the timeline
 FROM pg_database WHERE datname = current_database()
 """
 _MARKERS = "SELECT marker AS name FROM archive_markers"
 _DAYS = "SELECT relname AS name FROM pg_class WHERE relkind = 'r' AND relname ~ '^device_heartbeats_[0-9]{8}$'"
 
 
-async def _another(world: World, fault: Fault) -> None:
-    """The right store, and what is there by then; the marker goes, and a run has days to send away."""
-    await send_days_away(world, SENDING_S, **world.bucket.environment | LONGER)
-    life = await _names(world, _LIFE)
-    if not await _names(world, _MARKERS) & world.bucket.markers:
-        raise Unable("the database does not know its store yet")
-    with world.bucket.unmarked(another=fault.dice < 0.3, later=fault.dice > 0.6) as removed:
+async def _remove_marker(world: World, fault: Fault) -> None:
+    """Archive days to the right store; then remove the store's marker, and start a run that has more days to archive.
+    While the marker is missing, no object may be written to the store, and no day dropped."""
+    await archive_days(world, NIGHTLY_RUN_S, **world.s3.environment | FIRST_RETENTION)
+    incarnation = await _names(world, _INCARNATION)
+    if not await _names(world, _MARKERS) & world.s3.markers:
+        raise NotPossible("the store has no marker of this database yet")
+    with world.s3.marker_removed(another=fault.dice < 0.3, later=fault.dice > 0.6) as removal:
         before = await _names(world, _DAYS)
-        await send_days_away(world, SENDING_S, **world.bucket.environment)
+        await archive_days(world, NIGHTLY_RUN_S, **world.s3.environment)
         after = await _names(world, _DAYS)
-    if not removed or await _names(world, _LIFE) != life:
-        raise Unable("nothing was written, or the database was replaced by one that does not know its store")
-    if removed.written:
-        world.blame("wrong", f"written to a store without its marker: {sorted(removed.written)}")
-    if gone := before - after:
-        world.blame("wrong", f"days dropped while their store is without its marker: {sorted(gone)}")
+    if not removal or await _names(world, _INCARNATION) != incarnation:
+        raise NotPossible("nothing was written, or another database has replaced this one")
+    if removal.written:
+        world.report("wrong", f"objects written to a store without its marker: {sorted(removal.written)}")
+    if dropped := before - after:
+        world.report("wrong", f"days dropped although their store has no marker: {sorted(dropped)}")
 
 
 async def _names(world: World, query: str) -> set[str]:
@@ -40,8 +41,8 @@ async def _names(world: World, query: str) -> set[str]:
         async with world.connection() as conn:
             return {row["name"] for row in await conn.fetch(query)}
     except UNREACHABLE as error:
-        raise Unable(f"{type(error).__name__}: {error}") from error
+        raise NotPossible(f"{type(error).__name__}: {error}") from error
 
 
-ANOTHER = "another store"
-KINDS = (Kind(ANOTHER, "tables", (2.0, 3.0), _another),)
+MARKER_MISSING = "archive marker missing"
+KINDS = (FaultKind(MARKER_MISSING, Lane.TABLES, (2.0, 3.0), _remove_marker),)

@@ -1,31 +1,43 @@
-"""What operators do to devices: tokens are rotated, devices revoked, readmitted, made known while they send."""
+"""What operators do to devices that are sending: rotate tokens, and revoke, readmit and add devices."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from tests.faults.guests import Guest, Guests, State
-from tests.faults.nemesis import Fault, Kind, Unable
+from tests.faults.managed_devices import ManagedDevice, ManagedDevices, State
+from tests.faults.nemesis import Fault, FaultKind, Lane, NotPossible
 from tests.faults.world import World
 
 Act = Callable[[World, Fault], Awaitable[None]]
 
 
-def _changed(of: State, do: Callable[[Guests, Guest], Awaitable[None]]) -> Act:
-    """Of some device whose token stands so."""
+def _change(state: State, change: Callable[[ManagedDevices, ManagedDevice], Awaitable[None]]) -> Act:
+    """Return a fault that applies `change` to a device whose newest token is in this state. It raises NotPossible."""
 
     async def act(world: World, fault: Fault) -> None:
-        guest = world.guests.pick(of, fault.dice)
-        if guest is None:
-            raise Unable(f"there is no device whose token is {of}")
-        await do(world.guests, guest)
+        managed = world.managed_devices.pick(state, fault.dice)
+        if managed is None:
+            raise NotPossible(f"no device has a {state} token")
+        await change(world.managed_devices, managed)
 
     return act
 
 
 KINDS = (
-    Kind("token rotated", "operators", (0.2, 0.5), _changed(State.GOOD, Guests.rotate), parts=False),
-    Kind("device revoked", "operators", (0.2, 0.5), _changed(State.GOOD, Guests.revoke), parts=False),
-    Kind("device readmitted", "operators", (0.2, 0.5), _changed(State.REVOKED, Guests.readmit), parts=False),
-    Kind("device made known", "operators", (0.2, 0.5), _changed(State.UNKNOWN, Guests.admit), parts=False),
+    FaultKind(
+        "token rotated", Lane.OPERATORS, (0.2, 0.5), _change(State.GOOD, ManagedDevices.rotate), disconnects=False
+    ),
+    FaultKind(
+        "device revoked", Lane.OPERATORS, (0.2, 0.5), _change(State.GOOD, ManagedDevices.revoke), disconnects=False
+    ),
+    FaultKind(
+        "device readmitted",
+        Lane.OPERATORS,
+        (0.2, 0.5),
+        _change(State.REVOKED, ManagedDevices.readmit),
+        disconnects=False,
+    ),
+    FaultKind(
+        "device added", Lane.OPERATORS, (0.2, 0.5), _change(State.UNKNOWN, ManagedDevices.admit), disconnects=False
+    ),
 )

@@ -1,4 +1,4 @@
-"""Waiting for the end of a process, without looking again and again."""
+"""Wait for the exit of a process without polling."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import asyncio
 import os
 
 
-async def ended(pid: int) -> None:
-    """Wait until the process has ended: a child of ours or not."""
+async def wait_for_exit(pid: int) -> None:
+    """Wait until the process has exited, whether or not it is a child of this one."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     loop = asyncio.get_running_loop()
-    gone = loop.create_future()
+    exited = loop.create_future()
 
-    def tell() -> None:
-        if not gone.done():
-            gone.set_result(None)
+    def on_exit() -> None:
+        if not exited.done():
+            exited.set_result(None)
 
-    loop.add_reader(handle, tell)
+    loop.add_reader(handle, on_exit)
     try:
-        await gone
+        await exited
     finally:
         loop.remove_reader(handle)
         os.close(handle)

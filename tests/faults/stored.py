@@ -1,4 +1,4 @@
-"""What the database holds of a run, read once."""
+"""Read everything that the database and the archives contain after a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from bench.fleet import Device
 from nexhb import partitions
 from nexhb.archive import catalog, verify
 from nexhb.archive.manifest import COLUMNS as ARCHIVED_COLUMNS
-from nexhb.archive.store import open_store
-from nexhb.config import Archive
+from nexhb.archive.opening import open_store
+from nexhb.config import ArchiveSettings
 from nexhb.errors import NexhbError
-from tests.faults.beats import COLUMNS, Row, float32
+from nexhb.postgres import sql
+from tests.faults.heartbeats import COLUMNS, Row, float32
 
 Key = tuple[int, int]  # the device's number in the fleet, and the bucket
 
@@ -27,27 +28,22 @@ _FACTS = "SELECT device_id, alias, android_version, sdk_int, patch_level, build_
 
 @dataclass
 class Stored:
-    """Rows of the history by key, the last status and the facts of each device."""
+    """The rows of the history by key, and the last status and the facts of each device."""
 
     rows: dict[Key, list[Row]]
     statuses: dict[int, Row]
     facts: dict[int, Row]
-    damaged: list[str]  # archives that are not what the catalog says, and why
+    damaged: list[str]  # archives that do not match the catalog, and why
 
     @property
     def days(self) -> list[date]:
-        """Those of which there is a row."""
+        """Return the days that have a row."""
         return sorted({rows[0][1].date() for rows in self.rows.values()})
 
 
-_LATE = """
-SELECT bucket, device_id, ts, clock_wrong, battery_pct, plugged, temp_c, nullif(network_type, '') AS network_type,
-       nullif(ssid, '') AS ssid, ip, signal_dbm, uptime_s, ram_used_mb,
-       nullif(unity_pkg_version, '') AS unity_pkg_version, unity_running, nullif(agent_version, '') AS agent_version
-FROM late_heartbeats JOIN devices USING (device_no) JOIN heartbeat_labels USING (label_no)
-"""
+_LATE = sql.queries("archive")["spelled_out"].replace("$table", "late_heartbeats")
 _NUMBERS = ("battery_pct", "signal_dbm", "uptime_s", "ram_used_mb")
-_OF_TEXT: dict[str, Callable[[str], Any]] = {
+_PARSERS: dict[str, Callable[[str], Any]] = {
     **{name: lambda text: text == "t" for name in ("clock_wrong", "plugged", "unity_running")},
     **dict.fromkeys(_NUMBERS, int),
     "ts": datetime.fromisoformat,
@@ -56,27 +52,27 @@ _OF_TEXT: dict[str, Callable[[str], Any]] = {
 
 
 async def _archived(
-    conn: asyncpg.Connection, archive: str, settings: Archive, damaged: list[str]
+    conn: asyncpg.Connection, archive: str, settings: ArchiveSettings, damaged: list[str]
 ) -> AsyncIterator[tuple[str, int, Row]]:
-    """What lies in archives and nowhere else: device_id, bucket and row."""
-    attached = {one.name for one in await partitions.attached(conn)}
+    """Yield device_id, bucket and row of each heartbeat that is only in an archive."""
+    attached = {partition.name for partition in await partitions.attached(conn)}
     async with open_store(f"file://{archive}", settings) as store:
-        for one in await catalog.every(conn):
-            if one.partition in attached:
+        for archived in await catalog.current_archives(conn):
+            if archived.partition in attached:
                 continue
             try:
-                manifest = await verify.load(store, store.name_of(one.url), one.sha256)
+                manifest = await verify.load(store, store.name_of(archived.url), archived.sha256)
                 async for rows in verify.rows(store, manifest):
                     for texts in rows:
-                        said = dict(zip(ARCHIVED_COLUMNS, texts, strict=True))
-                        row = tuple(_OF_TEXT.get(name, str)(said[name]) if said[name] else None for name in COLUMNS)
-                        yield said["device_id"], int(said["bucket"]), row
+                        values = dict(zip(ARCHIVED_COLUMNS, texts, strict=True))
+                        row = tuple(_PARSERS.get(name, str)(values[name]) if values[name] else None for name in COLUMNS)
+                        yield values["device_id"], int(values["bucket"]), row
             except NexhbError as error:
-                damaged.append(f"{one.partition} in {one.url}: {error}")
+                damaged.append(f"{archived.partition} in {archived.url}: {error}")
 
 
-async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str, settings: Archive) -> Stored:
-    """Everything: the days, what came late for days that are gone, and the archives."""
+async def read(conn: asyncpg.Connection, fleet: Sequence[Device], archive: str, settings: ArchiveSettings) -> Stored:
+    """Return everything: the attached days, the late heartbeats of days that were dropped, and the archives."""
     numbers = {device.device_id: number for number, device in enumerate(fleet)}
     rows: dict[Key, list[Row]] = {}
     async with conn.transaction(isolation="repeatable_read"):

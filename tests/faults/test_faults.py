@@ -1,4 +1,4 @@
-"""One short seed of the fault machine; `make faults SEEDS=100` is the whole of it."""
+"""Run one short seed of the fault machine; `make faults SEEDS=100` runs 100 at full length."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.__main__ import one
-from tests.faults.daemon import ROOT
-from tests.faults.record import What
+from bench.process import ROOT
+from tests.faults.__main__ import run_seed
+from tests.faults.journal import Event
 
 
-async def test_through_a_short_storm_of_faults_nothing_acknowledged_is_lost() -> None:
-    outcome = await one(seed=1, devices=24, seconds=10.0, logs=None)
+async def test_no_acknowledged_heartbeat_is_lost_during_ten_seconds_of_faults() -> None:
+    outcome = await run_seed(seed=1, devices=24, seconds=10.0, logs=None)
     assert [str(violation) for violation in outcome.violations] == []
-    assert sum(not struck.failed for struck in outcome.struck) >= 10
-    assert outcome.counts[What.ACKNOWLEDGED] > 500
-    assert outcome.counts[What.UNKNOWN] > 20
+    assert sum(not fault.failed for fault in outcome.injected) >= 10
+    assert outcome.counts[Event.ACKNOWLEDGED] > 500
+    assert outcome.counts[Event.UNKNOWN] > 20
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that PostgreSQL's own user can pass."""
+    """Yield a folder that PostgreSQL's own user can enter."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-guard-"))
     folder.chmod(0o711)
     yield folder
@@ -36,33 +36,33 @@ def folder() -> Iterator[Path]:
 
 
 def processes_of(folder: Path) -> set[int]:
-    """Who works in that folder, or was told of it."""
+    """Return the PIDs of the processes that work in the folder, or have it in their command line or environment."""
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            told = (process / "cmdline").read_bytes().decode(errors="replace")
+            told = b"".join((process / name).read_bytes() for name in ("cmdline", "environ")).decode(errors="replace")
             if str(folder) in told or str(folder) in str((process / "cwd").readlink()):
                 found.add(int(process.name))
     return found
 
 
-def until(true: Callable[[], bool], bound_s: float) -> None:
-    """Wait for it: what is waited for belongs to nobody here any more, and says nothing."""
-    deadline = time.monotonic() + bound_s
-    while not true():
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    """Poll until the condition holds: no event reports the end of processes that are not children of this one."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_nothing_is_left_running_or_lying_when_the_machine_is_killed(folder: Path) -> None:
-    machine = subprocess.Popen(
+def test_a_killed_run_leaves_no_process_and_no_file(folder: Path) -> None:
+    run = subprocess.Popen(
         [sys.executable, "-m", "tests.faults", "--seconds", "60"],
         cwd=ROOT, env=os.environ | {"TMPDIR": str(folder)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until(lambda: any('"daemon.started"' in log.read_text() for log in folder.glob("*/a/daemon.log")), 60)
-        assert len(processes_of(folder)) >= 2  # a daemon and a postmaster at the least
+        wait_until(lambda: any('"daemon.started"' in log.read_text() for log in folder.glob("*/a/daemon.log")), 60)
+        assert len(processes_of(folder)) >= 2  # at least a daemon and a postmaster
     finally:
-        machine.kill()
-        machine.wait()
-    until(lambda: not processes_of(folder) and not list(folder.iterdir()), 40)
+        run.kill()
+        run.wait()
+    wait_until(lambda: not processes_of(folder) and not list(folder.iterdir()), 40)

@@ -1,4 +1,4 @@
-"""The judges, by themselves: which answers a token may hear, and which acknowledgements an older copy takes back."""
+"""Test the checks: which responses a token may receive, and which heartbeats an older copy of the database may lack."""
 
 from __future__ import annotations
 
@@ -6,51 +6,60 @@ import math
 
 import pytest
 
-from tests.faults.asking import Heard
-from tests.faults.check import _is_forgiven
-from tests.faults.guests import Since, State, wrong
-from tests.faults.record import What
+from tests.faults.check import _is_loss_allowed
+from tests.faults.device_client import RequestOutcome
+from tests.faults.journal import Event
+from tests.faults.managed_devices import State, TokenState, why_wrong
 
-ACKNOWLEDGED, TURNED_AWAY, REFUSED = What.ACKNOWLEDGED, What.TURNED_AWAY, What.REFUSED
-COMMITTED_S, SOON_S, LATE_S = 100.0, 101.0, 107.0  # late: past the bound, and what a busy machine may take
-
-
-@pytest.mark.parametrize(
-    ("state", "asked_s", "together_s", "heard"),
-    [
-        (State.GOOD, SOON_S, 0.0, Heard(TURNED_AWAY, "401 …")),
-        (State.REVOKED, SOON_S, 0.0, Heard(TURNED_AWAY, "401 …")),
-        (State.FORGOTTEN, SOON_S, 0.0, Heard(TURNED_AWAY, "401 …")),
-        (State.GOOD, LATE_S, 0.0, Heard(TURNED_AWAY, "410 …")),
-        (State.REVOKED, LATE_S, 0.0, Heard(ACKNOWLEDGED, "200")),
-        (State.UNKNOWN, LATE_S, 0.0, Heard(ACKNOWLEDGED, "200")),
-    ],
-)
-def test_an_answer_that_may_not_come(state: State, asked_s: float, together_s: float, heard: Heard) -> None:
-    assert wrong(Since(state, COMMITTED_S), asked_s, together_s, heard)
+ACKNOWLEDGED, REJECTED, REFUSED = Event.ACKNOWLEDGED, Event.REJECTED, Event.REFUSED
+COMMITTED_S, SOON_S, LATE_S = 100.0, 101.0, 107.0  # LATE_S: after the limit, and a margin for a busy machine
 
 
 @pytest.mark.parametrize(
-    ("state", "asked_s", "together_s", "heard"),
+    ("state", "sent_s", "connected_since_s", "outcome"),
     [
-        (State.GOOD, LATE_S, 0.0, Heard(ACKNOWLEDGED, "200")),
-        (State.GOOD, SOON_S, 0.0, Heard(TURNED_AWAY, "410 …")),  # readmitted a moment ago
-        (State.REVOKED, SOON_S, 0.0, Heard(ACKNOWLEDGED, "200")),
-        (State.REVOKED, LATE_S, LATE_S - 1, Heard(ACKNOWLEDGED, "200")),  # daemon and database met a moment ago
-        (State.REVOKED, LATE_S, math.inf, Heard(ACKNOWLEDGED, "200")),  # and here they do not
-        (State.UNKNOWN, LATE_S, 0.0, Heard(TURNED_AWAY, "401 …")),
-        (State.FORGOTTEN, LATE_S, 0.0, Heard(REFUSED, "503")),
-        (State.CHANGING, LATE_S, 0.0, Heard(ACKNOWLEDGED, "200")),
+        (State.GOOD, SOON_S, 0.0, RequestOutcome(REJECTED, "401 …")),
+        (State.REVOKED, SOON_S, 0.0, RequestOutcome(REJECTED, "401 …")),
+        (State.FORGOTTEN, SOON_S, 0.0, RequestOutcome(REJECTED, "401 …")),
+        (State.GOOD, LATE_S, 0.0, RequestOutcome(REJECTED, "410 …")),
+        (State.REVOKED, LATE_S, 0.0, RequestOutcome(ACKNOWLEDGED, "200")),
+        (State.UNKNOWN, LATE_S, 0.0, RequestOutcome(ACKNOWLEDGED, "200")),
     ],
 )
-def test_an_answer_that_may_come(state: State, asked_s: float, together_s: float, heard: Heard) -> None:
-    assert not wrong(Since(state, COMMITTED_S), asked_s, together_s, heard)
+def test_a_response_that_the_state_of_the_token_forbids_is_wrong(
+    state: State, sent_s: float, connected_since_s: float, outcome: RequestOutcome
+) -> None:
+    assert why_wrong(TokenState(state, COMMITTED_S), sent_s, connected_since_s, outcome)
 
 
-def test_an_older_copy_takes_back_what_was_acknowledged_between_and_nothing_else() -> None:
-    copied_and_swapped = [(10.0, 20.0)]
-    assert _is_forgiven([(12.0, 13.0)], copied_and_swapped)
-    assert not _is_forgiven([(8.0, 9.0)], copied_and_swapped)
-    assert not _is_forgiven([(21.0, 22.0)], copied_and_swapped)
-    assert not _is_forgiven([(12.0, 13.0), (21.0, 22.0)], copied_and_swapped)  # said again to the other database
-    assert not _is_forgiven([(12.0, 13.0)], [])
+@pytest.mark.parametrize(
+    ("state", "sent_s", "connected_since_s", "outcome"),
+    [
+        (State.GOOD, LATE_S, 0.0, RequestOutcome(ACKNOWLEDGED, "200")),
+        (State.GOOD, SOON_S, 0.0, RequestOutcome(REJECTED, "410 …")),  # readmitted a moment ago
+        (State.REVOKED, SOON_S, 0.0, RequestOutcome(ACKNOWLEDGED, "200")),
+        (
+            State.REVOKED,
+            LATE_S,
+            LATE_S - 1,
+            RequestOutcome(ACKNOWLEDGED, "200"),
+        ),  # daemon and database reconnected just before
+        (State.REVOKED, LATE_S, math.inf, RequestOutcome(ACKNOWLEDGED, "200")),  # daemon and database are disconnected
+        (State.UNKNOWN, LATE_S, 0.0, RequestOutcome(REJECTED, "401 …")),
+        (State.FORGOTTEN, LATE_S, 0.0, RequestOutcome(REFUSED, "503")),
+        (State.CHANGING, LATE_S, 0.0, RequestOutcome(ACKNOWLEDGED, "200")),
+    ],
+)
+def test_a_response_that_the_state_of_the_token_allows_is_not_wrong(
+    state: State, sent_s: float, connected_since_s: float, outcome: RequestOutcome
+) -> None:
+    assert not why_wrong(TokenState(state, COMMITTED_S), sent_s, connected_since_s, outcome)
+
+
+def test_an_older_copy_may_lose_only_what_was_acknowledged_between_copy_and_replacement() -> None:
+    copied_and_replaced = [(10.0, 20.0)]
+    assert _is_loss_allowed([(12.0, 13.0)], copied_and_replaced)
+    assert not _is_loss_allowed([(8.0, 9.0)], copied_and_replaced)
+    assert not _is_loss_allowed([(21.0, 22.0)], copied_and_replaced)
+    assert not _is_loss_allowed([(12.0, 13.0), (21.0, 22.0)], copied_and_replaced)  # also acknowledged later
+    assert not _is_loss_allowed([(12.0, 13.0)], [])

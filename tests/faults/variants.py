@@ -1,7 +1,7 @@
-"""Writers that break the promise, kept so that the machine can be seen to find each: the proof that it can fail.
+"""Writers that break the promise. The fault machine must catch each, which proves that its check can fail.
 
-`python -m tests.faults.variants NAME serve` is `nexhb serve` with one of them in its place. `proofs.py` says which
-fault reveals it, and which word of the check it must be caught by.
+`python -m tests.faults.variants NAME serve` runs `nexhb serve` with such a variant in place of the real code.
+`proofs.py` names the faults that reveal each variant, and the violation that the check must report.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from typing import TextIO
 import asyncpg
 import structlog
 
-from nexhb import cli, clock, daemon, identity, log, writer
+from nexhb import cli, clock, daemon, log
 from nexhb.archive import marker, verify
 from nexhb.archive.store import Store
-from nexhb.daemon import State
-from nexhb.db import Connection
-from nexhb.devices import Device, DeviceStore
-from nexhb.intake import WRITTEN, Intake, Ticket, Verdict
+from nexhb.devices.store import Device, DeviceStore
+from nexhb.heartbeat import Heartbeat
+from nexhb.ingest import commit, in_doubt
+from nexhb.ingest.connection import Session, WriterConnection
+from nexhb.ingest.in_doubt import Doubt
+from nexhb.ingest.intake import WRITTEN, Intake, Ticket, Verdict
+from nexhb.ingest.writer import Writer
 from nexhb.jobs import nightly
 from nexhb.jobs.plan import Step
-from nexhb.pgerrors import FROM_THE_DATABASE
-from nexhb.wire import Heartbeat
-from nexhb.writer import Writer, _InDoubt
+from nexhb.postgres import identity
+from nexhb.postgres.connections import Connection
+from nexhb.postgres.errors import FROM_THE_DATABASE
+from nexhb.readiness import Readiness, Source
 
 _OF_THIS_DEVICE = "WHERE d.device_no = f.device_no"
 _ONLY_NEWER = "SELECT newer_content("
@@ -38,34 +42,17 @@ def _say_written(intake: Intake, tickets: list[Ticket]) -> None:
 
 
 class AnswersFirst(Writer):
-    """Answers before the commit: what then does not come about was promised."""
+    """Acknowledges heartbeats before the commit, which may then fail."""
 
-    async def _write(self, tickets: list[Ticket]) -> None:
+    async def _settle(self, tickets: list[Ticket]) -> None:
         _say_written(self._intake, tickets)
-        await super()._write(tickets)
-
-
-class RetriesBlindly(Writer):
-    """Writes once more what may be in already, without asking. The key makes that harmless for the rows; it shows in
-    the verdict (a duplicate at its first attempt), and without the key in every row that is there twice."""
-
-    async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
-        self._doubt = None
-        return None
-
-
-class BelievesTheNumber(Writer):
-    """Takes "committed" for its own transaction's, as nexhb did once: a crash gives the number to another."""
-
-    async def _outcome(self, conn: Connection, doubt: _InDoubt) -> str | None:
-        doubt.witness = None
-        return await super()._outcome(conn, doubt)
+        await super()._settle(tickets)
 
 
 class DropsAndAnswers(Writer):
-    """A batch that fails is forgotten, and answered as if it were in."""
+    """Drops a batch that fails, and acknowledges it as if it were committed."""
 
-    async def _patiently(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
+    async def _retry(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         try:
             return await self._attempt(heartbeats)
         except Exception:
@@ -73,9 +60,9 @@ class DropsAndAnswers(Writer):
 
 
 class Forgets(Writer):
-    """When the daemon is to stop, answers what it holds, and holds it no more."""
+    """When the daemon is to stop, acknowledges the heartbeats that it holds, and drops them."""
 
-    _all: list[Forgets] = []  # noqa: RUF012 - the one of this process, for `_stopping`
+    _all: list[Forgets] = []  # noqa: RUF012 - the writer of this process, for `_forgets`
     _stopped = False
 
     async def run(self) -> None:
@@ -84,11 +71,10 @@ class Forgets(Writer):
         await super().run()
 
     def forget(self) -> None:
-        """All that is unanswered."""
+        """Acknowledge every unanswered heartbeat, and write no more."""
         self._stopped = True
         _say_written(self._intake, list(self._intake._unanswered))
-        if self._conn is not None:
-            self._conn.terminate()
+        self._connection.close()
 
     async def _attempt(self, heartbeats: Sequence[Heartbeat]) -> list[Verdict]:
         if self._stopped:
@@ -96,15 +82,8 @@ class Forgets(Writer):
         return await super()._attempt(heartbeats)
 
 
-class StumblesInDoubt(Writer):
-    """An error of its own where it should ask what became of a COMMIT. The devices come again, and nothing is lost."""
-
-    async def _resolve_doubt(self, conn: Connection, doubt: _InDoubt) -> list[Verdict] | None:
-        raise UnboundLocalError
-
-
 class NeverListensAgain(DeviceStore):
-    """Once its connection was lost, it loses each new one: nobody but the log says so."""
+    """Once the listener's first connection is lost, loses each new connection; only the log shows that."""
 
     async def run(self) -> None:
         """See DeviceStore."""
@@ -115,22 +94,8 @@ class NeverListensAgain(DeviceStore):
             await asyncio.sleep(1)
 
 
-class BelievesAWarning(Writer):
-    """Takes a COMMIT that no longer waits for its standby for one that the standby has."""
-
-    def _note_warning(self, _conn: object, message: asyncpg.PostgresLogMessage) -> None:
-        """See Writer."""
-
-
-class KeepsItsMemory(Writer):
-    """What it learned on one connection it believes on the next, whichever database that leads to."""
-
-    def _forget(self) -> None:
-        return None
-
-
 class DiesOfACancel(DeviceStore):
-    """Takes a statement that somebody cancelled for an error that nobody knows."""
+    """Treats a cancelled statement as an unknown error."""
 
     async def _read_all(self, conn: Connection, why: str) -> None:
         try:
@@ -140,7 +105,7 @@ class DiesOfACancel(DeviceStore):
 
 
 class KeepsTheRevoked(DeviceStore):
-    """Hears nothing of what becomes of tokens that it knows."""
+    """Receives no changes of the tokens that it knows."""
 
     async def run(self) -> None:
         """See DeviceStore."""
@@ -148,15 +113,15 @@ class KeepsTheRevoked(DeviceStore):
 
 
 class TurnsAwayTheNew(KeepsTheRevoked):
-    """Nor asks the database for those that it does not know."""
+    """As KeepsTheRevoked, and does not look up unknown tokens in the database."""
 
-    async def find(self, token_hash: bytes) -> Device | None:
+    async def look_up(self, token_hash: bytes) -> Device | None:
         """See DeviceStore."""
-        return self.known(token_hash)
+        return self.cached(token_hash)
 
 
 class TrustsItsListener(DeviceStore):
-    """Never asks whether it has missed a change, and so does not see that its connection is dead."""
+    """Never checks whether it has missed a change, and so does not detect that its connection is dead."""
 
     async def _is_behind(self, conn: Connection) -> bool:
         return False
@@ -165,26 +130,81 @@ class TrustsItsListener(DeviceStore):
 def _put(kind: type[Writer | DeviceStore]) -> Callable[[], None]:
     def patch() -> None:
         base = Writer if issubclass(kind, Writer) else DeviceStore
-        setattr(daemon, base.__name__, kind)  # an import there, and no export
+        setattr(daemon, base.__name__, kind)  # set by name: `daemon` imports the class, but does not export it
 
     return patch
 
 
 def _status_moves_back() -> None:
-    """Whatever comes last is the last status, however old."""
-    statement = writer._Q["upsert_last_status"]
+    """Store the heartbeat that arrives last as the last status, however old it is."""
+    statement = commit._Q["upsert_last_status"]
     assert _ONLY_NEWER in statement
     broken = statement.replace(_ONLY_NEWER, _ONLY_NEWER.replace("SELECT", "SELECT true OR"))
-    writer._Q = {**writer._Q, "upsert_last_status": broken}
+    commit._Q = {**commit._Q, "upsert_last_status": broken}
+
+
+def _retries_blindly() -> None:
+    """Write again what may be committed already, without asking the database. The history's unique index prevents
+    second rows, but the verdict is wrong (a duplicate at its first attempt). Without the index, rows are stored
+    twice."""
+
+    async def unasked(_session: Session, _doubt: Doubt) -> list[Verdict] | None:
+        return None
+
+    setattr(in_doubt, "resolve", unasked)  # noqa: B010 - mypy: it is a function there
+
+
+def _believes_the_number() -> None:
+    """Conclude from the status "committed" of a transaction ID that this transaction is committed. Formerly, nexhb did
+    so; but after a crash, another transaction can have that ID."""
+    outcome = in_doubt._outcome
+
+    async def without_witness(session: Session, doubt: Doubt) -> str | None:
+        return await outcome(session, doubt._replace(witness=None))
+
+    setattr(in_doubt, "_outcome", without_witness)  # noqa: B010 - mypy: it is a function there
+
+
+def _stumbles_in_doubt() -> None:
+    """Raise an error instead of looking up the outcome of a COMMIT. The devices send again, and nothing is lost."""
+
+    async def stumbling(_session: Session, _doubt: Doubt) -> list[Verdict] | None:
+        raise UnboundLocalError
+
+    setattr(in_doubt, "resolve", stumbling)  # noqa: B010 - mypy: it is a function there
+
+
+def _believes_a_warning() -> None:
+    """Treat a COMMIT that no longer waits for its standby as received by the standby."""
+
+    def unnoted(_session: Session, _conn: object, _message: asyncpg.PostgresLogMessage) -> None:
+        return None
+
+    setattr(Session, "_note_warning", unnoted)  # noqa: B010 - mypy: it is a method there
+
+
+def _keeps_its_memory() -> None:
+    """Keep the caches of a connection for the next connection, even if the next one leads to another database."""
+    open_session = WriterConnection._open
+    sessions: list[Session] = []
+
+    async def patched(self: WriterConnection) -> Session:
+        session = await open_session(self)
+        for last in sessions[-1:]:
+            session.recent, session.labels, session.tables = last.recent, last.labels, last.tables
+        sessions[:] = [session]
+        return session
+
+    setattr(WriterConnection, "_open", patched)  # noqa: B010 - mypy: it is a method there
 
 
 def _turns_away_the_forgotten() -> None:
-    """Takes an older copy for all that there is to know."""
-    setattr(identity.Lives, "older", "")  # noqa: B010 - mypy: it is a property there
+    """Treat an older copy of the database as complete."""
+    setattr(identity.DatabaseTracker, "older_copy", "")  # noqa: B010 - mypy: it is a property there
 
 
 def _dies_of_its_log() -> None:
-    """A line that cannot be written is an error like any other."""
+    """Raise an error if a log line cannot be written."""
     setup = log.setup
 
     def patched(level: str = "info", stream: TextIO | None = None) -> None:
@@ -195,7 +215,7 @@ def _dies_of_its_log() -> None:
 
 
 def _believes_the_store() -> None:
-    """Reads nothing back: what the store calls stored is stored."""
+    """Trust the store: do not read back what it reports as stored."""
 
     async def verified(_store: Store, _name: str, _sha256: str, _spool: Path | None = None) -> None:
         return None
@@ -204,20 +224,20 @@ def _believes_the_store() -> None:
 
 
 def _goes_on_without_an_archive() -> None:
-    """A day that could not be archived is dropped with the others."""
-    archive = nightly.Night._archive
+    """Drop a day even if it could not be archived."""
+    archive = nightly.NightlyRun._archive
 
-    async def patched(self: nightly.Night, step: Step) -> None:
+    async def patched(self: nightly.NightlyRun, step: Step) -> None:
         try:
             await archive(self, step)
         except Exception:
             await self._conn.execute(f"DROP TABLE {step.target}")
 
-    nightly.Night._archive = patched  # type: ignore[method-assign]
+    nightly.NightlyRun._archive = patched  # type: ignore[method-assign]
 
 
 def _keeps_the_first_time() -> None:
-    """Asks the database for the time once, and never again."""
+    """Ask the database for the time once, and never again."""
     learn = clock.DatabaseClock.learn
     asked: set[clock.DatabaseClock] = set()
 
@@ -230,7 +250,7 @@ def _keeps_the_first_time() -> None:
 
 
 def _trusts_any_store() -> None:
-    """Puts its marker there, and never looks for it: whatever lies at the url is the archive."""
+    """Write the marker, but never look for it: treat whatever is at the URL as the archive."""
 
     async def there(_store: Store, _name: str) -> bool:
         return True
@@ -239,40 +259,41 @@ def _trusts_any_store() -> None:
 
 
 def _keeps_the_first_facts() -> None:
-    """What a device once said of itself stays, whatever it says later."""
-    statement = writer._Q["update_facts"]
+    """Keep what a device first reported about itself, whatever it reports later."""
+    statement = commit._Q["update_facts"]
     assert _OF_THIS_DEVICE in statement
     broken = statement.replace(_OF_THIS_DEVICE, f"{_OF_THIS_DEVICE} AND d.facts_ts IS NULL")
-    writer._Q = {**writer._Q, "update_facts": broken}
+    commit._Q = {**commit._Q, "update_facts": broken}
 
 
 def _forgets() -> None:
-    stopping = daemon._stopping
+    block = Readiness.block
 
-    def patched(state: State) -> None:
-        stopping(state)
-        for one in Forgets._all:
-            one.forget()
+    def patched(readiness: Readiness, source: Source, reason: str) -> None:
+        block(readiness, source, reason)
+        if "stopping" in reason:
+            for one in Forgets._all:
+                one.forget()
 
-    daemon._stopping = patched
+    setattr(Readiness, "block", patched)  # noqa: B010 - mypy: it is a method there
     _put(Forgets)()
 
 
 variant_log = log.get("devices")
 VARIANTS: dict[str, Callable[[], None]] = {
     "answers-before-commit": _put(AnswersFirst),
-    "retries-commit-blindly": _put(RetriesBlindly),
-    "believes-the-number": _put(BelievesTheNumber),
+    "retries-commit-blindly": _retries_blindly,
+    "believes-the-number": _believes_the_number,
     "drops-a-failed-batch": _put(DropsAndAnswers),
     "status-moves-back": _status_moves_back,
     "keeps-the-first-facts": _keeps_the_first_facts,
     "forgets-at-the-stop": _forgets,
-    "stumbles-in-doubt": _put(StumblesInDoubt),
+    "stumbles-in-doubt": _stumbles_in_doubt,
     "keeps-the-revoked": _put(KeepsTheRevoked),
     "turns-away-the-new": _put(TurnsAwayTheNew),
-    "keeps-its-memory": _put(KeepsItsMemory),
+    "keeps-its-memory": _keeps_its_memory,
     "turns-away-the-forgotten": _turns_away_the_forgotten,
-    "believes-a-warning": _put(BelievesAWarning),
+    "believes-a-warning": _believes_a_warning,
     "dies-of-its-log": _dies_of_its_log,
     "believes-the-store": _believes_the_store,
     "goes-on-without-an-archive": _goes_on_without_an_archive,

@@ -1,5 +1,5 @@
-"""All that a run consists of: devices, the lines between them and the daemons, daemons, the lines to the database, the
-database; and which of it is broken just now."""
+"""The parts of a run: devices, daemons and the database, the connections between them, and which of these a fault
+affects at present."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from pathlib import Path
 import asyncpg
 
 from bench.fleet import Device, make_fleet, write_csv
-from nexhb import devices as store
-from tests.faults.bucket import Bucket
+from nexhb.devices import csv_import
+from tests.faults import background
 from tests.faults.cluster import Cluster
 from tests.faults.daemon import Daemon
 from tests.faults.devices import Habits, Kiosk
 from tests.faults.guard import Guard
-from tests.faults.guests import GUESTS, Guests
-from tests.faults.record import Record
+from tests.faults.journal import Journal
+from tests.faults.managed_devices import MANAGED_DEVICES, ManagedDevices
+from tests.faults.s3_store import S3Store
 from tests.proxy import Proxy, Relay, Streams
 
-REAL = ("-m", "nexhb")
+REAL = ("nexhb",)  # the module that is run, and its first arguments
 
 
 class Front(Relay):
-    """Between the devices and whichever daemons run."""
+    """The relay between the devices and the running daemons."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Front(Relay):
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """For the block no device reaches a daemon, whatever else happens to its lines."""
+        """For the block, let no device connect to a daemon, whatever other faults of connections do."""
         self._closed += 1
         self.cut()
         try:
@@ -57,64 +58,65 @@ class Front(Relay):
 
 @dataclass
 class World:
-    """Everything, by name."""
+    """All parts of a run."""
 
     seed: int
     folder: Path
     dsn: str
-    cluster: Cluster | None  # None: the database is somebody else's, and only what lies before it is broken
+    cluster: Cluster | None  # None: the database does not belong to the run, so no fault may affect its server
     fleet: Sequence[Device]
     kiosks: list[Kiosk]
-    record: Record
+    journal: Journal
     front: Front
     proxies: list[Proxy]
-    daemons: list[Daemon]  # the second one runs only now and then
-    guests: Guests
+    daemons: list[Daemon]  # the second daemon runs only at times
+    managed_devices: ManagedDevices
     guard: Guard
-    bucket: Bucket  # an S3 beside the folder
-    blamed: list[tuple[str, str]] = field(default_factory=list)  # what a fault found broken: by which word, and how
-    # From a copy of the database until it took the place of its original: what was acknowledged between may be gone.
-    forgiven: list[tuple[float, float]] = field(default_factory=list)
-    apart: int = 0  # faults under way in which daemon and database may not hear each other
-    together_since_s: float = 0.0  # the end of the last of them, on the machine's monotonic clock
+    s3: S3Store  # an S3 server, in addition to the folder of archives
+    violations_of_faults: list[tuple[str, str]] = field(default_factory=list)  # detected by faults: verdict, reason
+    # Periods from a copy of the database until the copy replaced the original: heartbeats acknowledged then may be
+    # lost.
+    allowed_losses: list[tuple[float, float]] = field(default_factory=list)
+    disconnecting_faults: int = 0  # faults in progress that may disconnect daemon and database
+    reconnected_at_s: float = 0.0  # the end of the last such fault, on the machine's monotonic clock
 
     @property
     def archive(self) -> str:
-        """The folder of the archives."""
+        """Return the folder of the archives."""
         return f"{self.folder}/archive"
 
     @property
     def port(self) -> int:
-        """Where devices send."""
+        """Return the port to which devices send."""
         return self.front.port
 
     @property
-    def together_s(self) -> float:
-        """Since when daemon and database hear each other; infinity while they may not."""
-        return math.inf if self.apart else self.together_since_s
+    def connected_since_s(self) -> float:
+        """Return since when daemon and database have been connected; infinity while a fault may disconnect them."""
+        return math.inf if self.disconnecting_faults else self.reconnected_at_s
 
     @property
     def processes(self) -> frozenset[int]:
-        """The daemons that run."""
+        """Return the PIDs of the running daemons."""
         return frozenset(daemon.pid for daemon in self.daemons if daemon.pid)
 
-    def blame(self, what: str, why: str) -> None:
-        """Write down what does not hold while something is broken, and should."""
-        self.blamed.append((what, why))
+    def report(self, verdict: str, reason: str) -> None:
+        """Record a violation of a promise that has to hold even during a fault."""
+        self.violations_of_faults.append((verdict, reason))
 
     @property
-    def waiting(self) -> int:
-        """Requests without an answer."""
-        return sum(kiosk.waiting for kiosk in self.kiosks)
+    def in_flight(self) -> int:
+        """Return the number of requests without a response."""
+        return sum(kiosk.in_flight for kiosk in self.kiosks)
 
     @property
-    def held(self) -> int:
-        """Heartbeats that devices hold."""
-        return sum(kiosk.held for kiosk in self.kiosks)
+    def unsent(self) -> int:
+        """Return the number of heartbeats that devices still have to send."""
+        return sum(kiosk.unsent for kiosk in self.kiosks)
 
     @asynccontextmanager
     async def connection(self, **settings: str) -> AsyncIterator[asyncpg.Connection]:
-        """One of one's own, past the proxies."""
+        """Open a connection for the block, which bypasses the proxies."""
         conn = await asyncpg.connect(
             self.dsn, timeout=10, command_timeout=30, server_settings={"timezone": "UTC"} | settings
         )
@@ -132,53 +134,43 @@ async def living(
     seed: int,
     devices: int,
     cluster: Cluster | None = None,
-    command: tuple[str, ...] = REAL,
+    entry: tuple[str, ...] = REAL,
     habits: Habits | None = None,
 ) -> AsyncIterator[World]:
-    """A world for the block: its devices are known and send, its daemon serves."""
+    """Run a world for the block: its devices are registered and send, and its daemon serves."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-faults-"))
-    guard.tell("folder", folder)
-    fleet = make_fleet(devices + GUESTS, seed)
+    guard.report("folder", folder)
+    fleet = make_fleet(devices + MANAGED_DEVICES, seed)
     rng = random.Random(f"nexhb front:{seed}")  # noqa: S311 - a simulation
     async with AsyncExitStack() as stack:
         front = await stack.enter_async_context(Front(rng).serving())
         proxies = [await stack.enter_async_context(Proxy(dsn).serving()) for _ in range(2)]
-        record = await stack.enter_async_context(Record(folder / "devices.log").open())
+        journal = await stack.enter_async_context(Journal(folder / "devices.log").open())
         settings = {"NEXHB_ARCHIVE__URL": f"file://{folder}/archive"}
         daemons = []
         for name, proxy in zip("ab", proxies, strict=True):
             (folder / name).mkdir()
-            daemon = Daemon(folder / name, guard, settings | {"NEXHB_DATABASE__URL": proxy.dsn}, command)
-            daemons.append(await stack.enter_async_context(daemon.kept()))
+            daemon = Daemon(folder / name, guard, settings | {"NEXHB_DATABASE__URL": proxy.dsn}, entry)
+            daemons.append(await stack.enter_async_context(daemon.supervised()))
         front.daemons = daemons
-        kiosks = [Kiosk(fleet, number, record, habits or Habits(), seed) for number in range(devices)]
-        bucket = await stack.enter_async_context(Bucket(rng).serving())
-        guests = Guests(fleet, devices, record, seed)
-        world = World(seed, folder, dsn, cluster, fleet, kiosks, record, front, proxies, daemons, guests, guard, bucket)
-        await _make_known(world)
-        daemons[0].want()
-        async with _sending(world), guests.sending(world):
+        kiosks = [Kiosk(fleet, number, journal, habits or Habits(), seed) for number in range(devices)]
+        s3 = await stack.enter_async_context(S3Store(rng).serving())
+        managed_devices = ManagedDevices(fleet, devices, journal, seed)
+        world = World(
+            seed, folder, dsn, cluster, fleet, kiosks, journal, front, proxies, daemons, managed_devices, guard, s3
+        )
+        await _register_devices(world)
+        daemons[0].keep_running()
+        making = (kiosk.make() for kiosk in world.kiosks)
+        sending = (kiosk.send(world.front.port) for kiosk in world.kiosks)
+        async with background.running(*making, *sending), managed_devices.sending(world):
             yield world
 
 
-async def _make_known(world: World) -> None:
+async def _register_devices(world: World) -> None:
     text = io.StringIO()
-    write_csv([*world.fleet[: len(world.kiosks)], *world.guests.known], text)
+    write_csv([*world.fleet[: len(world.kiosks)], *world.managed_devices.known], text)
     file = world.folder / "fleet.csv"
     file.write_text(text.getvalue())
     async with world.connection() as conn:
-        await store.import_csv(conn, file)
-
-
-@asynccontextmanager
-async def _sending(world: World) -> AsyncIterator[None]:
-    tasks = [asyncio.create_task(kiosk.make()) for kiosk in world.kiosks]
-    tasks += [asyncio.create_task(kiosk.send(world.front.port)) for kiosk in world.kiosks]
-    try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        for error in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(error, Exception):
-                raise error
+        await csv_import.import_csv(conn, file)

@@ -1,1 +1,1 @@
-"""Malformed bodies by the million, against a real daemon: no 5xx, no leak."""
+"""Send millions of malformed bodies to a real daemon: it must return no 5xx, and leak no memory."""

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --bodies 1000000`: exit code 0 where no answer was wrong and memory stayed flat."""
+"""Run `python -m tests.fuzz --bodies 1000000`. Exit code 0 if no response was wrong and memory did not grow."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from tests.fuzz.run import Result, daemon, fuzz
 
 
 def main() -> int:
-    """Run it and print what came of it."""
+    """Send the bodies, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bodies", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     started = time.monotonic()
 
     def progress(result: Result) -> None:
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r{result.bodies:,} of {wanted.bodies:,}")
+            sys.stderr.write(f"\r{result.bodies:,} of {options.bodies:,}")
 
     with daemon() as target, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        result = runner.run(fuzz(target, wanted.bodies, wanted.seed, progress))
-    took = time.monotonic() - started
-    sys.stdout.write(f"{result.bodies:,} bodies in {took:.0f} s, seed {wanted.seed}\n")
+        result = runner.run(fuzz(target, options.bodies, options.seed, progress))
+    elapsed_s = time.monotonic() - started
+    sys.stdout.write(f"{result.bodies:,} bodies in {elapsed_s:.0f} s, seed {options.seed}\n")
     for status, count in sorted(result.statuses.items()):
         sys.stdout.write(f"  {status}: {count:,}\n")
-    sys.stdout.write(f"  lines cut by the daemon: {result.cut:,}\n")
+    sys.stdout.write(f"  connections closed by the daemon: {result.closed:,}\n")
     sys.stdout.write(
         f"  memory: {result.settled_rss >> 20} MiB when settled, {result.growth / 2**20:+.1f} MiB at the end\n"
     )
-    for broken in result.broken:
-        sys.stdout.write(f"  WRONG: {broken}\n")
-    sys.stdout.write("no answer is wrong, and memory is flat\n" if result.good else "BROKEN\n")
-    return 0 if result.good else 1
+    for violation in result.violations:
+        sys.stdout.write(f"  WRONG: {violation}\n")
+    sys.stdout.write("passed: no response is wrong, and memory did not grow\n" if result.passed else "FAILED\n")
+    return 0 if result.passed else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""wire.md's example, mutated. Pure but for the random generator that is passed in."""
+"""Mutate the example of wire.md. These functions are pure, except that they draw from the random generator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-# What programs write into a field when something went wrong, and what somebody writes who looks for trouble.
-NASTY: tuple[bytes, ...] = (
+# Values that a program with an error may write into a field, and values that an attacker would try.
+HOSTILE_VALUES: tuple[bytes, ...] = (
     b"null", b"true", b'""', b'" "', b"[]", b"{}", b"0", b"-0.0", b"1e400", b"-1e400", b"1e-400", b"NaN", b"Infinity",
     b"9223372036854775808", b"-9223372036854775809", b"99999999999999999999999999999999", b"0.1e1", b"1E2", b"01",
     b"+1",
@@ -21,7 +21,7 @@ NASTY: tuple[bytes, ...] = (
 
 
 def malformed(example: dict[str, Any], chance: random.Random) -> bytes:
-    """One body: the example with one to three things done to it."""
+    """Return a body: the example after one to three mutations."""
     body = orjson.dumps(example)
     for _ in range(chance.randint(1, 3)):
         body = chance.choice(_MUTATIONS)(body, chance)
@@ -29,13 +29,13 @@ def malformed(example: dict[str, Any], chance: random.Random) -> bytes:
 
 
 def _value(body: bytes, chance: random.Random) -> bytes:
-    """Something nasty where a value stood."""
+    """Replace a value by a hostile one."""
     colons = [place for place, byte in enumerate(body) if byte == 0x3A]
     if not colons:
-        return body + chance.choice(NASTY)
+        return body + chance.choice(HOSTILE_VALUES)
     start = chance.choice(colons) + 1
     end = min((place for place in (body.find(b",", start), body.find(b"}", start)) if place > 0), default=len(body))
-    return body[:start] + chance.choice(NASTY) + body[end:]
+    return body[:start] + chance.choice(HOSTILE_VALUES) + body[end:]
 
 
 def _bits(body: bytes, chance: random.Random) -> bytes:
@@ -50,7 +50,7 @@ def _cut(body: bytes, chance: random.Random) -> bytes:
 
 
 def _slice(body: bytes, chance: random.Random) -> bytes:
-    """A piece of it once more, somewhere."""
+    """Insert a copy of a piece of the body somewhere."""
     start = chance.randrange(len(body) + 1)
     piece = body[start : start + chance.randrange(400)]
     place = chance.randrange(len(body) + 1)

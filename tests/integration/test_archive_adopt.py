@@ -1,4 +1,4 @@
-"""What a store has comes into the catalog of a database that does not know it; nothing that it has is overwritten."""
+"""`archive adopt` records a store's archives in a catalog that lacks them, and overwrites no entry."""
 
 from __future__ import annotations
 
@@ -13,34 +13,28 @@ from typing import Any
 import msgspec
 import pytest
 
-from nexhb import doctor, partitions
+from nexhb import partitions
 from nexhb.archive import adopt, catalog, restore
-from nexhb.archive.adopt import Report, Wishes
+from nexhb.archive.adopt import AdoptOptions, AdoptReport
 from nexhb.archive.catalog import Archived
 from nexhb.archive.file import FolderStore
 from nexhb.archive.manifest import decode, encode, manifest_name
 from nexhb.audit import audit
 from nexhb.config import Settings
-from nexhb.db import Connection, Database
-from nexhb.doctor import Line
+from nexhb.doctor import checks
+from nexhb.doctor.check import CheckResult
 from nexhb.errors import BadInput
-from tests.integration.test_nightly import NOW, OLD, House
+from tests.support.nightly import NOW, OLD, House
 
-NAME = partitions.name_of(OLD)
+NAME = partitions.table_name(OLD)
 LATE = """INSERT INTO late_heartbeats (ts, received_at, device_no, bucket, label_no, clock_wrong, reason)
     SELECT $1::timestamptz + interval '20 hours', $1, device_no,
            extract(epoch FROM $1::timestamptz)::int - 1577836800 + $3, 1, false, 'dropped'
     FROM devices WHERE device_id = $2"""
 
 
-@pytest.fixture
-def house(database: Database, conn: Connection, tmp_path: Path) -> House:
-    """A house."""
-    return House(database, conn, tmp_path)
-
-
-async def forgotten(house: House) -> None:
-    """A new database beside the old store: its devices have other numbers."""
+async def new_database(house: House) -> None:
+    """Make the database like a new one, in which devices have other numbers; the store keeps its archives."""
     await house.conn.execute(
         """DELETE FROM archive_supplements; DELETE FROM hb_partitions WHERE archive_url IS NOT NULL;
            DELETE FROM archive_markers; DELETE FROM archive_superseded; DELETE FROM ingest_ledger;
@@ -49,19 +43,21 @@ async def forgotten(house: House) -> None:
     )
 
 
-async def adopted(house: House, **wishes: Any) -> Report:
-    """An adoption."""
-    return await adopt.adopt(house.conn, house.store.store, house.folder / "spool", NOW, wishes=Wishes(**wishes))
+async def adopted(house: House, **options: Any) -> AdoptReport:
+    """Adopt the store's archives."""
+    return await adopt.adopt(
+        house.conn, house.store.store, house.folder / "spool", NOW, options=AdoptOptions(**options)
+    )
 
 
-async def line(house: House) -> Line:
-    """The doctor's."""
-    lines = await doctor.examine(house.conn, Settings(data_dir=house.folder), NOW)
+async def line(house: House) -> CheckResult:
+    """Return the doctor's result for the archive store."""
+    lines = await checks.run_checks(house.conn, Settings(data_dir=house.folder), NOW)
     return next(line for line in lines if line.name == "archive store")
 
 
 async def with_a_supplement(house: House) -> list[Any]:
-    """OLD archived, and two late heartbeats behind it; every row by device_id."""
+    """Archive the day OLD, and then two late heartbeats of that day. Return every archived row, by device_id."""
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
     await house.conn.execute(LATE, partitions.midnight(OLD), "device 1", 72_000)
@@ -70,28 +66,28 @@ async def with_a_supplement(house: House) -> list[Any]:
     return await house.archived(OLD)
 
 
-async def test_a_new_database_takes_over_what_the_store_has(house: House) -> None:
-    """With a new or an older database `archive list` was empty beside a full store.
+async def test_a_new_database_adopts_the_archives_of_the_store(house: House) -> None:
+    """Formerly, with a new or an older database, `archive list` was empty although the store was full.
 
-    Devices are mapped by device_id: the numbers of the old database are others' here.
+    Devices are mapped by device_id, because the numbers of the old database belong to other devices here.
     """
     before = await with_a_supplement(house)
-    assert (await line(house)).good
-    await forgotten(house)
-    said = await line(house)
-    assert (said.good, "2 archives are of days that the catalog lacks" in said.said) == (False, True)
+    assert (await line(house)).passed
+    await new_database(house)
+    check = await line(house)
+    assert (check.passed, "2 archives belong to days that are missing from" in check.detail) == (False, True)
     planned = await adopted(house, dry_run=True)
     assert [one["kind"] for one in planned.adopted] == ["day", "late"]
-    assert await catalog.every(house.conn) == []
+    assert await catalog.current_archives(house.conn) == []
 
     report = await adopted(house)
     assert [(one["kind"], one["rows"]) for one in report.adopted] == [("day", 150), ("late", 2)]
-    assert (report.good, report.marked) == (True, True)
-    assert (await line(house)).good
+    assert (report.is_clean, report.marked) == (True, True)
+    assert (await line(house)).passed
     assert (await adopted(house)).known == 2
-    assert [row["verified_at"] for row in await catalog.everything(house.conn)] == [None, None]
-    found = await audit(house.conn, OLD)
-    assert (found.written, found.missing) == (152, 0)
+    assert [row["verified_at"] for row in await catalog.list_archives(house.conn)] == [None, None]
+    audited = await audit(house.conn, OLD)
+    assert (audited.written, audited.missing) == (152, 0)
     assert await house.archived(OLD) == before
     archives = await catalog.find(house.conn, OLD)
     assert await restore.restore_day(house.conn, house.store, archives, NOW) == 152
@@ -102,10 +98,10 @@ async def test_a_new_database_takes_over_what_the_store_has(house: House) -> Non
     assert count == {"device 1": 51, "device 2": 51, "device 3": 50}
 
 
-async def test_a_late_heartbeat_for_an_adopted_day_is_known_by_its_device_not_by_a_number(house: House) -> None:
-    """It was taken for one of the archive's where the numbers were alike, and thrown away."""
+async def test_a_late_heartbeat_for_an_adopted_day_is_identified_by_device_id_not_by_number(house: House) -> None:
+    """Formerly, the late heartbeat was mistaken for an archived one with the same device number, and discarded."""
     await with_a_supplement(house)
-    await forgotten(house)
+    await new_database(house)
     await adopted(house, verify=True)
     [first, *_] = await house.archived(OLD)
     bucket = int(first[-1]) - (int(partitions.midnight(OLD).timestamp()) - 1_577_836_800)
@@ -113,7 +109,7 @@ async def test_a_late_heartbeat_for_an_adopted_day_is_known_by_its_device_not_by
     await house.conn.execute(
         "INSERT INTO devices (device_no, device_id) OVERRIDING SYSTEM VALUE VALUES ($1, 'a new one')", int(first[-2])
     )
-    for device_id in ("a new one", "device 1"):  # the first has the number of the archive's device 1
+    for device_id in ("a new one", "device 1"):  # "a new one" has the number that device 1 has in the archive
         await house.conn.execute(LATE, partitions.midnight(OLD), device_id, bucket)
     assert (await house.nightly()).counts["late_archived"] == 1
     assert await house.conn.fetchval("SELECT count(*) FROM late_heartbeats") == 0
@@ -124,12 +120,12 @@ async def test_an_older_database_gets_the_supplement_that_it_lacks_and_no_row_tw
     await with_a_supplement(house)
     await house.conn.execute("DELETE FROM archive_supplements")
     assert [one["kind"] for one in (await adopted(house)).adopted] == ["late"]
-    # A day that came back and was archived again has the supplement's rows.
+    # The archive of a day that was restored and archived again contains the supplement's rows.
     await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
     await catalog.release(house.conn, OLD)
     assert (await house.nightly()).status == "completed"
     assert len(await house.archived(OLD)) == 152
-    assert (await line(house)).good
+    assert (await line(house)).passed
     assert (await adopted(house)).known == 3
     await house.conn.execute("DELETE FROM archive_superseded")
     report = await adopted(house)
@@ -139,47 +135,47 @@ async def test_an_older_database_gets_the_supplement_that_it_lacks_and_no_row_tw
 
 
 async def archived_twice_and_forgotten(house: House) -> Archived:
-    """A day that came back and was archived again: the store has both archives and a supplement, the catalog nothing.
-    The newer archive."""
+    """Restore a day and archive it again: the store has both archives and a supplement, the catalog none of them.
+    Return the newer archive."""
     await with_a_supplement(house)
     await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
     await catalog.release(house.conn, OLD)
     assert (await house.nightly()).status == "completed"
     [current] = await catalog.find(house.conn, OLD)
-    await forgotten(house)
+    await new_database(house)
     return current
 
 
-async def test_several_archives_of_one_day_wait_for_the_operators_word(house: House) -> None:
+async def test_several_archives_of_one_day_wait_for_the_operators_decision(house: House) -> None:
     current = await archived_twice_and_forgotten(house)
     report = await adopted(house)
     assert len(report.conflicts) == 3
     assert "there are 2 archives of that day" in report.conflicts[0]["reason"]
-    assert await catalog.every(house.conn) == []
-    report = await adopted(house, take=frozenset({current.url}))
-    assert ([one["url"] for one in report.adopted], len(report.superseded), report.good) == ([current.url], 2, True)
-    assert (await line(house)).good
+    assert await catalog.current_archives(house.conn) == []
+    report = await adopted(house, chosen=frozenset({current.url}))
+    assert ([one["url"] for one in report.adopted], len(report.superseded), report.is_clean) == ([current.url], 2, True)
+    assert (await line(house)).passed
     assert len(await house.archived(OLD)) == 152
 
 
-async def test_another_archive_of_a_known_day_is_named_and_changes_nothing(house: House) -> None:
+async def test_another_archive_of_a_known_day_is_reported_and_changes_nothing(house: House) -> None:
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
     [known] = await catalog.find(house.conn, OLD)
     name = house.store.name_of(known.url)
     other = msgspec.structs.replace(decode((house.folder / "archive" / name).read_bytes()), schema_version=1)
     await put(house.store.store, house.folder, encode(other))
-    said = await line(house)
-    assert (said.good, "1 are other archives of days that the catalog has" in said.said) == (False, True)
+    check = await line(house)
+    assert (check.passed, "1 differ from the catalog's archive of the same day" in check.detail) == (False, True)
     [conflict] = (await adopted(house)).conflicts
     assert known.url in conflict["reason"]
     assert await catalog.find(house.conn, OLD) == [known]
-    assert (await adopted(house, take=frozenset({known.url}))).good
-    assert (await line(house)).good
+    assert (await adopted(house, chosen=frozenset({known.url}))).is_clean
+    assert (await line(house)).passed
 
 
 async def put(store: FolderStore, folder: Path, raw: bytes, name: str = "") -> str:
-    """A manifest in the store."""
+    """Put a manifest into the store."""
     sha256 = hashlib.sha256(raw)
     name = name or manifest_name(NAME, "day", sha256.hexdigest())
     (folder / "raw").write_bytes(raw)
@@ -231,36 +227,37 @@ async def test_a_manifest_that_is_not_what_nexhb_writes_is_refused(house: House,
     path = house.folder / "archive" / house.store.name_of(known.url)
     manifest = json.loads(path.read_bytes())
     path.unlink()
-    await forgotten(house)
+    await new_database(house)
     await spoil(house, manifest)
     report = await adopted(house)
     assert (report.adopted, len(report.refused)) == ([], 1)
-    assert await catalog.every(house.conn) == []
+    assert await catalog.current_archives(house.conn) == []
 
 
-async def test_a_damaged_archive_is_not_adopted_where_every_byte_is_read(house: House) -> None:
+async def test_a_damaged_archive_is_not_adopted_with_verify(house: House) -> None:
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
-    await forgotten(house)
+    await new_database(house)
     [path] = (house.folder / "archive").rglob("*.zst")
     path.write_bytes(path.read_bytes()[:-1])
     report = await adopted(house, verify=True)
     assert (report.adopted, "is not what was stored" in report.refused[0]["reason"]) == ([], True)
 
 
-async def test_a_day_whose_table_is_here_stays_the_tables(house: House) -> None:
-    """A database out of a backup from before the day was archived: the nightly run archives it again."""
+async def test_the_archive_of_a_day_whose_table_exists_is_not_adopted(house: House) -> None:
+    """The database was restored from a backup made before the day was archived: the nightly run archives the day
+    again."""
     await house.fill(OLD)
     await house.killed_at("verified")
-    assert (await line(house)).good
+    assert (await line(house)).passed
     assert len((await adopted(house)).present) == 1
     assert (await house.nightly()).status == "completed"
     assert len(await house.archived(OLD)) == 150
 
 
-async def test_a_dry_run_writes_nothing_down_whatever_it_would_say(house: House) -> None:
+async def test_a_dry_run_records_nothing(house: House) -> None:
     current = await archived_twice_and_forgotten(house)
-    planned = await adopted(house, dry_run=True, take=frozenset({current.url}))
+    planned = await adopted(house, dry_run=True, chosen=frozenset({current.url}))
     assert (len(planned.adopted), len(planned.superseded)) == (1, 2)
     assert await house.conn.fetch(EVERY_TRACE) == []
 
@@ -270,8 +267,8 @@ EVERY_TRACE = """SELECT archive_url FROM hb_partitions WHERE archive_url IS NOT 
     SELECT marker FROM archive_markers"""
 
 
-async def test_the_operators_second_word_counts_too(house: House) -> None:
-    """The archive that was taken first is named as superseded once the other one is taken, and never both."""
+async def test_the_operator_may_choose_another_archive_later(house: House) -> None:
+    """Once the other archive is chosen, the one that was chosen first becomes superseded; they are never both used."""
     await with_a_supplement(house)
     [first, *_] = await catalog.find(house.conn, OLD)
     await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
@@ -282,16 +279,16 @@ async def test_the_operators_second_word_counts_too(house: House) -> None:
         await house.conn.execute(
             "DELETE FROM archive_supplements; DELETE FROM hb_partitions WHERE archive_url IS NOT NULL"
         )
-        report = await adopted(house, take=frozenset({taken.url}))
+        report = await adopted(house, chosen=frozenset({taken.url}))
         assert [one["url"] for one in report.adopted if one["kind"] == "day"] == [taken.url]
         superseded = await house.conn.fetch("SELECT archive_url FROM archive_superseded")
         assert taken.url not in [row["archive_url"] for row in superseded]
 
 
-async def test_a_day_whose_time_another_partition_has_is_named_and_not_adopted(house: House) -> None:
-    """Its rows would be read twice, once from the archive and once from the table that spans it."""
+async def test_a_day_that_another_partition_overlaps_is_reported_and_not_adopted(house: House) -> None:
+    """If such a day were adopted, its rows would be read twice: from the archive, and from the table that covers it."""
     await with_a_supplement(house)
-    await forgotten(house)
+    await new_database(house)
     await house.conn.execute(
         "INSERT INTO hb_partitions (partition_name, range_start, range_end, state) "
         "VALUES ('a_week', $1::timestamptz - interval '3 days', $1::timestamptz + interval '4 days', 'active')",
@@ -300,22 +297,22 @@ async def test_a_day_whose_time_another_partition_has_is_named_and_not_adopted(h
     report = await adopted(house)
     assert (report.adopted, len(report.conflicts)) == ([], 2)
     assert all("a_week is in the database" in one["reason"] for one in report.conflicts)
-    assert await catalog.every(house.conn) == []
+    assert await catalog.current_archives(house.conn) == []
 
 
-async def test_an_archive_that_was_copied_to_another_store_is_the_known_one(house: House) -> None:
+async def test_an_archive_that_was_copied_to_another_store_is_recognized(house: House) -> None:
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
     (house.folder / "archive").rename(house.folder / "moved")
     moved = FolderStore(house.folder / "moved", timeout_s=30)
-    report = await adopt.adopt(house.conn, moved, house.folder / "spool", NOW, wishes=Wishes())
+    report = await adopt.adopt(house.conn, moved, house.folder / "spool", NOW, options=AdoptOptions())
     assert (report.known, report.conflicts, report.adopted) == (1, [], [])
 
 
-async def test_a_supplement_of_which_the_archives_have_a_part_is_named_and_one_that_comes_twice_is_superseded(
+async def test_a_supplement_that_overlaps_the_archives_is_a_conflict_and_a_duplicate_is_superseded(
     house: House,
 ) -> None:
-    """Adopted, it would bring rows into the day twice."""
+    """If the overlapping supplement were adopted, some rows would be in the day twice."""
     await with_a_supplement(house)
     for bucket, kept in ((72_000, "the same two rows, stored again"), (72_010, "one of them, and another")):
         await house.conn.execute("DELETE FROM archive_supplements")
@@ -335,16 +332,17 @@ async def test_a_supplement_of_which_the_archives_have_a_part_is_named_and_one_t
         assert [one["url"] for one in getattr(report, verdict)] == [house.store.url(name)], report
     assert len(await house.archived(OLD)) == 152
     await house.conn.execute("DELETE FROM archive_supplements; DELETE FROM archive_superseded")
-    assert len((await adopted(house)).adopted) == 1  # of all three at once
+    assert len((await adopted(house)).adopted) == 1  # one of the three supplements
     keys = [(row[0], row[-1]) for row in await house.archived(OLD)]
     assert len(keys) == len(set(keys)) == 152
 
 
-async def test_what_is_read_of_a_store_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """adopt read all names of a store, and whole objects of any size that are named as manifests, before it refused."""
+async def test_what_is_read_from_a_store_is_limited(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formerly, before `adopt` refused a store, it read all names in the store, and whole objects of any size if they
+    were named like manifests."""
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
-    await forgotten(house)
+    await new_database(house)
     pieces: list[int] = []
 
     async def endless(_name: str) -> AsyncGenerator[bytes, None]:
@@ -359,6 +357,6 @@ async def test_what_is_read_of_a_store_is_bounded(house: House, monkeypatch: pyt
     assert "larger than a manifest" in refused["reason"]
     assert len(pieces) == 5
     monkeypatch.undo()
-    monkeypatch.setattr(adopt, "MOST_NAMES", 2)
+    monkeypatch.setattr(adopt, "MAX_STORE_OBJECTS", 2)
     with pytest.raises(BadInput, match="more than 2 objects"):
         await adopted(house)

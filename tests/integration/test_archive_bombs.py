@@ -1,4 +1,4 @@
-"""Found by an audit: archives that are small in the store and large in whoever reads them."""
+"""Archives that are small in the store and large in the memory of a reader. Found in an audit."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nexhb import partitions
 from nexhb.archive import get, late, restore, verify
 from nexhb.archive.catalog import Archived
 from nexhb.archive.manifest import (
-    MOST_BYTES,
-    MOST_LINE_BYTES,
-    MOST_OBJECTS,
+    MAX_LINE_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_OBJECTS,
     PACKED,
     Manifest,
     Object,
@@ -29,28 +29,22 @@ from nexhb.archive.manifest import (
     manifest_name,
     object_name,
 )  # fmt: skip
-from nexhb.archive.store import Store, open_store
-from nexhb.config import Archive
-from nexhb.db import Connection, Database
+from nexhb.archive.opening import open_store
+from nexhb.archive.store import Store
+from nexhb.config import ArchiveSettings
 from nexhb.errors import ArchiveDamaged
-from tests.integration.conftest import MakeBucket
-from tests.integration.test_nightly import NOW, OLD, House
+from tests.support.nightly import NOW, OLD, House
+from tests.support.nightly_s3 import MakeBucket
 from tests.swift import S3Server
 
-NAME = partitions.name_of(OLD)
+NAME = partitions.table_name(OLD)
 START = partitions.midnight(OLD)
 HEADER = ",".join(PACKED).encode() + b"\n"
-LARGE = 1 << 28  # bytes, unpacked
-
-
-@pytest.fixture
-def house(database: Database, conn: Connection, tmp_path: Path) -> House:
-    """A house."""
-    return House(database, conn, tmp_path)
+LARGE = 1 << 28  # bytes, decompressed
 
 
 def packed(head: bytes, fill: bytes, **how: Any) -> bytes:
-    """A zstd frame of `head` and then LARGE bytes of `fill`."""
+    """Return a zstd frame of `head` and then LARGE bytes of `fill`."""
     compress = zstandard.ZstdCompressor(**how).compressobj()
     out, chunk = [compress.compress(head)], fill * (1 << 20)
     out += [compress.compress(chunk) for _ in range(LARGE // len(chunk))]
@@ -58,19 +52,19 @@ def packed(head: bytes, fill: bytes, **how: Any) -> bytes:
 
 
 def manifest_of(content: bytes, **changes: Any) -> Manifest:
-    """What a manifest says of one object."""
+    """Return the manifest of an archive with one object."""
     sha256 = hashlib.sha256(content).hexdigest()
-    found = Manifest(
+    manifest = Manifest(
         kind="day", partition=NAME, range_start=START, range_end=START + timedelta(days=1), schema_version=6,
-        bucket_seconds=10, columns=PACKED, rows=LARGE // MOST_LINE_BYTES, min_ts=START, max_ts=START,
+        bucket_seconds=10, columns=PACKED, rows=LARGE // MAX_LINE_BYTES, min_ts=START, max_ts=START,
         stream_bytes=len(HEADER) + LARGE, stream_sha256=64 * "0",
         objects=(Object(name=object_name(NAME, "day", 0, sha256), bytes=len(content), sha256=sha256),),
     )  # fmt: skip
-    return msgspec.structs.replace(found, **changes)
+    return msgspec.structs.replace(manifest, **changes)
 
 
 async def stored(store: Store, folder: Path, manifest: Manifest, content: bytes) -> Archived:
-    """The archive in a store, and as a database would know it."""
+    """Put the archive into a store. Return its entry in the catalog."""
     raw = encode(manifest)
     sha256 = hashlib.sha256(raw).hexdigest()
     name = manifest_name(manifest.partition, manifest.kind, sha256)
@@ -82,8 +76,8 @@ async def stored(store: Store, folder: Path, manifest: Manifest, content: bytes)
 
 
 @contextmanager
-def most_held(mebibytes: int) -> Iterator[None]:
-    """The block holds no more at a time."""
+def memory_limit(mebibytes: int) -> Iterator[None]:
+    """Assert that memory grows by no more than this within the block."""
     tracemalloc.start()
     try:
         yield
@@ -93,7 +87,7 @@ def most_held(mebibytes: int) -> Iterator[None]:
 
 
 async def pieces_of(store: Store, manifest: Manifest, says: str) -> list[int]:
-    """The sizes of the pieces that were unpacked before the archive was found damaged."""
+    """Return the sizes of the pieces that were decompressed before the damage was detected."""
     pieces = []
     try:
         async for piece in verify.stream(store, manifest):
@@ -101,12 +95,12 @@ async def pieces_of(store: Store, manifest: Manifest, says: str) -> list[int]:
     except ArchiveDamaged as error:
         assert says in str(error)  # noqa: PT017 - with what came before it
     else:
-        raise AssertionError("It was not found damaged.")
+        raise AssertionError("The damage was not detected.")
     return pieces
 
 
 async def readers(house: House, store: Store, archived: Archived) -> AsyncIterator[Any]:
-    """Everybody who reads an archive, one after the other."""
+    """Yield a call of every function that reads an archive."""
     yield verify.verify(store, store.name_of(archived.url), archived.sha256)
     yield restore.drill(house.conn, store, archived)
     yield restore.restore_day(house.conn, store, [archived], NOW)
@@ -117,11 +111,12 @@ async def readers(house: House, store: Store, archived: Archived) -> AsyncIterat
            VALUES ($1, $1, 1, 1, 1, false, 'dropped')""",
         START,
     )
-    yield late.supplement(house.conn, store, [archived], house.folder / "spool", NOW)
+    yield late.store_supplement(house.conn, store, [archived], house.folder / "spool", NOW)
 
 
-async def test_an_object_that_is_not_the_manifests_is_not_unpacked_at_all(house: House) -> None:
-    """An object of 1.9 MB that unpacked to 2 GB took 2 GB of the daemon, before its hash was looked at."""
+async def test_an_object_that_does_not_match_the_manifest_is_not_decompressed(house: House) -> None:
+    """Formerly, an object of 1.9 MB that decompressed to 2 GB used 2 GB of the daemon's memory before its hash was
+    checked."""
     bomb = packed(HEADER, b"0\n")
     manifest = manifest_of(bomb)
     archived = await stored(house.store, house.folder, manifest, bomb)
@@ -129,7 +124,7 @@ async def test_an_object_that_is_not_the_manifests_is_not_unpacked_at_all(house:
     (house.folder / "archive" / manifest.objects[0].name).write_bytes(other)
     assert await pieces_of(house.store, manifest, "is not what was stored") == []
     async for reader in readers(house, house.store, archived):
-        with most_held(8), pytest.raises(ArchiveDamaged, match="is not what was stored"):
+        with memory_limit(8), pytest.raises(ArchiveDamaged, match="is not what was stored"):
             await reader
 
 
@@ -137,34 +132,32 @@ async def test_an_object_that_is_not_the_manifests_is_not_unpacked_at_all(house:
     ("content", "says"),
     [
         (packed(HEADER, b"0"), "has a row of more than"),
-        (packed(HEADER + b'"', b"\n"), "has a row of more than"),  # quoted: not one of these line ends is one
-        (packed(HEADER, b"0\n", compression_params=zstandard.ZstdCompressionParameters(window_log=25)), "unpacked"),
+        (packed(HEADER + b'"', b"\n"), "has a row of more than"),  # the line breaks are in quotes and so end no row
+        (packed(HEADER, b"0\n", compression_params=zstandard.ZstdCompressionParameters(window_log=25)), "decompressed"),
     ],
     ids=["no line end", "line ends within quotes", "a window of 32 MiB"],
 )
-async def test_an_object_that_is_the_manifests_is_read_in_pieces_and_rows_have_an_end(
+async def test_a_matching_object_is_read_in_pieces_and_rows_are_limited(
     house: House, content: bytes, says: str
 ) -> None:
     archived = await stored(house.store, house.folder, manifest_of(content), content)
     async for reader in readers(house, house.store, archived):
-        with most_held(8), pytest.raises(ArchiveDamaged, match=says):
+        with memory_limit(8), pytest.raises(ArchiveDamaged, match=says):
             await reader
-    assert not await partitions.present(house.conn, NAME)
+    assert not await partitions.table_exists(house.conn, NAME)
 
 
-async def test_no_more_is_read_than_the_manifest_says(house: House) -> None:
+async def test_no_more_is_read_than_the_manifest_states(house: House) -> None:
     bomb = packed(HEADER, b"0\n")
     manifest = manifest_of(bomb, rows=20, stream_bytes=1 << 20)
     await stored(house.store, house.folder, manifest, bomb)
-    pieces = await pieces_of(house.store, manifest, "more in it than the manifest says")
+    pieces = await pieces_of(house.store, manifest, "contains more than the manifest says")
     assert sum(pieces) <= 1 << 20
-    assert max(pieces) <= verify.PIECE
+    assert max(pieces) <= verify.PIECE_BYTES
 
 
-async def test_an_object_in_s3_that_is_another_is_not_unpacked(
-    house: House, make_bucket: MakeBucket, moto: S3Server
-) -> None:
-    archive: Archive = await make_bucket(moto)
+async def test_another_object_in_s3_is_not_decompressed(house: House, make_bucket: MakeBucket, moto: S3Server) -> None:
+    archive: ArchiveSettings = await make_bucket(moto)
     bomb = packed(HEADER, b"0")
     async with open_store(str(archive.url), archive) as store:
         right = await stored(store, house.folder, manifest_of(bomb), bomb)
@@ -175,8 +168,8 @@ async def test_an_object_in_s3_that_is_another_is_not_unpacked(
             await restore.drill(house.conn, store, wrong)
 
 
-def test_a_quote_before_a_million_line_ends_is_looked_through_once() -> None:
-    """Each line end was a reason to count all quotes before it again: a megabyte took hours."""
+def test_a_quote_before_a_million_line_breaks_is_searched_once() -> None:
+    """Formerly, at each line break, all earlier quotes were counted again: reading a megabyte took hours."""
     assert verify._end_of_rows(b'"' + b"\n" * (1 << 20)) == 0
     assert verify._end_of_rows(b'a\n"' + b"\n" * (1 << 20)) == 2
 
@@ -184,14 +177,14 @@ def test_a_quote_before_a_million_line_ends_is_looked_through_once() -> None:
 MANIFEST = manifest_of(b"some object")
 BAD: dict[str, bytes] = {
     "nested": b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "large": encode(MANIFEST) + b" " * MOST_BYTES,
+    "large": encode(MANIFEST) + b" " * MAX_MANIFEST_BYTES,
     "cut": encode(MANIFEST)[:-5],
     "no text": b"\xff\xfe",
     **{
         name: encode(msgspec.structs.replace(MANIFEST, **changes))
         for name, changes in dict[str, dict[str, Any]](
             {
-                "objects without end": {"objects": MANIFEST.objects * (MOST_OBJECTS + 1)},
+                "objects without end": {"objects": MANIFEST.objects * (MAX_OBJECTS + 1)},
                 "no object": {"objects": ()},
                 "columns": {"columns": PACKED * 10},
                 "rows below zero": {"rows": -1},
@@ -206,8 +199,8 @@ BAD: dict[str, bytes] = {
                 "another format": {"format": "nexhb-archive-9"},
                 "another compression": {"compression": "gzip"},
                 **{
-                    f"object {one}": {"objects": (msgspec.structs.replace(MANIFEST.objects[0], **said),)}
-                    for one, said in dict[str, dict[str, Any]](
+                    f"object {one}": {"objects": (msgspec.structs.replace(MANIFEST.objects[0], **values),)}
+                    for one, values in dict[str, dict[str, Any]](
                         {
                             "elsewhere": {"name": f"../../{MANIFEST.objects[0].name}"},
                             "of another day": {"name": MANIFEST.objects[0].name.replace("2026", "2025")},
@@ -224,8 +217,9 @@ BAD: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("raw", BAD.values(), ids=BAD)
-def test_a_manifest_that_nexhb_does_not_write_is_not_followed(raw: bytes) -> None:
-    """A name could lead anywhere, and a size make whoever reads it wait for ever."""
+def test_a_manifest_with_values_that_nexhb_never_writes_is_refused(raw: bytes) -> None:
+    """Formerly, the name of an object in a manifest could point anywhere, and its size could make a reader wait for
+    ever."""
     assert decode(encode(MANIFEST)) == MANIFEST
     with pytest.raises(ArchiveDamaged):
         decode(raw)

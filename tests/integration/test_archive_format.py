@@ -1,4 +1,4 @@
-"""What an archive leaves out follows from the rest: any row comes back equal, out of today's format and the former."""
+"""An archive leaves out values that follow from other values: every row is restored unchanged, from both formats."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from nexhb import partitions
+from nexhb import partitions, retirement
 from nexhb.archive import catalog, export, get, restore, verify
 from nexhb.archive.catalog import Archived
-from nexhb.archive.manifest import COLUMNS, FORMAT, FORMER, PACKED
-from nexhb.config import Ingest, Settings
-from nexhb.db import Connection, Database
-from nexhb.jobs import board
-from tests.integration.test_nightly import NOW, OLD, House
+from nexhb.archive.file import FolderStore
+from nexhb.archive.manifest import COLUMNS, FORMAT, FORMAT_1, LAST_FORMAT, PACKED, STREAM_COLUMNS, decode
+from nexhb.config import IngestSettings, Settings
+from nexhb.jobs import registry
+from nexhb.postgres.connections import Connection
+from tests.support.nightly import NOW, OLD, House
 
 START, END = partitions.midnight(OLD), partitions.midnight(OLD) + timedelta(days=1)
-NAME = partitions.name_of(OLD)
+NAME = partitions.table_name(OLD)
 TICK = timedelta(microseconds=1)
-FORMER_ARCHIVES = Path(__file__).parent / "archive_format_1"  # made by nexhb before there was another format
+# Archives of the same heartbeats in each former format, by the number of the format.
+FOLDER = Path(__file__).parent
+ARCHIVES = {int(path.name.rpartition("_")[2]): path for path in sorted(FOLDER.glob("archive_format_*"))}
 
 TIMES = [
     START, START + TICK, START + timedelta(seconds=1) - TICK, START + timedelta(hours=12),
     START + timedelta(seconds=9.5), END - TICK, END - timedelta(seconds=1),
 ]  # fmt: skip
-# From ts on, and by themselves: what a broken row may say.
+# Times of receipt that a broken row may have: relative to ts, and absolute.
 DELAYS_US = [0, 1, -1, 999_999, 1_000_000, 123_456, -123_456, 60 * 86_400_000_000, -60 * 86_400_000_000]
 RECEIVED = [
     "infinity", "-infinity", "1999-12-31 23:59:59.999999+00", "2019-12-31 23:59:59.999999+00", "2020-01-01 00:00:00+00",
@@ -44,15 +47,9 @@ SSIDS = ["", "Store-42", 'a "quoted",\nname', "\\.", "\r\n", "\u2028", " ", "NUL
 IPS = [None, "10.0.0.1", "2001:db8::1", "::ffff:1.2.3.4", "fe80::1/64", "255.255.255.255"]
 
 
-@pytest.fixture
-def house(database: Database, conn: Connection, tmp_path: Path) -> House:
-    """A house."""
-    return House(database, conn, tmp_path)
-
-
 def any_row(chance: random.Random, labels: int) -> tuple[str | None, ...]:
-    """ts, received_at, device_no, bucket, label_no, uptime_s, ram_used_mb, temp_c, battery_pct, signal_dbm, plugged,
-    unity_running, clock_wrong, ip, as texts."""
+    """Return a random row as texts: ts, received_at, device_no, bucket, label_no, uptime_s, ram_used_mb, temp_c,
+    battery_pct, signal_dbm, plugged, unity_running, clock_wrong, ip."""
     ts = chance.choice([*TIMES, *(START + TICK * chance.randrange(86_400_000_000) for _ in TIMES)])
     ts -= timedelta(microseconds=ts.microsecond % chance.choice([1, 1, 1000, 1_000_000]))
     delay = chance.choice([*DELAYS_US, *(chance.randrange(20_000, 200_000) for _ in DELAYS_US)])
@@ -64,7 +61,7 @@ def any_row(chance: random.Random, labels: int) -> tuple[str | None, ...]:
         chance.choice(RECEIVED) if chance.random() < 0.1 else (ts + TICK * delay).isoformat(),
         str(chance.randrange(1, 60)),
         chance.choice(BUCKETS) if chance.random() < 0.1 else chance.choice(usual),
-        str(chance.randrange(1, labels + 2)),  # the last is one that is gone
+        str(chance.randrange(1, labels + 2)),  # the last label does not exist
         chance.choice([*UPTIMES, str(chance.randrange(2**31))]),
         chance.choice([None, "0", "2873", "2147483647"]),
         chance.choice(REALS),
@@ -78,7 +75,7 @@ def any_row(chance: random.Random, labels: int) -> tuple[str | None, ...]:
 
 
 async def fill(conn: Connection, rows: Sequence[tuple[str | None, ...]]) -> None:
-    """A day with these rows, of fifty devices that are known and some that are not."""
+    """Fill a day with these rows, of fifty known devices and some unknown ones."""
     await partitions.ensure(conn, [OLD])
     await conn.execute("INSERT INTO devices (device_id) SELECT 'kiosk-' || n FROM generate_series(1, 50) n")
     await conn.executemany(
@@ -97,7 +94,7 @@ async def fill(conn: Connection, rows: Sequence[tuple[str | None, ...]]) -> None
 
 
 async def texts(conn: Connection, rows: str) -> list[list[str]]:
-    """What a query or a table has, as COPY writes it, in the order of the key."""
+    """Return the rows of a query or a table as COPY writes them, in key order."""
     out = io.BytesIO()
     query = f"SELECT {', '.join(COLUMNS)} FROM {rows} r ORDER BY device_no, bucket"
     await conn.copy_from_query(query, output=out, format="csv")
@@ -105,38 +102,38 @@ async def texts(conn: Connection, rows: str) -> list[list[str]]:
 
 
 def spelled_out() -> str:
-    """The day's rows, plain; those of unknown devices too."""
+    """Return a query for the day's plain rows, including those of unknown devices."""
     return f"({export._Q['spelled_out'].replace('$table', NAME)})"
 
 
 @pytest.mark.parametrize("bucket_seconds", [10, 1, 60, 3600])
-async def test_any_row_comes_back_equal_to_the_microsecond(house: House, bucket_seconds: int) -> None:
-    chance = random.Random(bucket_seconds)  # noqa: S311 - it makes rows, no secrets
+async def test_any_row_is_restored_equal_to_the_microsecond(house: House, bucket_seconds: int) -> None:
+    chance = random.Random(bucket_seconds)  # noqa: S311 - it makes rows, not secrets
     await fill(house.conn, [any_row(chance, len(SSIDS)) for _ in range(4_000)])
     before = await texts(house.conn, spelled_out())
     assert len(before) > 2_000
-    source = export.Source(NAME, "day", NAME, START, END)
+    source = export.ArchivedTable(NAME, "day", NAME, START, END)
     stored = await export.export(house.conn, source, house.store, house.folder / "spool", bucket_seconds=bucket_seconds)
     assert (stored.manifest.format, stored.manifest.columns) == (FORMAT, PACKED)
     assert stored.manifest.bucket_seconds == bucket_seconds
     archives = [Archived(NAME, START, END, "dropped", house.store.url(stored.name), stored.sha256)]
 
     assert [row async for rows in verify.rows(house.store, stored.manifest) for row in rows] == before
-    found = await get.heartbeats_of(house.store, archives, "kiosk-7")
-    assert [[value or "" for value in row.values()] for row in found] == sorted(
+    returned = await get.heartbeats_of(house.store, archives, "kiosk-7")
+    assert [[value or "" for value in row.values()] for row in returned] == sorted(
         (row for row in before if row[0] == "kiosk-7"), key=lambda row: row[1]
     )
     assert await restore.drill(house.conn, house.store, archives[0]) == len(before)
     assert await restore.restore_into(house.conn, house.store, archives, "plain") == len(before)
     assert await texts(house.conn, "plain") == before
-    await partitions.detach(house.conn, NAME)
+    await retirement.detach(house.conn, NAME)
     await house.conn.execute(f"DROP TABLE {NAME}")
     assert await restore.restore_day(house.conn, house.store, archives, NOW) == len(before)
     assert await texts(house.conn, spelled_out()) == before
 
 
-async def test_an_ordinary_row_says_nothing_that_follows_from_the_rest(house: House) -> None:
-    """What is left out is what the archive is small by."""
+async def test_an_ordinary_row_stores_nothing_that_follows_from_the_rest(house: House) -> None:
+    """Leaving these columns out is what makes the archive small."""
     rows = [
         (f"{START + timedelta(seconds=60.5 * n)}", f"{START + timedelta(seconds=60.5 * n, microseconds=40_123)}", "1",
          f"{(int(START.timestamp()) + 60.5 * n - 1_577_836_800) // 10 * 10:.0f}", "2", f"{1000 + 60.5 * n // 1:.0f}",
@@ -144,22 +141,23 @@ async def test_an_ordinary_row_says_nothing_that_follows_from_the_rest(house: Ho
         for n in range(1, 3)
     ]  # fmt: skip
     await fill(house.conn, rows)
-    source = export.Source(NAME, "day", NAME, START, END)
+    source = export.ArchivedTable(NAME, "day", NAME, START, END)
     stored = await export.export(house.conn, source, house.store, house.folder / "spool")
     stream = b"".join([piece async for piece in verify.stream(house.store, stored.manifest)])
-    booted = START - timedelta(seconds=1000)
+    booted, added = START - timedelta(seconds=1000), "," * (len(PACKED) - len(STREAM_COLUMNS["nexhb-archive-2"]))
+    same = f"kiosk-1,1,1.0.9,,wifi,Store-42,10.0.0.1,f,t,{booted:%F %T}+00,,,,80"
     assert stream.decode().splitlines() == [
         ",".join(PACKED),
-        f"kiosk-1,1,1.0.9,,wifi,Store-42,10.0.0.1,f,t,{booted:%F %T}+00,,,,80,{OLD} 00:01:00.5+00,40123,900,30.5,,t",
-        f"kiosk-1,1,1.0.9,,wifi,Store-42,10.0.0.1,f,t,{booted:%F %T}+00,,,,80,{OLD} 00:02:01+00,40123,900,30.5,,t",
+        f"{same},{OLD} 00:01:00.5+00,40123,900,30.5,,t{added}",
+        f"{same},{OLD} 00:02:01+00,40123,900,30.5,,t{added}",
     ]
 
 
-async def former(house: House) -> list[Archived]:
-    """A day and its supplement as the former nexhb left them, and the database with their devices."""
+async def former(house: House, number: int) -> list[Archived]:
+    """Provide a day and its supplement in a format, and a database that knows their devices."""
     for device in dict.fromkeys(row[0] for row in sorted(expected(), key=lambda row: int(row[-2]))):
         await house.conn.execute("INSERT INTO devices (device_id) VALUES ($1)", device)
-    shutil.copytree(FORMER_ARCHIVES / NAME, house.folder / "archive" / NAME)
+    shutil.copytree(ARCHIVES[number] / NAME, house.folder / "archive" / NAME)
     url = {path.name.partition("-")[0]: path for path in (house.folder / "archive" / NAME).glob("*-manifest-*")}
     day, late = (
         (f"file://{url[kind]}", hashlib.sha256(url[kind].read_bytes()).hexdigest()) for kind in ("day", "late")
@@ -179,23 +177,50 @@ async def former(house: House) -> list[Archived]:
 
 
 def expected() -> list[list[str]]:
-    """What was archived."""
-    with (FORMER_ARCHIVES / "heartbeats.csv").open(encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
-    assert tuple(head) == COLUMNS
-    return rows
+    """Return the rows that the former archives contain, in the order of COLUMNS; a column that was added later is
+    empty."""
+    with (ARCHIVES[1] / "heartbeats.csv").open(encoding="utf-8", newline="") as file:
+        return [[row.get(name, "") for name in COLUMNS] for row in csv.DictReader(file)]
 
 
-async def test_an_archive_of_the_former_format_is_read_and_restored_as_ever(house: House) -> None:
-    archives, rows = await former(house), expected()
+def streams(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return the format and the SHA-256 of the stream of each archive in a folder, by kind."""
+    manifests = [decode(path.read_bytes()) for path in (folder / NAME).glob("*-manifest-*")]
+    return {manifest.kind: (manifest.format, manifest.stream_sha256) for manifest in manifests}
+
+
+def test_there_are_archives_of_every_former_format() -> None:
+    assert {f"nexhb-archive-{number}" for number in ARCHIVES} | {FORMAT} == STREAM_COLUMNS.keys()
+    for number, folder in ARCHIVES.items():
+        assert {format_ for format_, _ in streams(folder).values()} == {f"nexhb-archive-{number}"}
+
+
+async def test_this_version_writes_the_archives_of_the_last_format(house: House) -> None:
+    """If the format is new, the failure shows the command that stores its archives beside the former ones."""
+    written = FolderStore(house.folder / "written", timeout_s=30)
+    for kind, archived in zip(("day", "late"), await former(house, 1), strict=True):
+        await restore.restore_day(house.conn, house.store, [archived], NOW)
+        table = export.ArchivedTable(NAME, kind, NAME, START, END)
+        await export.export(house.conn, table, written, house.folder / "spool")
+        await retirement.detach(house.conn, NAME)
+        await house.conn.execute(f"DROP TABLE {NAME}; UPDATE hb_partitions SET state = 'dropped'")
+    stored = FOLDER / f"archive_format_{LAST_FORMAT}"
+    assert stored.is_dir(), f"cp -r {house.folder / 'written'} {stored}"
+    assert streams(house.folder / "written") == streams(stored)
+
+
+@pytest.mark.parametrize("number", ARCHIVES)
+async def test_an_archive_of_any_format_is_read_and_restored(house: House, number: int) -> None:
+    archives, rows = await former(house, number), expected()
     assert len(archives) == 2
     for archived, count in zip(archives, (31, 1), strict=True):
         manifest = await verify.verify(house.store, house.store.name_of(archived.url), archived.sha256)
-        assert (manifest.format, manifest.bucket_seconds, manifest.rows) == (FORMER, None, count)
+        assert (manifest.format, manifest.rows) == (f"nexhb-archive-{number}", count)
+        assert manifest.bucket_seconds == (None if number == 1 else 10)
         assert await restore.drill(house.conn, house.store, archived) == count
     for device in {row[0] for row in rows}:
-        found = await get.heartbeats_of(house.store, archives, device)
-        assert sorted([value or "" for value in row.values()] for row in found) == sorted(
+        returned = await get.heartbeats_of(house.store, archives, device)
+        assert sorted([value or "" for value in row.values()] for row in returned) == sorted(
             row for row in rows if row[0] == device
         )
     assert await restore.restore_into(house.conn, house.store, archives, "plain") == len(rows)
@@ -212,8 +237,8 @@ async def test_an_archive_of_the_former_format_is_read_and_restored_as_ever(hous
     assert await house.archived(OLD) == rows
 
 
-async def test_what_comes_late_for_a_day_of_the_former_format_is_compared_with_it_and_added(house: House) -> None:
-    archives, rows = await former(house), expected()
+async def test_late_heartbeats_of_a_day_in_the_first_format_are_compared_with_it_and_added(house: House) -> None:
+    archives, rows = await former(house, 1), expected()
     await house.conn.execute(
         """INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
            VALUES ('1.0.9', '2.1.0', 'wifi', 'Store-42')"""
@@ -232,13 +257,13 @@ async def test_what_comes_late_for_a_day_of_the_former_format_is_compared_with_i
     assert await house.conn.fetchval("SELECT count(*) FROM late_heartbeats") == 0
     archives = await catalog.find(house.conn, OLD)
     formats = [(await verify.load(house.store, house.store.name_of(one.url), one.sha256)).format for one in archives]
-    assert formats == [FORMER, FORMER, FORMAT]
-    [found] = [row for row in await house.archived(OLD) if row not in rows]
-    assert found[1:3] == [f"{OLD} 07:00:00.000005+00", f"{OLD} 07:00:00.000004+00"]
+    assert formats == [FORMAT_1, FORMAT_1, FORMAT]
+    [returned] = [row for row in await house.archived(OLD) if row not in rows]
+    assert returned[1:3] == [f"{OLD} 07:00:00.000005+00", f"{OLD} 07:00:00.000004+00"]
     assert await restore.restore_day(house.conn, house.store, archives, NOW) == len(rows) + 1
 
 
-async def test_days_are_archived_with_the_bucket_that_is_configured(house: House) -> None:
-    settings = Settings(data_dir=house.folder, ingest=Ingest(bucket_seconds=60))
-    assert board.means(settings).bucket_seconds == 60
-    assert board.means(Settings(data_dir=house.folder)).bucket_seconds == export.BUCKET_SECONDS
+async def test_days_are_archived_with_the_configured_bucket_length(house: House) -> None:
+    settings = Settings(data_dir=house.folder, ingest=IngestSettings(bucket_seconds=60))
+    assert registry.nightly_context(settings).bucket_seconds == 60
+    assert registry.nightly_context(Settings(data_dir=house.folder)).bucket_seconds == export.BUCKET_SECONDS

@@ -1,5 +1,5 @@
-"""An S3 store that does not do what it is asked, and the way to it. What Swift cannot do on demand, a server of a few
-lines does."""
+"""Failures of an S3 store and of the connection to it. A small fake server causes the failures that Swift cannot cause
+on demand."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 from aiohttp import web
 from pydantic import ValidationError
 
+from nexhb.archive.opening import open_store
 from nexhb.archive.s3 import Bucket, open_bucket
-from nexhb.archive.store import CHUNK, Store, open_store
-from nexhb.config import Archive
+from nexhb.archive.store import CHUNK, Store
+from nexhb.config import ArchiveSettings
 from nexhb.errors import ObjectExists, ObjectMissing, StoreError
-from tests.integration.conftest import MakeBucket
-from tests.integration.test_archive_stores import NAME, Body, body_of, read
-from tests.odd_s3 import error, odd_s3
+from tests.limited_s3 import error, limited_s3
+from tests.support.nightly_s3 import MakeBucket
+from tests.support.objects import NAME, Body, body_of, read
 from tests.swift import S3Server
 
 SECRET = "the-secret-of-these-tests"
@@ -32,14 +33,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Fake:
-    """Answers each method as the test says; what was stored and asked is there to look at."""
+    """A store that responds to each method as the test prescribes, and records the requests and what was stored."""
 
     handlers: dict[str, Handler] = field(default_factory=dict)
-    asked: list[web.Request] = field(default_factory=list)
+    requests: list[web.Request] = field(default_factory=list)
     stored: bytes | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append(request)
+        self.requests.append(request)
         default = {"HEAD": self.head, "PUT": self.put, "GET": self.get}
         return await self.handlers.get(request.method, default[request.method])(request)
 
@@ -54,11 +55,11 @@ class Fake:
         return error(404, "NoSuchKey") if self.stored is None else web.Response(body=self.stored)
 
     def methods(self) -> list[str]:
-        return [request.method for request in self.asked]
+        return [request.method for request in self.requests]
 
 
 def each(*responses: Callable[[web.Request], Any]) -> Handler:
-    """One answer after the other, the last one from then on."""
+    """Return these responses in turn, then repeat the last one."""
     left = list(responses)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -93,7 +94,7 @@ async def opened(aws: pytest.MonkeyPatch) -> AsyncIterator[Opening]:
     async with AsyncExitStack() as stack:
 
         async def open_it(url: str | None, **settings: Any) -> Store:
-            archive = Archive(endpoint_url=url, region="us-east-1", **{"timeout_seconds": 60} | settings)
+            archive = ArchiveSettings(endpoint_url=url, region="us-east-1", **{"timeout_seconds": 60} | settings)
             return await stack.enter_async_context(open_bucket("s3://bucket/nexhb", archive))
 
         yield open_it
@@ -105,13 +106,13 @@ def body(tmp_path: Path) -> Body:
 
 
 def hurried(store: Store) -> Bucket:
-    """The same, with a second for each operation: a busy machine takes longer than that to open one."""
+    """Return the open store with a limit of one second per operation; on a busy machine, opening takes longer."""
     assert isinstance(store, Bucket)
     return replace(store, timeout_s=1)
 
 
 async def refused_once(begun: asyncio.Event, store: Store, body: Body) -> None:
-    """A put takes too long, and again where it has not even begun in that time."""
+    """Assert that a put times out. If the time ran out before the put began, repeat the put."""
     while True:
         assert "took longer than 1 s" in await refused(store, body)
         if begun.is_set():
@@ -119,7 +120,7 @@ async def refused_once(begun: asyncio.Event, store: Store, body: Body) -> None:
 
 
 async def refused(store: Store, body: Body) -> str:
-    """The sentence with which a put ends."""
+    """Return the error message of a put, which must fail."""
     with pytest.raises(StoreError) as caught:
         await store.put(NAME, body.path, body.sha256)
     assert not isinstance(caught.value, ObjectExists | ObjectMissing)
@@ -134,38 +135,36 @@ async def test_a_put_is_one_request_streamed_and_checked_by_the_store(fake: Any,
     await store.put(NAME, body.path, body.sha256)
     assert server.methods() == ["HEAD", "PUT"]
     assert server.stored == body.content
-    headers = server.asked[1].headers
+    headers = server.requests[1].headers
     assert headers["If-None-Match"] == "*"
     assert headers["Content-Length"] == str(len(body.content))
-    assert headers["Expect"] == "100-continue"  # a refusal comes before the body goes
-    # Over http too: hashing the body once more, on the event loop, would hold up heartbeats.
+    assert headers["Expect"] == "100-continue"  # the store can refuse before the body is sent
+    # The payload is unsigned over http too, because hashing the body again, on the event loop, would delay heartbeats.
     assert headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
     assert "x-amz-checksum-sha256" in headers["Authorization"]
     for name in ("Content-Encoding", "Content-Disposition", "x-amz-trailer", "x-amz-checksum-crc32", "Content-MD5"):
         assert name not in headers
 
 
-async def test_replacing_asks_no_condition(fake: Any, opened: Opening, body: Body) -> None:
+async def test_replacing_sends_no_condition(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
     store = await opened(url)
     await store.put(NAME, body.path, body.sha256, overwrite=True)
     assert server.methods() == ["PUT"]
-    assert "If-None-Match" not in server.asked[0].headers
+    assert "If-None-Match" not in server.requests[0].headers
 
 
-async def test_expired_credentials_are_a_sentence_with_a_remedy(fake: Any, opened: Opening, body: Body) -> None:
+async def test_expired_credentials_are_explained_with_a_remedy(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
     server.handlers["HEAD"] = each(lambda _: web.Response(status=400))
     server.handlers["PUT"] = each(lambda _: error(400, "ExpiredToken", "The provided token has expired."))
-    said = await refused(await opened(url), body)
-    assert "ExpiredToken (400): The provided token has expired." in said
-    assert "Renew the credentials" in said
-    assert url.removeprefix("http://") in said
+    message = await refused(await opened(url), body)
+    assert "ExpiredToken (400): The provided token has expired." in message
+    assert "Renew the credentials" in message
+    assert url.removeprefix("http://") in message
 
 
-async def test_a_store_that_asks_to_slow_down_gets_the_body_again_from_its_start(
-    fake: Any, opened: Opening, body: Body
-) -> None:
+async def test_after_slow_down_the_body_is_sent_again_from_its_start(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
 
     async def after_the_body(request: web.Request) -> web.StreamResponse:
@@ -179,9 +178,7 @@ async def test_a_store_that_asks_to_slow_down_gets_the_body_again_from_its_start
     assert server.stored == body.content
 
 
-async def test_a_store_that_goes_on_asking_to_slow_down_is_left_alone_after_three_attempts(
-    fake: Any, opened: Opening, body: Body
-) -> None:
+async def test_after_three_slow_down_responses_the_put_fails(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
     server.handlers["PUT"] = each(lambda _: error(503, "SlowDown", "Reduce your request rate."))
     assert "SlowDown (503): Reduce your request rate." in await refused(await opened(url), body)
@@ -197,25 +194,23 @@ async def test_a_store_that_goes_on_asking_to_slow_down_is_left_alone_after_thre
     ],
     ids=["code", "html", "quota"],
 )
-async def test_a_full_store_is_a_sentence_with_a_remedy(
+async def test_a_full_store_is_explained_with_a_remedy(
     fake: Any, opened: Opening, body: Body, answer: Any, words: str
 ) -> None:
     server, url = fake
     server.handlers["PUT"] = each(answer)
-    said = await refused(await opened(url), body)
-    assert words in said
-    assert "Make room" in said
+    message = await refused(await opened(url), body)
+    assert words in message
+    assert "Free space in the store" in message
 
 
-async def test_a_store_that_does_not_know_the_condition_is_put_to_without_it(
-    fake: Any, opened: Opening, body: Body
-) -> None:
+async def test_a_put_omits_a_condition_that_the_store_does_not_support(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
     server.handlers["PUT"] = each(lambda _: error(501, "NotImplemented"), server.put)
     store = await opened(url)
     await store.put(NAME, body.path, body.sha256)
     assert server.stored == body.content
-    assert ["If-None-Match" in request.headers for request in server.asked] == [False, True, False]
+    assert ["If-None-Match" in request.headers for request in server.requests] == [False, True, False]
 
 
 async def test_a_store_that_ignores_the_condition_is_not_overwritten(fake: Any, opened: Opening, body: Body) -> None:
@@ -227,15 +222,15 @@ async def test_a_store_that_ignores_the_condition_is_not_overwritten(fake: Any, 
     assert server.stored == b"what was there"
 
 
-async def test_a_store_that_knows_no_condition_and_does_not_say_what_is_there_is_not_put_to(
+async def test_nothing_is_put_if_the_store_supports_no_condition_and_does_not_answer_head(
     fake: Any, opened: Opening, body: Body
 ) -> None:
     server, url = fake
     server.handlers["HEAD"] = each(lambda _: web.Response(status=403))
     server.handlers["PUT"] = each(lambda _: error(501, "NotImplemented"))
     assert "NotImplemented (501)" in await refused(await opened(url), body)
-    assert server.methods() == ["HEAD", "PUT", "PUT"]  # the checksum may be what it does not know
-    assert all("If-None-Match" in request.headers for request in server.asked[1:])
+    assert server.methods() == ["HEAD", "PUT", "PUT"]  # the store may not support the checksum
+    assert all("If-None-Match" in request.headers for request in server.requests[1:])
 
 
 CHECKSUM, CONDITION = "x-amz-checksum-sha256", "If-None-Match"
@@ -253,15 +248,16 @@ CHECKSUM, CONDITION = "x-amz-checksum-sha256", "If-None-Match"
         ({CHECKSUM: (400, "InvalidRequest"), CONDITION: (501, "NotImplemented")}, {CHECKSUM, CONDITION}),
     ],
 )
-async def test_headers_that_a_store_does_not_know_are_left_out_and_it_is_asked_once(
+async def test_unsupported_headers_are_omitted_and_remembered(
     opened: Opening, body: Body, refuses: Any, left_out: set[str], overwrite: bool
 ) -> None:
-    """Backblaze B2 and others answer 400 or 501 to x-amz-checksum-sha256: no day could ever be archived there."""
-    async with odd_s3(**refuses) as server:
+    """Backblaze B2 and others reject x-amz-checksum-sha256 with 400 or 501. Formerly, no day could ever be archived
+    there."""
+    async with limited_s3(**refuses) as server:
         store: Any = await opened(server.url)
         await store.put(NAME, body.path, body.sha256, overwrite=overwrite)
         assert await read(store, NAME) == body.content
-        assert store.unknown == (left_out - {CONDITION} if overwrite else left_out)
+        assert store.unsupported == (left_out - {CONDITION} if overwrite else left_out)
         server.puts.clear()
         await store.put("day/another", body.path, body.sha256, overwrite=overwrite)
         assert [status for _, status in server.puts] == [200]
@@ -270,24 +266,27 @@ async def test_headers_that_a_store_does_not_know_are_left_out_and_it_is_asked_o
                 await store.put(NAME, body.path, body.sha256)
 
 
-async def test_a_store_that_refuses_for_another_reason_is_believed(fake: Any, opened: Opening, body: Body) -> None:
-    """Bytes that arrived as others are not put once more without their checksum."""
+async def test_a_refusal_for_another_reason_is_not_retried_without_headers(
+    fake: Any, opened: Opening, body: Body
+) -> None:
+    """After a refusal for another reason, such as bytes that changed in transit, nothing is sent again without its
+    checksum."""
     server, url = fake
     server.handlers["PUT"] = each(lambda _: error(400, "BadDigest"), server.put)
     store: Any = await opened(url)
     assert "BadDigest (400)" in await refused(store, body)
     assert server.methods() == ["HEAD", "PUT"]
-    assert (server.stored, store.unknown) == (None, set())
+    assert (server.stored, store.unsupported) == (None, set())
 
 
-async def test_a_store_that_refuses_whatever_the_headers_has_its_first_answer_repeated(
+async def test_if_omitting_headers_does_not_help_the_first_error_is_reported(
     fake: Any, opened: Opening, body: Body
 ) -> None:
     server, url = fake
     server.handlers["PUT"] = each(lambda _: error(400, "First"), lambda _: error(400, "Then"))
     store: Any = await opened(url)
     assert "First (400)" in await refused(store, body)
-    assert (len(server.methods()), store.unknown) == (5, set())
+    assert (len(server.methods()), store.unsupported) == (5, set())
 
 
 @pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict"])
@@ -302,7 +301,7 @@ async def test_an_object_that_appears_meanwhile_is_not_overwritten(
 
 
 @pytest.mark.parametrize("whose", ["ours", "another's"])
-async def test_after_an_answer_that_was_lost_what_is_there_is_read(
+async def test_after_a_lost_response_the_existing_object_is_compared(
     fake: Any, opened: Opening, body: Body, whose: str
 ) -> None:
     server, url = fake
@@ -325,9 +324,7 @@ async def test_after_an_answer_that_was_lost_what_is_there_is_read(
     assert server.methods() == ["HEAD", "PUT", "PUT", "GET"]
 
 
-async def test_a_store_that_takes_the_request_and_says_nothing_costs_no_more_than_its_time(
-    opened: Opening, body: Body
-) -> None:
+async def test_a_store_that_never_responds_costs_no_more_than_the_timeout(opened: Opening, body: Body) -> None:
     begun, gone = asyncio.Event(), asyncio.Event()
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -343,10 +340,10 @@ async def test_a_store_that_takes_the_request_and_says_nothing_costs_no_more_tha
         await gone.wait()  # the connection is closed
         with pytest.raises(StoreError, match="took longer than 1 s"):
             await read(store, NAME)
-        assert len(asyncio.all_tasks()) <= len(before) + 1  # the server's own
+        assert len(asyncio.all_tasks()) <= len(before) + 1  # the server's own task
 
 
-async def test_a_store_that_takes_half_of_the_body_and_no_more_costs_no_more_than_its_time(
+async def test_a_store_that_stops_reading_the_body_costs_no_more_than_the_timeout(
     fake: Any, opened: Opening, body: Body
 ) -> None:
     server, url = fake
@@ -389,7 +386,7 @@ async def test_a_put_that_is_cancelled_closes_its_connection(fake: Any, opened: 
 
 
 def cut(request: web.Request, body: Body) -> Any:
-    """An answer that promises a body and breaks off in its middle."""
+    """Send a response that announces a body and breaks off in the middle of it."""
 
     async def answer() -> web.StreamResponse:
         response = web.StreamResponse()
@@ -403,16 +400,16 @@ def cut(request: web.Request, body: Body) -> Any:
     return answer()
 
 
-async def test_a_body_that_breaks_off_is_an_error_and_never_just_short(fake: Any, opened: Opening, body: Body) -> None:
+async def test_a_truncated_body_is_an_error(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
     server.handlers["GET"] = lambda request: cut(request, body)
     store = await opened(url)
     with pytest.raises(StoreError, match=f"get {ADDRESS}"):
         await read(store, NAME)
-    assert "x-amz-checksum-mode" not in server.asked[0].headers  # not every store knows it
+    assert "x-amz-checksum-mode" not in server.requests[0].headers  # not every store supports this header
 
 
-async def test_a_body_whose_length_the_store_does_not_say_is_not_taken(fake: Any, opened: Opening, body: Body) -> None:
+async def test_a_body_without_a_length_is_refused(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
 
     async def until_the_connection_closes(request: web.Request) -> web.StreamResponse:
@@ -423,11 +420,11 @@ async def test_a_body_whose_length_the_store_does_not_say_is_not_taken(fake: Any
 
     server.handlers["GET"] = until_the_connection_closes
     store = await opened(url)
-    with pytest.raises(StoreError, match="does not say how long it is"):
+    with pytest.raises(StoreError, match="lacks its length"):
         await read(store, NAME)
 
 
-async def test_a_body_that_stalls_costs_no_more_than_its_time(fake: Any, opened: Opening, body: Body) -> None:
+async def test_a_body_that_stalls_costs_no_more_than_the_timeout(fake: Any, opened: Opening, body: Body) -> None:
     server, url = fake
 
     async def stall(request: web.Request) -> web.StreamResponse:
@@ -441,7 +438,7 @@ async def test_a_body_that_stalls_costs_no_more_than_its_time(fake: Any, opened:
     store = replace(hurried(await opened(url)), timeout_s=5)
     async with aclosing(store.get(NAME)) as chunks:
         assert await anext(chunks) == body.content[:CHUNK]
-        with pytest.raises(StoreError, match=r"took longer than 5 s|did not answer in time"):
+        with pytest.raises(StoreError, match=r"took longer than 5 s|did not respond in time"):
             await anext(chunks)
 
 
@@ -461,19 +458,19 @@ async def test_a_connection_that_breaks_off_in_a_put_is_tried_three_times(
     assert server.methods() == ["HEAD", "PUT", "PUT", "PUT"]
 
 
-async def test_a_store_that_cannot_be_reached_is_a_sentence(opened: Opening, body: Body) -> None:
+async def test_an_unreachable_store_is_explained(opened: Opening, body: Body) -> None:
     store = await opened("http://127.0.0.1:1")
     assert "the store at 127.0.0.1:1 cannot be reached" in await refused(store, body)
 
 
-async def test_without_credentials_the_sentence_says_where_they_are_looked_for(
+async def test_missing_credentials_are_explained_with_the_places_that_are_searched(
     opened: Opening, aws: pytest.MonkeyPatch, body: Body
 ) -> None:
     aws.delenv("AWS_ACCESS_KEY_ID")
     aws.delenv("AWS_SECRET_ACCESS_KEY")
-    said = await refused(await opened("http://127.0.0.1:1"), body)
-    assert "no credentials were found" in said
-    assert "AWS_ACCESS_KEY_ID" in said
+    message = await refused(await opened("http://127.0.0.1:1"), body)
+    assert "no credentials were found" in message
+    assert "AWS_ACCESS_KEY_ID" in message
 
 
 async def test_credentials_are_found_in_the_files_that_aws_uses(
@@ -488,40 +485,40 @@ async def test_credentials_are_found_in_the_files_that_aws_uses(
     server, url = fake
     store = await opened(url)
     await store.put(NAME, body.path, body.sha256)
-    assert "Credential=from-the-file/" in server.asked[1].headers["Authorization"]
+    assert "Credential=from-the-file/" in server.requests[1].headers["Authorization"]
 
 
-async def test_an_aws_configuration_that_is_not_usable_is_a_sentence(opened: Opening, aws: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValidationError, match="takes https://host"):  # before anything is asked of it
+async def test_an_unusable_aws_configuration_is_explained(opened: Opening, aws: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="must be https://host"):  # fails before the first request
         await opened("no address")
     aws.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StoreError, match="nobody"):
         await opened(None)
 
 
-async def test_a_bucket_that_is_missing_is_a_sentence_with_a_remedy(
+async def test_a_missing_bucket_is_explained_with_a_remedy(
     opened: Opening, make_bucket: MakeBucket, swift: S3Server, body: Body
 ) -> None:
     await make_bucket(swift)
     store = await opened(swift.url)
-    said = await refused(store, body)
-    assert "NoSuchBucket (404)" in said
-    assert "Make the bucket" in said
+    message = await refused(store, body)
+    assert "NoSuchBucket (404)" in message
+    assert "Create the bucket" in message
     with pytest.raises(StoreError, match="NoSuchBucket") as caught:
         await read(store, NAME)
     assert not isinstance(caught.value, ObjectMissing)
 
 
-async def test_a_wrong_key_is_a_sentence_with_a_remedy(
+async def test_a_wrong_key_is_explained_with_a_remedy(
     opened: Opening, aws: pytest.MonkeyPatch, swift: S3Server, body: Body
 ) -> None:
     aws.setenv("AWS_ACCESS_KEY_ID", swift.key)
-    said = await refused(await opened(swift.url), body)
-    assert "SignatureDoesNotMatch (403)" in said
-    assert "Check the credentials" in said
+    message = await refused(await opened(swift.url), body)
+    assert "SignatureDoesNotMatch (403)" in message
+    assert "Check the credentials" in message
 
 
-async def test_what_arrives_as_something_else_is_refused_by_a_real_store(
+async def test_a_real_store_refuses_bytes_that_changed_in_transit(
     make_bucket: MakeBucket, swift: S3Server, body: Body
 ) -> None:
     settings = await make_bucket(swift)
@@ -539,7 +536,7 @@ async def test_what_arrives_as_something_else_is_refused_by_a_real_store(
         ("virtual", "https://s3.example", "https://bucket.s3.example/nexhb/x"),
     ],
 )
-async def test_the_bucket_is_named_as_the_settings_say(
+async def test_the_bucket_is_addressed_as_configured(
     opened: Opening, addressing: str, endpoint: str | None, address: str
 ) -> None:
     store: Any = await opened(endpoint, addressing=addressing)
@@ -551,7 +548,7 @@ async def test_the_bucket_is_named_as_the_settings_say(
 
 
 def page_of(*keys: str, following: str = "") -> web.Response:
-    """A page of a list."""
+    """Return a page of a listing."""
     contents = "".join(f"<Contents><Key>nexhb/{key}</Key><Size>1</Size></Contents>" for key in keys)
     after = f"<NextContinuationToken>{following}</NextContinuationToken>" if following else ""
     text = (
@@ -560,34 +557,33 @@ def page_of(*keys: str, following: str = "") -> web.Response:
     return web.Response(text=text, content_type="application/xml")
 
 
-async def test_a_store_that_begins_its_list_again_and_again_is_not_followed(
-    fake: tuple[Fake, str], opened: Opening
-) -> None:
-    """The same token twice: some ignore the one that they are given, and the list had no end."""
+async def test_a_store_that_repeats_its_listing_is_not_followed(fake: tuple[Fake, str], opened: Opening) -> None:
+    """Some stores ignore the continuation token of a listing and return the same token again. Formerly, such a listing
+    never ended."""
     server, url = fake
     server.handlers["GET"] = lambda _request: _soon(page_of("a", "b", following="again"))
     names = [name async for name in listing(await opened(url)).names(1_000)]
     assert names == ["a", "b", "a", "b"]
-    assert len(server.asked) == 2
+    assert len(server.requests) == 2
 
 
-async def test_a_list_is_read_as_far_as_it_is_wanted(fake: tuple[Fake, str], opened: Opening) -> None:
-    """Also of a store that gives more than it is asked for."""
+async def test_a_listing_is_read_up_to_the_given_number(fake: tuple[Fake, str], opened: Opening) -> None:
+    """The limit holds even if the store returns more names than requested."""
     server, url = fake
     server.handlers["GET"] = each(
         lambda _: page_of("a", "b", "c", following="1"), lambda _: page_of("d", "e", "f", following="2")
     )
     store = listing(await opened(url))
     assert [name async for name in store.names(2)] == ["a", "b"]
-    assert [request.query["max-keys"] for request in server.asked] == ["2"]
+    assert [request.query["max-keys"] for request in server.requests] == ["2"]
     assert [name async for name in store.names(4)] == ["d", "e", "f", "d"]
-    assert [request.query["max-keys"] for request in server.asked[1:]] == ["4", "1"]
+    assert [request.query["max-keys"] for request in server.requests[1:]] == ["4", "1"]
 
 
-async def test_after_an_answer_that_was_lost_no_more_is_read_of_what_is_there_than_was_put(
+async def test_after_a_lost_response_no_more_is_read_than_was_put(
     fake: tuple[Fake, str], opened: Opening, body: Body
 ) -> None:
-    """Under the name lies something else, and much larger."""
+    """The object that exists in the store is not the one that was put, and is much larger."""
     server, url = fake
     sent: list[int] = []
 
@@ -615,6 +611,6 @@ async def _soon(response: web.Response) -> web.StreamResponse:
 
 
 def listing(store: Store) -> Bucket:
-    """The same, of which names can be asked."""
+    """Return the store, with the type of a store that can list its objects."""
     assert isinstance(store, Bucket)
     return store

@@ -1,10 +1,8 @@
-"""nexhb backfill: every device's last status from the history, beside a fleet that goes on."""
+"""nexhb backfill: every device's last status from the history, while the fleet keeps sending."""
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,22 +10,25 @@ from typing import Any
 import orjson
 import pytest
 
-from nexhb import devices, locks, partitions
+from nexhb import partitions
 from nexhb.cli import backfill as command
 from nexhb.config import Settings
-from nexhb.db import Connection, Database
-from nexhb.jobs.board import Jobs
-from nexhb.locks import Lock
-from tests.integration.test_reconcile import DAY, MINUTE, NOW, add_devices, add_history, numbers, status_of, turn_back
+from nexhb.devices import registry
+from nexhb.jobs.registry import Jobs
+from nexhb.postgres import locks
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.locks import Lock
+from tests.support.commands import nexhb
+from tests.support.history import DAY, MINUTE, NOW, add_devices, add_history, numbers, status_of, turn_back
 
 
 def nothing(*_: int) -> None:
-    """Nobody listens."""
+    """Ignore the progress."""
 
 
 @pytest.fixture
 async def fleet(conn: Connection) -> Connection:
-    """Ten days before NOW, four labels, no devices."""
+    """A database with the ten days before NOW, four labels and no devices."""
     await partitions.ensure(conn, partitions.days_between((NOW - 10 * DAY).date(), (NOW + DAY).date()))
     await conn.execute(
         """INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
@@ -39,11 +40,11 @@ async def fleet(conn: Connection) -> Connection:
 
 @pytest.fixture
 def jobs(database: Database, tmp_path: Path) -> Jobs:
-    """The jobs, at NOW."""
+    """The daemon's jobs, with a clock that stands at NOW."""
     return Jobs(database, Settings(data_dir=tmp_path), lambda: NOW)
 
 
-async def test_each_device_gets_its_newest_heartbeat_of_the_days_asked_for(fleet: Connection, jobs: Jobs) -> None:
+async def test_each_device_gets_its_newest_heartbeat_of_the_given_days(fleet: Connection, jobs: Jobs) -> None:
     await add_devices(fleet, 30)
     await add_history(fleet, 9 * DAY)
     await add_history(fleet, 6 * DAY, 5 * DAY, which="n > 10")
@@ -58,11 +59,11 @@ async def test_each_device_gets_its_newest_heartbeat_of_the_days_asked_for(fleet
     assert (run.counts["oldest"], run.counts["newest"]) == (NOW - 5 * DAY, NOW - 20 * MINUTE)
 
 
-async def test_what_is_newer_stays_and_a_second_run_changes_nothing(fleet: Connection, jobs: Jobs) -> None:
+async def test_newer_statuses_are_kept_and_a_second_run_changes_nothing(fleet: Connection, jobs: Jobs) -> None:
     await add_devices(fleet, 10)
     await add_history(fleet, 2 * DAY)
     assert (await jobs.backfill(7, nothing)).counts["updated"] == 10
-    await turn_back(fleet, -DAY, which="n <= 5")  # newer than their history
+    await turn_back(fleet, -DAY, which="n <= 5")  # these statuses are newer than the history
     await turn_back(fleet, DAY, which="n > 5")
     assert (await jobs.backfill(7, nothing)).counts["updated"] == 5
     assert (await status_of(fleet, 1))["last_ts"] == NOW - DAY
@@ -70,17 +71,19 @@ async def test_what_is_newer_stays_and_a_second_run_changes_nothing(fleet: Conne
     assert (await jobs.backfill(7, nothing)).counts["updated"] == 0
 
 
-async def test_it_says_how_far_it_is_and_a_revoked_device_stays_revoked(fleet: Connection, jobs: Jobs) -> None:
+async def test_a_backfill_reports_its_progress_and_a_revoked_device_stays_revoked(
+    fleet: Connection, jobs: Jobs
+) -> None:
     await add_devices(fleet, 2_500)
     await add_history(fleet, DAY)
-    await devices.revoke(fleet, "kiosk-7", NOW)
-    said: list[tuple[int, ...]] = []
-    await jobs.backfill(7, lambda *how_far: said.append(how_far))
-    assert said == [(1_000, 2_500, 1_000), (2_000, 2_500, 2_000), (2_500, 2_500, 2_500)]
+    await registry.revoke(fleet, "kiosk-7", NOW)
+    progress: list[tuple[int, ...]] = []
+    await jobs.backfill(7, lambda *how_far: progress.append(how_far))
+    assert progress == [(1_000, 2_500, 1_000), (2_000, 2_500, 2_000), (2_500, 2_500, 2_500)]
     assert (await status_of(fleet, 7))["status"] == "revoked"
 
 
-async def test_beside_live_writes_no_status_goes_back(fleet: Connection, jobs: Jobs, database: Database) -> None:
+async def test_no_status_becomes_older_during_live_writes(fleet: Connection, jobs: Jobs, database: Database) -> None:
     await add_devices(fleet, 3_000)
     await add_history(fleet, DAY)
     done = asyncio.Event()
@@ -110,20 +113,7 @@ async def test_beside_live_writes_no_status_goes_back(fleet: Connection, jobs: J
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
-async def nexhb(database: Database, tmp_path: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-
-    def call() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "nexhb", *arguments], capture_output=True, text=True, timeout=50, check=False,
-            env={"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "PATH": ""},
-        )  # fmt: skip
-
-    done = await asyncio.to_thread(call)
-    return done.returncode, done.stdout, done.stderr
-
-
-async def test_the_command_prints_what_the_seed_printed_and_the_next_step(
+async def test_the_command_prints_the_output_of_the_old_system_and_the_next_step(
     fleet: Connection, database: Database, tmp_path: Path
 ) -> None:
     await add_devices(fleet, 3)
@@ -136,7 +126,7 @@ async def test_the_command_prints_what_the_seed_printed_and_the_next_step(
     assert (code, shown["status"], shown["days"], shown["checked"]) == (0, "completed", 7, 3)
 
 
-async def test_held_lock_is_exit_code_3_and_ninety_days_are_the_most(
+async def test_a_held_lock_causes_exit_code_3_and_at_most_ninety_days_are_accepted(
     conn: Connection, database: Database, tmp_path: Path
 ) -> None:
     async with locks.held(conn, Lock.BACKFILL, wait=False):

@@ -1,7 +1,8 @@
-"""The peers, each as a process of its own on a real database, and the whole comparison, as short as it can be."""
+"""The servers that nexhb is compared with, each as its own process on a real database, and a minimal comparison."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -11,17 +12,16 @@ import aiohttp
 import asyncpg
 import pytest
 
-from bench.compare import found as f
-from bench.fleet import body, make_fleet
+from bench.fleet import MICROS, body_us, make_fleet
 from bench.peers import process
-from bench.scenarios import COMPARE, STEADY_2000
-from nexhb import db
+from bench.runs import compare as f
+from bench.runs.steady import Steady
+from nexhb.postgres import connections
 
 for _module in ("fastapi", "uvicorn", "httptools", "sqlalchemy", "psycopg"):
-    pytest.importorskip(_module, reason="the peers are of the extra compare: pip install -e '.[compare]'")
+    pytest.importorskip(_module, reason="the extra compare is not installed: pip install -e '.[compare]'")
 
-from bench.compare import contest  # noqa: E402 - its peers are of the extra
-from bench.peers import fastapi_insert, nexmdm  # noqa: E402
+from bench.peers import fastapi_insert, nexmdm  # noqa: E402 - of the extra
 
 FLEET = make_fleet(2, seed=5)
 
@@ -37,17 +37,18 @@ async def _fastapi(conn: asyncpg.Connection) -> None:
 PEERS: dict[str, tuple[str, tuple[str, ...], Callable[[asyncpg.Connection], Awaitable[None]], str]] = {
     "FastAPI": ("fastapi_insert", ("--pool", "2"), _fastapi, "heartbeats"),
     "NexMDM": ("nexmdm", (), _nexmdm, "device_heartbeats"),
-    "NexMDM without bcrypt, on threads": ("nexmdm", ("--no-bcrypt", "--threads"), _nexmdm, "device_heartbeats"),
+    "NexMDM without bcrypt": ("nexmdm", ("--no-bcrypt",), _nexmdm, "device_heartbeats"),
 }
 
 
 @pytest.mark.parametrize("peer", PEERS)
-async def test_a_peer_keeps_one_heartbeat_a_bucket_and_knows_its_tokens(empty_database: db.Database, peer: str) -> None:
+async def test_a_peer_keeps_one_heartbeat_a_bucket_and_knows_its_tokens(
+    empty_database: connections.Database, peer: str
+) -> None:
     module, words, prepare, table = PEERS[peer]
     conn = await asyncpg.connect(empty_database.dsn)
     await prepare(conn)
-    now = datetime.now(UTC).replace(second=30, microsecond=123_000)
-    raw = body(FLEET[0], now, 1)
+    raw = body_us(FLEET[0], int(time.time()) // 60 * 60 * MICROS, 1)
     with process.running(module, "--dsn", empty_database.dsn, *words) as server:
         async with aiohttp.ClientSession() as session:
             answers = [await _post(session, server, raw, FLEET[0].token) for _ in range(2)]
@@ -69,32 +70,21 @@ async def _post(session: aiohttp.ClientSession, server: process.Server, raw: byt
 
 async def test_a_comparison_measures_every_part_and_finds_every_row() -> None:
     plan = replace(
-        COMPARE.quicker(),
+        f.Compare().quicker(),
         devices=50,
-        steady=replace(STEADY_2000, devices=50, interval_s=1, jitter_s=0, duration_s=1),
-        connections=(4,),
-        trial_s=0.4,
-        round_s=0.4,
-        warm_s=0.1,
-        peer_s=0.4,
-        peer_connections=(4,),
-        pools=(2,),
+        steady=Steady(devices=50, interval_s=1, jitter_s=0, duration_s=1),
+        connections=(2, 4),
+        peer_connections=4,
         hashed_devices=2,
         hashed_connections=1,
-        hashed_s=3.0,
-        batch_connections=(2,),
-        batch_s=0.4,
-        copy_rows=(500, 1_000),
-        rates=(50, 200),
-        rate_s=1.0,
-        rate_connections=8,
+        round_s=2.5,
+        warm_s=0.1,
     )
-    outcome = await contest.run(plan)
-    assert (outcome.steady.check.ok, outcome.rounds.check.ok) == (True, True)
-    assert outcome.rounds.check.lines[0].found > 1_000
-    found = outcome.found
-    assert found.kept == found.acknowledged > 0
-    assert all(each.median > 0 for each in (*found.singles.values(), *found.batches.values()))
-    assert set(found.singles) == {f.BARE, f.NEXHB, f.FASTAPI, f.NEXMDM, f.NEXMDM_THREADS, f.NEXMDM_BCRYPT}
-    assert found.copy > 1_000
-    assert len(f.verdicts(found)) == 11
+    compared, trials = await plan.measure(lambda _: None)
+    assert [trial.check.ok for trial in trials] == [True, True]
+    assert trials[1].check.lines[0].found > 1_000
+    assert compared.lost_by_peers == 0
+    assert all(each.rate_per_s > 0 for each in compared.lanes.values())
+    servers = [f.BARE, f.NEXHB, f.FASTAPI, f.NEXMDM, f.NEXMDM_BCRYPT, *f.FORMS]
+    assert {name for name, _ in compared.lanes} == set(servers)
+    assert compared.copies[0] > 1_000

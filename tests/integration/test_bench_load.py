@@ -1,4 +1,4 @@
-"""The load generator against small servers: what it counts, what it records, and that nothing holds it up."""
+"""The load generator against small servers: its counts and records are correct, and no response delays its sends."""
 
 from __future__ import annotations
 
@@ -12,53 +12,51 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
-from typer.testing import CliRunner
 
-from bench.__main__ import app as cli
+from bench.__main__ import main as bench
 from bench.cost import cost_now, process_cpu_s, tree_cpu_s
-from bench.fleet import BUCKET_US, Replay, Schedule, make_fleet, read_csv, replays, schedule
+from bench.fleet import BUCKET_US, Replay, Schedule, make_fleet, replays, schedule
 from bench.load import (
-    Alarm,
     Backoff,
+    Keys,
     LoadRun,
-    NotLoopbackError,
-    Stage,
+    Scheduled,
+    Spliced,
     Target,
     agents,
-    closed_loop,
-    flood,
-    open_loop,
-    parse_head,
-    recent_span,
+    due_times,
+    stream,
     target,
 )
+from bench.load.connection import parse_head
+from bench.load.sender import Alarm
 from bench.report import Limit, Outcome, SendLog, judge, percentiles
 from tests.conftest import SOON_S
 
 FLEET = make_fleet(20, seed=5)
 NUMBER_OF_TOKEN = {device.token: device.index for device in FLEET}
 OK = b'{"ok":true,"next_heartbeat_seconds":60,"deduplicated":false}'
-NOW_US = time.time_ns() // 1000
 SOON = Backoff(base_s=0.01, cap_s=0.05)
 
 # ── servers ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def answer(status: str = "200 OK", body: bytes = OK, extra: str = "") -> bytes:
-    """A plain HTTP answer."""
+    """Return a plain HTTP response."""
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{extra}\r\n".encode() + body
 
 
-# what to write for request number n (from 0); b"" writes nothing; False: close afterwards
+# Return the bytes to write for request number n (from 0), b"" for none, and False to close the connection afterwards.
 Script = Callable[[int], Awaitable[tuple[bytes, bool]]]
 
 
 @contextlib.asynccontextmanager
 async def raw_server(script: Script) -> AsyncIterator[Target]:
-    """A server that reads requests and writes whatever bytes the script gives."""
+    """Run a server that reads requests and writes whatever bytes the script returns."""
     number, writers = 0, set[asyncio.StreamWriter]()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -67,6 +65,9 @@ async def raw_server(script: Script) -> AsyncIterator[Target]:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET"):  # the request with which a connection is opened
+                    writer.write(answer("404 Not Found", b""))
+                    continue
                 await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
                 number += 1
                 raw, stay = await script(number - 1)
@@ -87,18 +88,18 @@ async def raw_server(script: Script) -> AsyncIterator[Target]:
 
 
 class Daemon:
-    """Answers like the daemon: one heartbeat per device and bucket is written, the rest is deduplicated."""
+    """A server that responds like the daemon: it stores one heartbeat per device and bucket; others are duplicates."""
 
     def __init__(self) -> None:
         self.received: list[tuple[int, str]] = []
         self.rows: set[tuple[int, str]] = set()
         self.deduplicated = 0
-        # consulted before a heartbeat is taken; an answer other than None is given instead
+        # Called before a heartbeat is stored; a response other than None is returned instead.
         self.refuse: Callable[[int], web.Response | None] = lambda _: None
         self.slow_s = 0.0
 
     async def heartbeat(self, request: web.Request) -> web.Response:
-        """The one route."""
+        """Handle the only route."""
         device = NUMBER_OF_TOKEN[request.headers["Authorization"].removeprefix("Bearer ")]
         found = json.loads(await request.read())
         assert found["device_id"] == FLEET[device].device_id
@@ -107,7 +108,7 @@ class Daemon:
             await asyncio.sleep(self.slow_s)
         if (refusal := self.refuse(device)) is not None:
             return refusal
-        # 2026-11-24T02:00:0|0.123456Z: without the last digit of the second, the bucket
+        # 2026-11-24T02:00:0|0.123456Z: the time up to the tens of seconds is the bucket.
         row = (device, found["timestamp_utc"][:18])
         again = row in self.rows
         self.rows.add(row)
@@ -117,7 +118,7 @@ class Daemon:
 
 @contextlib.asynccontextmanager
 async def daemon_server(daemon: Daemon) -> AsyncIterator[Target]:
-    """The stand-in daemon on a free port."""
+    """Run the stand-in daemon on a free port."""
     app = web.Application()
     app.router.add_post("/v1/heartbeat", daemon.heartbeat)
     runner = web.AppRunner(app)
@@ -131,22 +132,35 @@ async def daemon_server(daemon: Daemon) -> AsyncIterator[Target]:
 
 
 def plan_of(*sends: tuple[int, int]) -> Schedule:
-    """A schedule of (offset in ms, device)."""
+    """Return a schedule of these sends: (offset in ms, device)."""
     return Schedule(
         duration_s=0.1,
         offset_us=array("q", [ms * 1000 for ms, _ in sends]),
         device=array("i", [device for _, device in sends]),
-        beat_no=array("i", range(len(sends))),
     )
 
 
-async def send(to: Target, plan: Schedule, *, connections: int | None = None, timeout_s: float = 5.0) -> LoadRun:
-    """An open loop that starts at once."""
-    return await open_loop(to, FLEET, plan, connections=connections, timeout_s=timeout_s, settle_s=0, preconnect=False)
+async def send(to: Target, plan: Schedule, **options: Any) -> LoadRun:
+    """Run an open loop."""
+    options = {"timeout_s": 5.0, "duration_s": 0.0} | options
+    return await stream(to, Scheduled(to, FLEET, plan), plan.offset_us, **options)
+
+
+async def closed(to: Target, connections: int, duration_s: float) -> LoadRun:
+    """Run a closed loop."""
+    requests = Spliced(to, FLEET, Keys(20_000, len(FLEET)).holding(20_000))
+    return await stream(to, requests, connections=connections, duration_s=duration_s, warm_s=0.1)
+
+
+async def flood(to: Target, *stages: tuple[float, float], connections: int, timeout_s: float = 30.0) -> LoadRun:
+    """Send at a rate, and hold back the requests for which no connection is free."""
+    requests, duration_s = Spliced(to, FLEET, Keys(400, len(FLEET)).holding(400)), sum(each[1] for each in stages)
+    options: dict[str, Any] = {"connections": connections, "timeout_s": timeout_s, "duration_s": duration_s}
+    return await stream(to, requests, due_times(*stages), hold_back=True, **options)
 
 
 def add_up(run: LoadRun) -> None:
-    """What holds of every run."""
+    """Assert what holds for every run: its counts add up."""
     result = run.result
     assert result.sent == result.ok + result.refused + result.failed
     assert result.refused == sum(n for status, n in result.statuses.items() if not status.startswith("2"))
@@ -154,8 +168,8 @@ def add_up(run: LoadRun) -> None:
 
 
 def buckets(sends: SendLog) -> set[tuple[int, int]]:
-    """The (device, bucket) pairs that were acknowledged."""
-    return {(device, ts_us // BUCKET_US) for device, ts_us in sends.acked()}
+    """Return the (device, bucket) pairs that were sent."""
+    return {(device, ts_us // BUCKET_US) for device, ts_us in zip(sends.device, sends.ts_us, strict=True)}
 
 
 # ── open loop ────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,7 +182,7 @@ async def test_a_late_answer_counts_in_full_and_delays_no_other_send() -> None:
         if number == 4:
             all_here.set()
         if number == 0:
-            # answers 300 ms after every later send has arrived: they cannot have waited for it
+            # This response comes 300 ms after every later send has arrived, so that none of them waited for it.
             await all_here.wait()
             await asyncio.sleep(0.3)
         return answer(), True
@@ -192,7 +206,7 @@ async def test_a_send_that_waits_for_its_connection_counts_from_its_intended_tim
         run = await send(to, plan_of((0, 0), (20, 1)), connections=1)
     assert run.result.connections_opened == 1
     assert run.sends.latency_s[0] >= 0.3
-    # answered at once when it was asked, but it was due 280 ms before
+    # The server responded at once, but the request had been due 280 ms before it was sent.
     assert run.sends.latency_s[1] >= 0.28
 
 
@@ -203,10 +217,10 @@ async def test_a_send_that_waits_for_its_connection_counts_from_its_intended_tim
         (b"SSH-2.0-OpenSSH_9.2p1\r\n", True, "garbage"),
         (b"HTTP/1.1 abc\r\n\r\n", True, "garbage"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", False, "closed"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", True, "chunked"),
-        (b"HTTP/1.1 200 OK\r\n\r\n{}", True, "no_length"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n", True, "too_long"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, True, "too_long"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", True, "garbage"),
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", True, "garbage"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n", True, "garbage"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, True, "garbage"),
         (b"", True, "timeout"),
     ],
 )
@@ -245,7 +259,7 @@ async def test_answers_other_than_2xx_are_refusals_counted_by_status() -> None:
 async def test_nobody_listening_is_a_failure_of_each_send() -> None:
     async with raw_server(lambda _: asyncio.sleep(0, (b"", False))) as to:
         pass
-    run = await open_loop(to, FLEET, plan_of((0, 0), (5, 0), (9, 3)), settle_s=0)
+    run = await send(to, plan_of((0, 0), (5, 0), (9, 3)))
     assert run.result.failures == {"connect Connection refused": 3}
     add_up(run)
 
@@ -257,19 +271,21 @@ async def test_a_server_that_closes_after_each_answer_gets_a_new_connection_each
     async with raw_server(script) as to:
         run = await send(to, plan_of(*((20 * n, 0) for n in range(5))))
     assert run.result.ok == 5
-    assert run.result.connections_opened == 5
+    assert run.result.connections_opened >= len(FLEET)
 
 
-async def test_an_answer_may_come_in_pieces_and_after_a_100_continue() -> None:
-    whole = b"HTTP/1.1 100 Continue\r\n\r\n" + answer(body=b'{"ok": true, "deduplicated": true}')
+async def test_an_answer_may_come_in_pieces() -> None:
+    whole = answer(body=b'{"ok": true, "deduplicated": true}')
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        for at in range(len(whole)):
-            writer.write(whole[at : at + 1])
-            await writer.drain()
-            await asyncio.sleep(0)
-        await reader.read()
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if head.startswith(b"POST"):
+                    await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
+                for at in range(len(whole)):
+                    writer.write(whole[at : at + 1])
+                    await writer.drain()
+                    await asyncio.sleep(0)
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -290,8 +306,8 @@ async def test_a_load_that_is_told_to_end_counts_what_was_sent_by_then() -> None
 
     plan = plan_of(*((100 * n, n % len(FLEET)) for n in range(1_200)))
     async with raw_server(ends_after_three) as to:
-        run = await open_loop(to, FLEET, plan, timeout_s=5, settle_s=0, preconnect=False, until=done)
-    assert 3 <= run.result.sent == run.result.ok == run.result.extra["expected_rows"] == seen < 1_000
+        run = await send(to, plan, until=done)
+    assert 3 <= run.result.sent == run.result.ok == seen < 1_000
     assert time.time() - SOON_S * 2 < run.began_at_s < time.time()
     add_up(run)
 
@@ -299,8 +315,8 @@ async def test_a_load_that_is_told_to_end_counts_what_was_sent_by_then() -> None
 async def test_a_connection_that_is_opened_beforehand_has_asked_for_something_and_it_counts_as_no_send() -> None:
     daemon = Daemon()
     async with daemon_server(daemon) as to:
-        run = await open_loop(to, FLEET, plan_of((0, 0), (10, 1)), timeout_s=5, settle_s=0)
-    # each was answered 404, and is used all the same
+        run = await send(to, plan_of((0, 0), (10, 1)))
+    # Each connection received a 404, and is used nevertheless.
     assert (run.result.sent, run.result.ok, run.result.statuses) == (2, 2, {"200": 2})
     assert run.result.connections_opened == len(FLEET)
     add_up(run)
@@ -318,36 +334,29 @@ async def test_a_greeting_without_an_answer_holds_up_the_start_no_longer_than_th
     server = await asyncio.start_server(only_posts, "127.0.0.1", 0)
     async with server:
         to = Target("127.0.0.1", server.sockets[0].getsockname()[1])
-        run = await open_loop(to, FLEET[:3], plan_of((0, 0), (10, 1)), timeout_s=0.3, settle_s=0)
+        run = await send(to, plan_of((0, 0), (10, 1)), timeout_s=0.3)
     assert run.result.ok == 2
     add_up(run)
 
 
 async def test_what_is_recorded_is_what_the_server_got() -> None:
     daemon = Daemon()
-    plan = schedule(20, 1, 0.2, 1, seed=2, duplicate_factor=3, replay_fraction=0.5, replay_queue=8)
+    plan = schedule(20, 1, 0.2, 1, seed=2, duplicate_factor=3)
     async with daemon_server(daemon) as to:
-        run = await open_loop(to, FLEET, plan, settle_s=0)
-    assert run.result.sent == run.result.ok == len(run.sends) == len(daemon.received) == len(plan) + 80
-    assert Counter(device for device, _ in run.sends.acked()) == Counter(device for device, _ in daemon.received)
+        run = await send(to, plan)
+    assert run.result.sent == run.result.ok == len(run.sends) == len(daemon.received) == len(plan)
+    assert Counter(run.sends.device) == Counter(device for device, _ in daemon.received)
     assert run.result.deduplicated == run.sends.count(Outcome.DEDUPLICATED) == daemon.deduplicated > 0
     assert len(buckets(run.sends)) == len(daemon.rows)
-    assert run.result.extra["replay_acked"] == 80
     assert not any(math.isnan(latency) for latency in run.sends.latency_s)
     add_up(run)
 
 
-@pytest.mark.parametrize("timerfd", [True, False])
-async def test_the_alarm_rings_at_its_time_with_and_without_a_timerfd(
-    timerfd: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not timerfd:
-        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+async def test_the_alarm_rings_at_its_time() -> None:
     alarm = Alarm()
     for ahead_s in (0.002, 0.0005, -1):
         at_s = time.monotonic() + ahead_s
         await alarm.until(at_s)
-        # the loop's own timer may be a clock's tick early; the sender looks again
         assert time.monotonic() >= at_s - 0.001
     alarm.close()
 
@@ -371,33 +380,19 @@ async def test_agents_drain_their_queues_oldest_first_and_repeat_what_was_refuse
         assert len(set(stamps)) == 6
         assert stamps == sorted(stamps)
     assert run.result.statuses == {"200": 120, "503": 40}
-    assert run.result.extra["acked"] == len(run.sends) == 120
+    assert run.result.ok == len(run.sends) == 120
     assert run.result.extra["left"] == 0
     add_up(run)
 
 
-async def test_agents_keep_heartbeats_through_lost_connections_and_log_each_acknowledged_one(
-    tmp_path: Path,
-) -> None:
-    ack_log = tmp_path / "acks.csv"
-
+async def test_agents_keep_heartbeats_through_lost_connections() -> None:
     async def every_third_dies(number: int) -> tuple[bytes, bool]:
         return (b"", False) if number % 3 == 0 else (answer(), True)
 
     async with raw_server(every_third_dies) as to:
-        run = await agents(
-            to,
-            FLEET,
-            plan=schedule(20, 0.1, 0, 0.5, seed=1),
-            bound_s=10,
-            backoff=SOON,
-            ack_log=ack_log,
-        )
+        run = await agents(to, FLEET, plan=schedule(20, 0.1, 0, 0.5, seed=1), bound_s=10, backoff=SOON)
     assert run.result.failures.keys() == {"closed"}
-    assert run.result.extra["acked"] == len(run.sends) == 100
-    logged = [line.split(",") for line in ack_log.read_text().splitlines()]
-    expected = [(FLEET[device].device_id, ts_us) for device, ts_us in run.sends.acked()]
-    assert sorted((device_id, int(ts_us)) for device_id, ts_us in logged) == sorted(expected)
+    assert run.result.ok == len(run.sends) == 100
     add_up(run)
 
 
@@ -451,7 +446,7 @@ def test_the_backoff_doubles_to_its_cap_and_yields_to_a_longer_retry_after() -> 
 async def test_a_closed_loop_sends_nothing_twice_and_records_everything() -> None:
     daemon = Daemon()
     async with daemon_server(daemon) as to:
-        run = await closed_loop(to, FLEET, connections=4, duration_s=0.4, warm_s=0.1)
+        run = await closed(to, 4, 0.4)
     assert run.result.sent == run.result.ok == len(run.sends) == len(daemon.received) > 100
     assert run.result.deduplicated == daemon.deduplicated == 0
     assert len(buckets(run.sends)) == len(run.sends)
@@ -464,7 +459,7 @@ async def test_a_closed_loop_survives_a_server_that_closes_and_refuses() -> None
         return ((b"", False), (answer("503 No", b""), True), (answer(), True))[number % 3]
 
     async with raw_server(script) as to:
-        run = await closed_loop(to, FLEET, connections=3, duration_s=0.4, warm_s=0.1)
+        run = await closed(to, 3, 0.4)
     assert run.result.failures.keys() == {"closed"}
     assert run.result.statuses.keys() == {"200", "503"}
     add_up(run)
@@ -478,7 +473,7 @@ async def test_a_closed_loop_waits_for_the_last_answers() -> None:
         return answer(), True
 
     async with raw_server(script) as to:
-        run = await closed_loop(to, FLEET, connections=1, duration_s=0.2, warm_s=0.05)
+        run = await closed(to, 1, 0.2)
     assert (run.result.sent, run.result.ok) == (2, 2)
     assert list(run.sends.outcome) == [Outcome.WRITTEN] * 2
 
@@ -491,85 +486,67 @@ async def test_a_closed_loop_waits_for_the_last_answers() -> None:
     ["http://10.0.0.1:8080", "http://example.org", "http://127.0.0.1@example.org/", "http://[2001:db8::1]/"],
 )
 def test_only_loopback_is_loaded(url: str) -> None:
-    with pytest.raises(NotLoopbackError, match="not a loopback address"):
+    with pytest.raises(ValueError, match="not a loopback address"):
         target(url)
-    outcome = CliRunner().invoke(cli, ["load", "--url", url])
-    assert outcome.exit_code == 2
-    assert "loopback" in outcome.output
+    with pytest.raises(SystemExit) as left:
+        bench(["load", "--url", url])
+    assert left.value.code == 2
 
 
 def test_loopback_addresses_are_taken() -> None:
     assert target("http://localhost:8080/") == Target("127.0.0.1", 8080)
     assert target("http://127.3.2.1") == Target("127.3.2.1", 80)
-    assert target("http://[::1]:81/base/v1/heartbeat") == Target("::1", 81, "/base/v1/heartbeat")
-    with pytest.raises(ValueError, match="no http:// URL"):
+    assert target("http://127.0.0.1:81/base/v1/heartbeat") == Target("127.0.0.1", 81, "/base/v1/heartbeat")
+    with pytest.raises(ValueError, match="is not an http:// URL"):
         target("https://127.0.0.1")
 
 
-async def test_a_flood_sends_at_its_rates_and_keeps_what_each_send_heard() -> None:
+async def test_a_flood_sends_at_its_rates_and_keeps_the_latency_of_refusals_too() -> None:
     daemon = Daemon()
-    daemon.refuse = lambda device: None if device % 4 else web.Response(status=503, headers={"Retry-After": "7"})
-    stages = (Stage("easy", 50, 0.2), Stage("hard", 400, 0.5))
+    daemon.refuse = lambda device: None if device % 4 else web.Response(status=503)
     async with daemon_server(daemon) as to:
-        found = await flood(to, FLEET, stages, recent_span(400, len(FLEET), NOW_US), connections=20)
-    record = found.record
-    assert found.run.result.sent == len(record) == len(daemon.received) == 210
-    assert found.run.result.statuses == {"200": found.run.result.ok, "503": found.run.result.refused}
-    assert {(status, told) for status, told in zip(record.status, record.told_s, strict=True)} == {(200, 60), (503, 7)}
-    assert not record.held_back_us
-    assert all(0 < took < 5 for took in record.took_s)
-    assert len(found.costs) == 2
-    add_up(found.run)
+        run = await flood(to, (50, 0.2), (400, 0.5), connections=20)
+    assert run.result.sent == len(run.sends) == len(daemon.received)
+    # On a busy machine, a send may be held back because every connection waits for a response.
+    assert run.result.sent + (run.result.extra["held_back"] or 0) == 210
+    assert run.result.statuses == {"200": run.result.ok, "503": run.result.refused}
+    assert all(0 < latency < 5 for latency in run.sends.latency_s)
+    assert len(run.sends.latencies(Outcome.REFUSED)) == run.result.refused > 0
+    add_up(run)
 
 
 async def test_a_flood_counts_what_no_connection_was_free_for() -> None:
     daemon = Daemon()
     async with daemon_server(daemon) as to:
         daemon.slow_s = 0.3
-        found = await flood(to, FLEET, (Stage("hard", 500, 0.5),), recent_span(400, len(FLEET), NOW_US), connections=2)
-    assert found.run.result.ok == len(found.record) <= 6
-    assert len(found.record.held_back_us) == found.run.result.extra["held_back"] == 250 - len(found.record)
+        run = await flood(to, (500, 0.5), connections=2)
+    assert run.result.ok == len(run.sends) <= 6
+    assert run.result.extra["held_back"] == 250 - len(run.sends)
 
 
 async def test_a_flood_fails_what_is_not_answered() -> None:
     daemon = Daemon()
     async with daemon_server(daemon) as to:
         daemon.slow_s = 1.0
-        found = await flood(
-            to, FLEET, (Stage("hard", 20, 0.2),), recent_span(40, len(FLEET), NOW_US), connections=4, timeout_s=0.3
-        )
-    assert found.run.result.failures == {"timeout": 4}
-    assert list(found.record.status) == [0] * 4
+        run = await flood(to, (20, 0.2), connections=4, timeout_s=0.3)
+    assert run.result.failures == {"timeout": 4}
+    assert set(run.sends.outcome) == {Outcome.FAILED}
 
 
 async def test_the_load_command_writes_the_contracts_json_and_exits_by_its_verdicts(tmp_path: Path) -> None:
     csv, out = tmp_path / "fleet.csv", tmp_path / "results" / "load.json"
-    made = CliRunner().invoke(cli, ["fleet", "--devices", "20", "--out", str(csv), "--seed", "5"])
-    assert made.exit_code == 0
+    assert bench(["fleet", "--devices", "20", "--out", str(csv), "--seed", "5"]) == 0
     assert csv.stat().st_mode & 0o077 == 0
-    with csv.open(encoding="utf-8") as file:
-        assert read_csv(file, seed=5) == FLEET
+    assert csv.read_text(encoding="utf-8").splitlines()[1].startswith(FLEET[0].device_id)
     daemon = Daemon()
-    options = [
-        "--devices",
-        "20",
-        "--interval",
-        "0.5",
-        "--jitter",
-        "0",
-        "--duration",
-        "0.5",
-        "--json",
-        str(out),
-    ]
+    options = ["--devices", "20", "--interval", "0.5", "--jitter", "0", "--duration", "0.5", "--json", str(out)]
     async with daemon_server(daemon) as to:
-        given = ["load", "--url", f"http://127.0.0.1:{to.port}", "--tokens", str(csv), *options]
-        kept = await asyncio.to_thread(CliRunner().invoke, cli, given)
+        given = ["load", "--url", f"http://127.0.0.1:{to.port}", "--seed", "5", *options]
+        kept = await asyncio.to_thread(bench, given)
         found = json.loads(out.read_text())
         daemon.refuse = lambda _: web.Response(status=503)
-        broken = await asyncio.to_thread(CliRunner().invoke, cli, given)
-    assert (kept.exit_code, broken.exit_code) == (0, 1)
-    assert "p99_ms" in kept.output
+        broken = await asyncio.to_thread(bench, given)
+    assert (kept, broken) == (0, 1)
     wanted = "sent ok refused failed deduplicated p50_ms p95_ms p99_ms max_ms rate_per_s verdicts"
     assert set(wanted.split()) <= found.keys()
     assert found["sent"] == found["ok"] == 20
@@ -595,21 +572,18 @@ def test_percentiles_are_those_of_the_values() -> None:
 async def test_a_limit_is_broken_by_a_value_that_was_never_measured() -> None:
     async with raw_server(lambda _: asyncio.sleep(0, (b"", False))) as to:
         run = await send(to, plan_of((0, 0)))
-    judged = judge(run.result, [Limit("fast", "p99_ms", 10), Limit("rows", "expected_rows", 1, "at_least")])
+    judged = judge(run.result, [Limit("fast", "p99_ms", 10), Limit("sent", "sent", 1, "at_least")])
     assert [(verdict.value, verdict.ok) for verdict in judged.verdicts] == [(None, False), (1, True)]
-    assert not judged.verdicts_ok
 
 
 def test_cpu_time_is_read_of_a_process_and_of_its_tree() -> None:
-    assert cost_now(1).since(cost_now(1)).generator_s >= -1
-    assert (process_cpu_s(1) or 0) >= 0
-    assert (tree_cpu_s(1) or 0) >= (process_cpu_s(1) or 0)
-    assert process_cpu_s(2**22 + 1) is None
-    assert tree_cpu_s(2**22 + 1) is None
+    assert cost_now((1,)).since(cost_now((1,))).generator_s >= -1
+    assert tree_cpu_s(1) >= process_cpu_s(1) >= 0
+    assert math.isnan(process_cpu_s(2**22 + 1))
+    assert math.isnan(tree_cpu_s(2**22 + 1))
 
 
 def test_a_head_is_read_whatever_its_case() -> None:
-    head = parse_head(b"HTTP/1.0 503 Busy\r\nCONTENT-LENGTH: 5\r\nretry-after: 12\r\nConnection: Keep-Alive")
-    assert head == (503, 5, False, 12.0, None)
-    assert parse_head(b"HTTP/1.0 200 OK\r\nContent-Length: 5").close
-    assert parse_head(b"HTTP/1.1 204 No Content").length == 0
+    head = parse_head(b"HTTP/1.1 503 Busy\r\nCONTENT-LENGTH: 5\r\nretry-after: 12\r\nConnection: close")
+    assert head == (503, 5, True, 12.0)
+    assert parse_head(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked") is None

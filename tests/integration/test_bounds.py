@@ -1,4 +1,4 @@
-"""What is bounded in the daemon's memory and in time, by how much of it there is, on a real database."""
+"""Limits of the daemon's memory and of durations, and how long old rows are kept, on a real database."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from datetime import datetime, timedelta
 import asyncpg
 import pytest
 
-from nexhb import db, devices, locks, migrate, staging
-from nexhb.db import Connection, Database
+from nexhb.devices import store as device_store
+from nexhb.devices import tokens
 from nexhb.errors import DatabaseUnavailable, LockLost
+from nexhb.heartbeat import Label
+from nexhb.ingest import labels as labels_module
+from nexhb.ingest.labels import Labels
 from nexhb.jobs import nightly
-from nexhb.jobs.nightly import Night
-from nexhb.legacy import adopt
-from nexhb.legacy.adopt import Adoption, Standing, _Asked
-from nexhb.locks import Lock, held
-from nexhb.staging import Labels
-from nexhb.wire import Label
-from tests.integration.test_nightly import NOW, House, house
-
-__all__ = ["house"]  # a fixture
+from nexhb.jobs.nightly import NightlyRun
+from nexhb.nexmdm import adoption as nexmdm_adoption
+from nexhb.nexmdm.adoption import Adoption, TokenStatus, _Candidate
+from nexhb.postgres import connections, locks, migrate
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.locks import Lock, held
+from tests.support.nightly import NOW, House
 
 
-async def test_labels_in_memory_are_no_more_than_the_bound_and_keep_their_numbers(
+async def test_labels_in_memory_are_limited_in_number_and_keep_their_numbers(
     conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "LABELS_HELD", 5)
+    monkeypatch.setattr(labels_module, "MAX_LABELS", 5)
     every = [Label("1.0", "", "wifi", f"shop {number}") for number in range(12)]
     labels = Labels()
     numbers: dict[Label, int] = {}
@@ -42,7 +43,8 @@ async def test_labels_in_memory_are_no_more_than_the_bound_and_keep_their_number
 async def test_a_lock_is_held_by_the_connection_that_took_it_and_by_no_other(
     database: Database, conn: Connection
 ) -> None:
-    """Before a step that cannot be taken back: that somebody holds it is not enough."""
+    """Before an irreversible step, this very connection must hold the lock; that some connection holds it is not
+    enough."""
     async with database.connected(application="another") as other, held(other, Lock.NIGHTLY, wait=False):
         await locks.check(other, Lock.NIGHTLY)
         for one, lock in ((conn, Lock.NIGHTLY), (other, Lock.RECONCILE)):
@@ -54,10 +56,10 @@ async def test_a_lock_is_held_by_the_connection_that_took_it_and_by_no_other(
         await locks.check(conn, Lock.NIGHTLY)
 
 
-async def test_an_old_postgresql_is_refused_before_anything_is_made(
+async def test_an_old_postgresql_is_rejected_before_anything_is_created(
     empty_database: Database, monkeypatch: pytest.MonkeyPatch, now: datetime
 ) -> None:
-    monkeypatch.setattr(db, "MINIMUM_VERSION", 990000)
+    monkeypatch.setattr(connections, "MINIMUM_VERSION", 990000)
     async with empty_database.connected(application="test") as conn:
         with pytest.raises(DatabaseUnavailable, match="14 or newer"):
             await migrate.migrate(conn, now)
@@ -65,7 +67,7 @@ async def test_an_old_postgresql_is_refused_before_anything_is_made(
 
 
 async def test_a_read_that_takes_too_long_is_ended_by_the_server(database: Database) -> None:
-    """The client's own bound leaves the statement running there, on the fleet's two cores."""
+    """After a timeout of the client alone, the statement would keep running on the server, on the fleet's two cores."""
     pool = await database.pool(application="slow reads", size=1, timeout_s=0.2)
     async with pool.acquire() as reader:
         with pytest.raises(asyncpg.QueryCanceledError):
@@ -73,37 +75,38 @@ async def test_a_read_that_takes_too_long_is_ended_by_the_server(database: Datab
     pool.terminate()
 
 
-# ---- who waits to be adopted -----------------------------------------------------------------------------------------
+# ---- tokens that wait to be adopted ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def adoption(database: Database, now: datetime, monkeypatch: pytest.MonkeyPatch) -> Adoption:
-    """One for whom no hash ever fits, without its pauses."""
-    monkeypatch.setattr(adopt, "PAUSE", 0)
-    monkeypatch.setattr(adopt, "PAUSE_UNHINTED", 0)
+    """Return an adoption in which no token ever matches a hash, and which does not pause between checks."""
+    monkeypatch.setattr(nexmdm_adoption, "PAUSE_FACTOR", 0)
+    monkeypatch.setattr(nexmdm_adoption, "PAUSE_FACTOR_UNHINTED", 0)
     return Adoption(database, lambda: now, check=lambda _token, _hashed: False)
 
 
-async def test_tokens_that_are_nobodys_are_remembered_within_a_bound(
+async def test_the_memory_for_unknown_tokens_is_limited(
     adoption: Adoption, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "MISSES_HELD", 4)
-    monkeypatch.setattr(adopt, "REFUSED_HELD", 4)
+    monkeypatch.setattr(device_store, "MAX_MISSES", 4)
+    monkeypatch.setattr(nexmdm_adoption, "MAX_REJECTED", 4)
     strangers = [f"stranger-{number}" for number in range(9)]
     for token in strangers:
-        assert await adoption.standing(token, devices.hash_token(token)) is Standing.NOBODYS
-    assert len(adoption._nobodys) == 4
+        assert await adoption.status(token, tokens.hash_token(token)) is TokenStatus.UNKNOWN
+    assert len(adoption._unknown) == 4
     for token in strangers:
-        await adoption._try_all(_Asked(token.encode(), devices.hash_token(token), None))
-    assert len(adoption._refused) == 4
+        await adoption._check_all(_Candidate(token.encode(), tokens.hash_token(token), None))
+    assert len(adoption._rejected) == 4
     await adoption.close()
 
 
-# ---- what a night clears away ----------------------------------------------------------------------------------------
+# ---- what a nightly run deletes --------------------------------------------------------------------------------------
 
 
-async def test_a_night_forgets_what_is_old_and_keeps_the_rest(house: House) -> None:
-    """Rows of runs, of changed flags and of comparisons; and the spool files of a run that was killed."""
+async def test_the_nightly_run_deletes_old_rows_and_keeps_the_others(house: House) -> None:
+    """The nightly run deletes old rows of runs, changes of flags and comparisons, and the spool files of a run that was
+    killed."""
     spool = house.folder / "spool"
     spool.mkdir()
     (spool / "object-left").touch()
@@ -125,8 +128,8 @@ async def test_a_night_forgets_what_is_old_and_keeps_the_rest(house: House) -> N
                VALUES ('offline', $1, 1, 1, 1, 1, 0, '{}', 'h')""",
             at,
         )
-    async with house.means().store() as store, held(house.conn, Lock.NIGHTLY, wait=True):
-        assert (await Night(house.conn, store, house.means(), NOW).run()).failures == ()
+    async with house.context().store() as store, held(house.conn, Lock.NIGHTLY, wait=True):
+        assert (await NightlyRun(house.conn, store, house.context(), NOW).run()).failures == ()
     for table, moment in (
         ("job_runs", "started_at"),
         ("feature_flag_changes", "changed_at"),

@@ -1,4 +1,4 @@
-"""A real PostgreSQL with passwords: why it cannot be reached is said by its cause."""
+"""A real PostgreSQL with passwords: each cause of a failed connection has its own message."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from nexhb import pgaccount
-from nexhb.db import Database
 from nexhb.errors import ConfigError, DatabaseUnavailable
-from nexhb.pgerrors import is_retryable
+from nexhb.postgres import account as pg_account
+from nexhb.postgres.connections import Database
+from nexhb.postgres.errors import is_retryable
 from tests.tls import certificate
 
 PASSWORD = r"gEh:E\im @/?#[%"
@@ -33,11 +33,11 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    """Where it listens. The wheel's PostgreSQL is built without TLS."""
+    """Yield the port of a server. The wheel's PostgreSQL is built without TLS."""
     folder = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
     folder.chmod(0o711)
-    account = pgaccount._find_account(folder / "none")
-    bin_dir, _ = pgaccount.find_binaries(folder, account)
+    account = pg_account._find_account(folder / "none")
+    bin_dir, _ = pg_account.find_binaries(folder, account)
     data = account.new_folder(folder / "data")
     secret = folder / "password"
     secret.write_text(PASSWORD)
@@ -71,7 +71,7 @@ async def refusal(url: str, kind: type[Exception] = DatabaseUnavailable, **how: 
     return said
 
 
-async def test_each_reason_is_said_with_host_and_port_and_what_to_do(port: int) -> None:
+async def test_each_cause_is_reported_with_host_port_and_remedy(port: int) -> None:
     good = f"n:{ENCODED}@127.0.0.1:{port}"
     conn = await Database(f"postgresql://{good}/postgres").connect(application="test")
     assert await conn.fetchval("SELECT current_user") == "n"
@@ -80,25 +80,25 @@ async def test_each_reason_is_said_with_host_and_port_and_what_to_do(port: int) 
     assert f"{at}the password of user n is wrong" in await refusal(f"postgresql://n:geheim@127.0.0.1:{port}/postgres")
     assert f"{at}the password of user n is wrong" in await refusal(f"postgresql://n@127.0.0.1:{port}/postgres")
     said = await refusal(f"postgresql://{good}/kiosks")
-    assert f"{at}there is no database kiosks. Create it: CREATE DATABASE kiosks" in said
-    assert f"{at}the server does not speak TLS" in await refusal(f"postgresql://{good}/postgres?sslmode=require")
+    assert f"{at}database kiosks does not exist. Create it: CREATE DATABASE kiosks" in said
+    assert f"{at}the server does not support TLS" in await refusal(f"postgresql://{good}/postgres?sslmode=require")
     taken = free_port()
     said = await refusal(f"postgresql://{good.replace(str(port), str(taken))}/postgres")
     assert f"127.0.0.1:{taken}: nothing listens there" in said
     assert "the port in database.url" in said
     said = await refusal(f"postgresql://{good.replace('127.0.0.1', 'no.such.host.invalid')}/postgres")
-    assert f"no.such.host.invalid:{port}: the host's name is not known" in said
+    assert f"no.such.host.invalid:{port}: the host name does not resolve" in said
     said = await refusal(f"postgresql://{good.replace('127.0.0.1', 'a' * 70)}/postgres", ConfigError)
-    assert "takes postgresql://" in said
+    assert "expected postgresql://" in said
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         number = deaf.getsockname()[1]
         said = await refusal(f"postgresql://{good.replace(str(port), str(number))}/postgres", timeout_s=0.2)
-        assert f"127.0.0.1:{number}: no answer in time" in said
+        assert f"127.0.0.1:{number}: no response in time" in said
     said = await refusal("postgresql://n@/postgres?host=/not/there")
     assert "/not/there:5432: there is no socket" in said
 
 
-async def test_a_certificate_of_another_name_or_another_authority_is_said_to_be_refused(tmp_path: Path) -> None:
+async def test_a_certificate_with_another_name_or_ca_is_reported_as_rejected(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "elsewhere.example")
     (tmp_path / "other").mkdir()
     other, _ = certificate(tmp_path / "other", "elsewhere.example")
@@ -116,11 +116,11 @@ async def test_a_certificate_of_another_name_or_another_authority_is_said_to_be_
         number = server.sockets[0].getsockname()[1]
         for query in (f"sslmode=verify-full&sslrootcert={cert}", f"sslmode=verify-ca&sslrootcert={other}"):
             said = await refusal(f"postgresql://n:geheim@127.0.0.1:{number}/x?{query}")
-            assert f"127.0.0.1:{number}: the server's certificate is refused: " in said
+            assert f"127.0.0.1:{number}: the server's certificate was rejected: " in said
 
 
-async def test_the_password_file_of_libpq_opens_the_door(port: int, tmp_path: Path) -> None:
-    """A password with a colon and a backslash, in the file that psql reads: asyncpg sent another one."""
+async def test_the_password_file_of_libpq_is_used(port: int, tmp_path: Path) -> None:
+    """Formerly, if the password had a colon and a backslash, asyncpg sent another password than psql."""
     path = tmp_path / ".pgpass"
     escaped = PASSWORD.replace("\\", "\\\\").replace(":", "\\:")
     path.write_text(f"127.0.0.1:{port}:postgres:n:{escaped}\n")
@@ -139,5 +139,5 @@ async def test_the_password_file_of_libpq_opens_the_door(port: int, tmp_path: Pa
      (socket.gaierror(-2, "x"), True), (asyncpg.InvalidPasswordError("x"), False),
      (asyncpg.InvalidCatalogNameError("x"), False)],
 )  # fmt: skip
-def test_a_start_waits_for_what_may_come_back(error: Exception, again: bool) -> None:
+def test_a_start_waits_only_after_errors_that_may_be_temporary(error: Exception, again: bool) -> None:
     assert is_retryable(error) is again

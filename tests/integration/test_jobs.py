@@ -1,4 +1,4 @@
-"""Jobs as the daemon runs them: one at a time, written down, made up where they were missed."""
+"""The daemon runs one run of a job at a time, records each run, and makes up for a missed run."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ import pytest
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
-from nexhb import config, daemon, log, metrics, partitions, sql
+from nexhb import config, daemon, log, metrics, partitions
 from nexhb.config import Settings
-from nexhb.db import Connection, Database
 from nexhb.errors import BadInput
 from nexhb.jobs import runner, schedule
-from nexhb.jobs.board import Jobs
-from nexhb.jobs.runner import Done, Job, Run
+from nexhb.jobs.registry import Jobs
+from nexhb.jobs.runner import Job, JobResult, JobRun
 from nexhb.jobs.schedule import Schedule, due_since
-from nexhb.locks import Lock, held
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.locks import Lock, held
 from tests.conftest import ADMIN_KEY, SOON_S, Nexhb, StartDaemon, example
 
 NOW = datetime(2026, 6, 15, 12, 0, tzinfo=UTC)
 
 
-async def nothing(_conn: Connection, _now: datetime) -> Done:
-    return Done({"looked": 1})
+async def nothing(_conn: Connection, _now: datetime) -> JobResult:
+    return JobResult({"looked": 1})
 
 
 def job(work: Any = nothing) -> Job:
-    """Some job."""
+    """Return a job that does this work."""
     return Job("nightly", Lock.NIGHTLY, "nightly_maintenance", work)
 
 
 async def runs(conn: Connection) -> list[tuple[Any, ...]]:
-    """status, reason, started_at, ended_at of every run."""
+    """Return status, reason, started_at and ended_at of every run."""
     return [
         tuple(row)
         for row in await conn.fetch("SELECT status, reason, started_at, ended_at FROM job_runs ORDER BY run_no")
@@ -45,7 +46,7 @@ async def runs(conn: Connection) -> list[tuple[Any, ...]]:
 
 
 async def post(nexhb: Nexhb, path: str, status: int = 200, key: str = ADMIN_KEY) -> Any:
-    """A call of an operator's timer."""
+    """Call the endpoint as an operator's timer does."""
     async with nexhb.http.post(f"{nexhb.url}{path}", headers={"x-admin": key}) as response:
         body = await response.json()
         assert response.status == status, body
@@ -55,10 +56,10 @@ async def post(nexhb: Nexhb, path: str, status: int = 200, key: str = ADMIN_KEY)
 # ---- the runner -------------------------------------------------------------------------------------------------
 
 
-async def test_a_run_is_written_down_from_its_start_to_its_end(database: Database, conn: Connection) -> None:
-    async def work(_conn: Connection, _now: datetime) -> Done:
+async def test_a_run_is_recorded_from_start_to_end(database: Database, conn: Connection) -> None:
+    async def work(_conn: Connection, _now: datetime) -> JobResult:
         assert await runs(conn) == [("running", None, NOW, None)]
-        return Done({"looked": 3})
+        return JobResult({"looked": 3})
 
     run = await runner.run(database, job(work), NOW)
     assert (run.status, run.counts) == ("completed", {"looked": 3})
@@ -69,8 +70,8 @@ async def test_a_run_is_written_down_from_its_start_to_its_end(database: Databas
     assert row["counts"] == {"looked": 3}
 
 
-async def test_a_run_that_raises_has_failed_and_says_why(database: Database, conn: Connection) -> None:
-    async def work(_conn: Connection, _now: datetime) -> Done:
+async def test_a_run_that_raises_has_failed_with_the_reason(database: Database, conn: Connection) -> None:
+    async def work(_conn: Connection, _now: datetime) -> JobResult:
         raise ValueError("something nobody foresaw")
 
     run = await runner.run(database, job(work), NOW)
@@ -79,36 +80,34 @@ async def test_a_run_that_raises_has_failed_and_says_why(database: Database, con
 
 
 @pytest.mark.parametrize(("error", "traced"), [(BadInput("a choice is needed"), False), (ValueError("a bug"), True)])
-async def test_a_failure_that_is_foreseen_is_logged_as_its_sentence(
+async def test_an_expected_failure_is_logged_without_a_traceback(
     database: Database, capfd: pytest.CaptureFixture[str], error: Exception, traced: bool
 ) -> None:
-    """An import that was refused showed a trace of Python above the sentence that says what to choose."""
+    """Formerly, a refused import showed a Python traceback above the message that says what to choose."""
 
-    async def work(_conn: Connection, _now: datetime) -> Done:
+    async def work(_conn: Connection, _now: datetime) -> JobResult:
         raise error
 
     log.setup("info")
     await runner.run(database, job(work), NOW)
-    [said] = [line for line in capfd.readouterr().err.splitlines() if '"job.failed"' in line]
-    assert ("Traceback" in said, f"{error}" in said) == (traced, True)
+    [line] = [line for line in capfd.readouterr().err.splitlines() if '"job.failed"' in line]
+    assert ("Traceback" in line, f"{error}" in line) == (traced, True)
 
 
-async def test_a_run_that_loses_its_connection_has_failed_and_is_written_down_all_the_same(
-    database: Database, conn: Connection
-) -> None:
-    async def work(own: Connection, _now: datetime) -> Done:
-        await conn.execute("SELECT pg_terminate_backend($1)", await own.fetchval("SELECT pg_backend_pid()"))
+async def test_a_run_that_loses_its_connection_has_failed_and_is_recorded(database: Database, conn: Connection) -> None:
+    async def work(own: Connection, _now: datetime) -> JobResult:
+        await conn.execute("SELECT pg_terminate_backend($1, 60000)", await own.fetchval("SELECT pg_backend_pid()"))
         await own.fetch("SELECT 1")
-        return Done({})
+        return JobResult({})
 
     assert (await runner.run(database, job(work), NOW)).status == "failed"
     assert [row[0] for row in await runs(conn)] == ["failed"]
-    assert (await runner.run(database, job(), NOW)).status == "completed"  # and the lock went with the connection
+    assert (await runner.run(database, job(), NOW)).status == "completed"  # the first lock ended with its connection
 
 
 async def test_a_partial_failure_is_a_failure_and_its_counts_are_kept(database: Database, conn: Connection) -> None:
-    async def work(_conn: Connection, _now: datetime) -> Done:
-        return Done({"archived": 2}, ("archive x: no", "drop y: no"))
+    async def work(_conn: Connection, _now: datetime) -> JobResult:
+        return JobResult({"archived": 2}, ("archive x: no", "drop y: no"))
 
     run = await runner.run(database, job(work), NOW)
     assert (run.status, run.reason, run.counts) == ("failed", "archive x: no; drop y: no", {"archived": 2})
@@ -130,18 +129,19 @@ async def test_a_run_whose_daemon_was_killed_is_closed_by_the_next(database: Dat
 async def test_a_run_that_was_closed_by_the_next_stays_closed_whenever_it_ends(
     database: Database, conn: Connection
 ) -> None:
-    """Its daemon hung, lost the lock with its connection, and went on when the next run had said what became of it."""
+    """The daemon of the first run hung, and lost the lock together with its connection. It continued after the second
+    run had recorded the first run as failed."""
 
-    async def work(_own: Connection, _now: datetime) -> Done:
-        await conn.execute(sql.queries("jobs")["bury"], "nightly", NOW)
-        return Done({"looked": 1})
+    async def work(_own: Connection, _now: datetime) -> JobResult:
+        await conn.execute(sql.queries("jobs")["fail_interrupted"], "nightly", NOW)
+        return JobResult({"looked": 1})
 
     await runner.run(database, job(work), NOW)
     assert [row[:2] for row in await runs(conn)] == [("failed", "its daemon ended in the middle of it")]
 
 
 async def test_a_run_closes_none_of_another_job(database: Database, conn: Connection) -> None:
-    """A reconciliation that is under way beside the nightly run goes on."""
+    """When a nightly run closes interrupted nightly runs, a reconciliation in progress stays "running"."""
     await conn.execute(
         "INSERT INTO job_runs (job, started_at, status, host) VALUES ('reconcile', $1, 'running', 'x')", NOW
     )
@@ -149,10 +149,8 @@ async def test_a_run_closes_none_of_another_job(database: Database, conn: Connec
     assert [row[0] for row in await runs(conn)] == ["running", "completed"]
 
 
-async def test_a_look_of_the_schedule_at_a_lock_that_is_held_leaves_no_run_behind(
-    database: Database, conn: Connection
-) -> None:
-    """It looks four times a minute, and a night may take hours."""
+async def test_the_schedule_records_no_run_while_the_lock_is_held(database: Database, conn: Connection) -> None:
+    """The schedule checks four times per minute, and a nightly run may take hours."""
     async with held(conn, Lock.NIGHTLY, wait=False):
         run = await runner.run(database, job(), NOW, unless_since=NOW - timedelta(hours=1))
     assert (run.status, run.reason) == ("skipped", "lock_held")
@@ -167,8 +165,8 @@ async def test_a_dry_run_takes_no_lock_and_leaves_no_trace(database: Database, c
 
 
 async def test_each_job_has_its_own_metrics_and_a_failure_is_no_success(database: Database) -> None:
-    async def fails(_conn: Connection, _now: datetime) -> Done:
-        return Done({}, ("no",))
+    async def fails(_conn: Connection, _now: datetime) -> JobResult:
+        return JobResult({}, ("no",))
 
     def value(name: str, **labels: str) -> float | None:
         return REGISTRY.get_sample_value(name, labels)
@@ -185,7 +183,7 @@ async def test_each_job_has_its_own_metrics_and_a_failure_is_no_success(database
     assert (value(ended, job="nightly") or 0) >= NOW.timestamp()
 
 
-async def test_somebody_elses_lock_is_said_and_changes_nothing(database: Database, conn: Connection) -> None:
+async def test_a_held_lock_is_reported_and_nothing_changes(database: Database, conn: Connection) -> None:
     async with held(conn, Lock.NIGHTLY, wait=False):
         run = await runner.run(database, job(), NOW)
     assert (run.status, run.reason) == ("skipped", "lock_held")
@@ -197,7 +195,9 @@ async def test_another_jobs_lock_is_another_lock(database: Database, conn: Conne
         assert (await runner.run(database, job(), NOW)).status == "completed"
 
 
-async def test_what_another_daemon_ran_since_it_was_due_is_not_run_again(database: Database, conn: Connection) -> None:
+async def test_a_job_that_another_daemon_ran_since_it_was_due_is_not_run_again(
+    database: Database, conn: Connection
+) -> None:
     await runner.run(database, job(), NOW)
     run = await runner.run(database, job(), NOW + timedelta(seconds=20), unless_since=NOW - timedelta(seconds=5))
     assert (run.status, run.reason) == ("skipped", "already_ran")
@@ -212,14 +212,14 @@ async def test_what_another_daemon_ran_since_it_was_due_is_not_run_again(databas
 @pytest.mark.parametrize(
     ("last", "due"),
     [
-        (None, datetime(2026, 6, 15, 3, tzinfo=UTC)),  # never: made up at once
+        (None, datetime(2026, 6, 15, 3, tzinfo=UTC)),  # never run: due at once
         (datetime(2026, 6, 15, 3, 0, 12, tzinfo=UTC), None),
         (datetime(2026, 6, 15, 3, 0, 0, tzinfo=UTC), None),
         (datetime(2026, 6, 15, 2, 59, tzinfo=UTC), datetime(2026, 6, 15, 3, tzinfo=UTC)),
         (datetime(2026, 6, 1, 3, 0, 12, tzinfo=UTC), datetime(2026, 6, 15, 3, tzinfo=UTC)),
     ],
 )
-def test_due_is_what_should_have_begun_and_has_not(last: datetime | None, due: datetime | None) -> None:
+def test_a_job_is_due_if_it_should_have_started_and_has_not(last: datetime | None, due: datetime | None) -> None:
     assert due_since("0 3 * * *", NOW, last) == due
 
 
@@ -234,45 +234,47 @@ class Clock:
 
 
 class Recorder(Jobs):
-    """The jobs, which only say that they were called."""
+    """Jobs that only record their calls."""
 
     def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
         super().__init__(database, settings, clock)
         self._database, self._clock = database, clock
         self.called = asyncio.Queue[str]()
 
-    async def _call(self, name: str, lock: Lock, **arguments: Any) -> Run:
+    async def _call(self, name: str, lock: Lock, **arguments: Any) -> JobRun:
         run = await runner.run(self._database, Job(name, lock, name, nothing), self._clock(), **arguments)
         if run.status == "completed":
             self.called.put_nowait(name)
         return run
 
-    async def nightly(self, **arguments: Any) -> Run:
-        """Called."""
+    async def nightly(self, **arguments: Any) -> JobRun:
+        """Record a call of the nightly run."""
         return await self._call("nightly", Lock.NIGHTLY, **arguments)
 
-    async def reconcile(self, **arguments: Any) -> Run:
-        """Called."""
+    async def reconcile(self, **arguments: Any) -> JobRun:
+        """Record a call of the reconciliation."""
         return await self._call("reconcile", Lock.RECONCILE, **arguments)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A schedule that looks all the time."""
-    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
+def fast_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the schedule check all the time."""
+    monkeypatch.setattr(schedule, "CHECK_INTERVAL_S", 0.02)
 
 
-@pytest.mark.usefixtures("quick")
-async def test_a_missed_run_is_made_up_once_and_the_next_one_when_it_is_due(database: Database, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("fast_schedule")
+async def test_a_missed_run_is_made_up_for_once_and_the_next_one_runs_when_due(
+    database: Database, tmp_path: Path
+) -> None:
     clock = Clock()
-    settings = Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0, reconcile=""))
-    # Two daemons: what is due is run by one of them.
+    settings = Settings(data_dir=tmp_path, jobs=config.JobsSettings(jitter_seconds=0, reconcile=""))
+    # Of two daemons, one runs a due job.
     jobs = [Recorder(database, settings, clock) for _ in range(2)]
     tasks = [asyncio.create_task(Schedule(database, one, settings.jobs, clock).run()) for one in jobs]
     try:
         first = await asyncio.wait_for(_either(jobs), SOON_S)
         assert first == "nightly"
-        await asyncio.sleep(0.3)  # ten looks: nobody runs it again
+        await asyncio.sleep(0.3)  # ten checks, in which no daemon runs the job again
         assert [one.called.qsize() for one in jobs] == [0, 0]
         clock.now = NOW + timedelta(hours=15, seconds=1)
         assert await asyncio.wait_for(_either(jobs), SOON_S) == "nightly"
@@ -292,9 +294,9 @@ async def _either(jobs: list[Recorder]) -> str:
     return done.pop().result()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("fast_schedule")
 @pytest.mark.parametrize(("killed", "again"), [(1, True), (2, True), (3, False)])
-async def test_a_run_whose_daemon_was_killed_is_made_up_unless_it_is_the_job_that_kills(
+async def test_a_run_whose_daemon_was_killed_is_repeated_unless_the_job_kills_it_every_time(
     database: Database, conn: Connection, tmp_path: Path, killed: int, again: bool
 ) -> None:
     for minutes in range(killed):
@@ -303,7 +305,7 @@ async def test_a_run_whose_daemon_was_killed_is_made_up_unless_it_is_the_job_tha
             datetime(2026, 6, 15, 3, minutes, tzinfo=UTC),
             *(("running", None) if minutes == killed - 1 else ("failed", "its daemon ended in the middle of it")),
         )
-    settings = Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0, reconcile=""))
+    settings = Settings(data_dir=tmp_path, jobs=config.JobsSettings(jitter_seconds=0, reconcile=""))
     jobs = Recorder(database, settings, Clock())
     task = asyncio.create_task(Schedule(database, jobs, settings.jobs, Clock()).run())
     try:
@@ -317,9 +319,9 @@ async def test_a_run_whose_daemon_was_killed_is_made_up_unless_it_is_the_job_tha
         await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.mark.usefixtures("quick")
-async def test_a_schedule_outlives_the_databases_absence(tmp_path: Path, database: Database) -> None:
-    clock, settings = Clock(), Settings(data_dir=tmp_path, jobs=config.Jobs(jitter_seconds=0))
+@pytest.mark.usefixtures("fast_schedule")
+async def test_a_schedule_survives_an_unavailable_database(tmp_path: Path, database: Database) -> None:
+    clock, settings = Clock(), Settings(data_dir=tmp_path, jobs=config.JobsSettings(jitter_seconds=0))
     away = Database("postgresql://nobody@127.0.0.1:1/nowhere")
     jobs = Recorder(database, settings, clock)
     lost = Schedule(away, jobs, settings.jobs, clock)
@@ -334,8 +336,8 @@ async def test_a_schedule_outlives_the_databases_absence(tmp_path: Path, databas
 async def test_the_daemon_runs_what_was_missed(
     start_daemon: StartDaemon, conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
-    await start_daemon(jobs=config.Jobs(jitter_seconds=0))
+    monkeypatch.setattr(schedule, "CHECK_INTERVAL_S", 0.02)
+    await start_daemon(jobs=config.JobsSettings(jitter_seconds=0))
     async with asyncio.timeout(SOON_S):
         while {row["job"] for row in await conn.fetch("SELECT job FROM job_runs WHERE status = 'completed'")} != {
             "nightly",
@@ -344,19 +346,20 @@ async def test_the_daemon_runs_what_was_missed(
             await asyncio.sleep(0.05)
 
 
-async def test_a_daemon_that_stops_does_not_wait_for_its_job_and_the_next_run_says_so(
+async def test_a_daemon_that_stops_does_not_wait_for_its_job_and_the_next_run_records_it(
     database: Database, conn: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "LOOK_S", 0.02)
+    monkeypatch.setattr(schedule, "CHECK_INTERVAL_S", 0.02)
     settings = Settings(
         data_dir=tmp_path,
-        server=config.Server(port=0, shutdown_timeout_seconds=1),
-        database=config.Database(url=SecretStr(database.dsn)),
-        jobs=config.Jobs(jitter_seconds=0, reconcile=""),
+        server=config.ServerSettings(port=0, shutdown_timeout_seconds=1),
+        database=config.DatabaseSettings(url=SecretStr(database.dsn)),
+        jobs=config.JobsSettings(jitter_seconds=0, reconcile=""),
     )
     other = await database.connect(application="a heavy lock")
     async with other.transaction():
-        await other.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")  # its VACUUM will wait for us
+        # The job's VACUUM will wait for this lock.
+        await other.execute("LOCK TABLE device_last_status IN ACCESS EXCLUSIVE MODE")
         async with daemon.running(settings):
             async with asyncio.timeout(SOON_S):
                 while not await conn.fetchval(
@@ -375,7 +378,7 @@ async def test_a_daemon_that_stops_does_not_wait_for_its_job_and_the_next_run_sa
 # ---- over HTTP --------------------------------------------------------------------------------------------------
 
 
-async def test_operators_run_the_jobs_and_see_what_became_of_them(nexhb: Nexhb) -> None:
+async def test_operators_run_the_jobs_and_see_their_results(nexhb: Nexhb) -> None:
     plan = await post(nexhb, "/ops/nightly?dry_run=true")
     assert plan["status"] == "completed"
     assert plan["plan"][0].keys() == {"step", "target", "reason"}
@@ -396,7 +399,7 @@ async def test_operators_run_the_jobs_and_see_what_became_of_them(nexhb: Nexhb) 
     assert await nexhb.metric('reconciliation_runs_total{status="completed"}') >= 1
 
 
-async def test_a_lock_that_is_held_is_answered_200_skipped(nexhb: Nexhb, conn: Connection) -> None:
+async def test_the_response_for_a_held_lock_is_200_skipped(nexhb: Nexhb, conn: Connection) -> None:
     async with held(conn, Lock.NIGHTLY, wait=False), held(conn, Lock.RECONCILE, wait=False):
         for path in ("/ops/nightly", "/ops/reconcile"):
             body = await post(nexhb, path)
@@ -409,9 +412,11 @@ async def test_from_several_daemons_at_once_exactly_one_runs(start_daemon: Start
     assert sorted(one["status"] for one in answers) == ["completed", *["skipped"] * 5]
 
 
-async def test_a_failed_run_is_answered_500_with_its_reason(start_daemon: StartDaemon, conn: Connection) -> None:
-    nexhb = await start_daemon(archive=config.Archive(url="file:///proc/no/such/place"))
-    old = datetime.now(UTC).date() - timedelta(days=95)
+async def test_the_response_for_a_failed_run_is_500_with_its_reason(
+    start_daemon: StartDaemon, conn: Connection
+) -> None:
+    nexhb = await start_daemon(archive=config.ArchiveSettings(url="file:///proc/no/such/place"))
+    old = nexhb.clock().date() - timedelta(days=95)
     await partitions.ensure(conn, [old])
     body = await post(nexhb, "/ops/nightly", 500)
     assert (body["status"], body["failed_steps"]) == ("failed", 1)
@@ -437,9 +442,9 @@ async def test_jobs_need_the_admin_key(nexhb: Nexhb, conn: Connection, path: str
     assert await runs(conn) == []
 
 
-async def test_a_caller_who_goes_away_does_not_stop_the_job(nexhb: Nexhb, conn: Connection) -> None:
+async def test_a_client_that_disconnects_does_not_stop_the_job(nexhb: Nexhb, conn: Connection) -> None:
     async with conn.transaction():
-        # The job waits for this row lock; its caller does not wait for it.
+        # The job waits for this row lock; its caller does not wait for the job.
         await conn.execute("LOCK TABLE job_runs IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(asyncio.TimeoutError):
             async with asyncio.timeout(0.3):
@@ -449,7 +454,7 @@ async def test_a_caller_who_goes_away_does_not_stop_the_job(nexhb: Nexhb, conn: 
             await asyncio.sleep(0.05)
 
 
-async def test_reconcile_goes_on_where_the_last_run_stopped(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+async def test_reconcile_continues_where_the_last_run_stopped(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
     agents = [await nexhb.agent() for _ in range(5)]
     for agent in agents:
         assert (await agent.send(now)).status == 200

@@ -1,4 +1,4 @@
-"""Heartbeats whose day is gone when they come: acknowledged, kept, and carried after their day."""
+"""Heartbeats whose day has been dropped are acknowledged, kept, and archived in a supplement of their day."""
 
 from __future__ import annotations
 
@@ -11,53 +11,42 @@ import orjson
 from nexhb import partitions
 from nexhb.archive import catalog, restore, verify
 from nexhb.archive.file import FolderStore
-from nexhb.db import Connection
-from tests.conftest import ADMIN_KEY, Nexhb, StartDaemon
+from nexhb.postgres.connections import Connection
+from tests.conftest import Nexhb, StartDaemon
+from tests.support.nightly import gone, run_nightly
 
 BACK = timedelta(days=5)
 
 
-async def gone(nexhb: Nexhb, conn: Connection, moment: datetime) -> None:
-    """Detach and seal that day, as the nightly run does."""
-    name, start = partitions.name_of(moment.date()), partitions.midnight(moment.date())
-    await partitions.detach(conn, name)
-    await partitions.seal(conn, name, start, start + timedelta(days=1))
-
-
-async def run_nightly(nexhb: Nexhb, status: int = 200) -> dict[str, object]:
-    async with nexhb.http.post(f"{nexhb.url}/ops/nightly", headers={"x-admin": ADMIN_KEY}) as response:
-        body: dict[str, object] = await response.json()
-        assert response.status == status, body
-        return body
-
-
 async def archived(conn: Connection, folder: Path, moment: datetime) -> list[list[str]]:
-    """Every row of every archive of that day."""
+    """Return every row of every archive of the day."""
     store = FolderStore(folder / "archive", timeout_s=30)
-    found: list[list[str]] = []
+    archived_rows: list[list[str]] = []
     for one in await catalog.find(conn, moment.date()):
         manifest = await verify.load(store, store.name_of(one.url), one.sha256)
         async for rows in verify.rows(store, manifest):
-            found += rows
-    return found
+            archived_rows += rows
+    return archived_rows
 
 
-async def test_a_sealed_day_takes_no_row_from_a_writer_that_still_knows_it(
+async def test_a_writer_that_still_knows_a_sealed_day_cannot_write_into_it(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
     agent, made = await nexhb.agent(), now - BACK
-    assert (await agent.send(made)).status == 200  # the writer knows the table now
+    assert (await agent.send(made)).status == 200  # from now on the writer knows the table
     await gone(nexhb, conn, made)
     answer = await agent.send(made + timedelta(seconds=30))
     assert (answer.status, answer.body["deduplicated"]) == (200, False)
-    assert await partitions.count(conn, partitions.name_of(made.date())) == 1
+    assert await partitions.count_rows(conn, partitions.table_name(made.date())) == 1
     [row] = await conn.fetch("SELECT * FROM late_heartbeats")
     assert (row["ts"], row["reason"]) == (made + timedelta(seconds=30), "detached")
     assert await nexhb.metric("nexhb_late_heartbeats_total") >= 1
     assert await conn.fetchval("SELECT last_ts FROM device_last_status") == made + timedelta(seconds=30)
 
 
-async def test_late_and_live_heartbeats_of_one_batch_both_go_in(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+async def test_late_and_live_heartbeats_of_one_batch_are_all_stored(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
     agent, made = await nexhb.agent(), now - BACK
     await gone(nexhb, conn, made)
     beats = [{"device_id": agent.device_id, "timestamp_utc": f"{moment:%Y-%m-%dT%H:%M:%SZ}"} for moment in (made, now)]
@@ -70,10 +59,11 @@ async def test_late_and_live_heartbeats_of_one_batch_both_go_in(nexhb: Nexhb, co
     assert (await conn.fetchval("SELECT last_ts FROM device_last_status")).date() == now.date()
 
 
-async def test_late_and_live_heartbeats_beside_one_that_another_daemon_wrote_all_go_in(
+async def test_late_and_live_heartbeats_in_a_batch_with_a_duplicate_are_all_stored(
     nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
 ) -> None:
-    """A key that is there already sends the batch through the staging table, and the day that is gone is not in it."""
+    """If a key exists already, the batch is written through the staging table, which does not contain the dropped
+    day."""
     agent, made = await nexhb.agent(), now - BACK
     assert (await agent.send(now)).status == 200
     await gone(nexhb, conn, made)
@@ -88,12 +78,23 @@ async def test_late_and_live_heartbeats_beside_one_that_another_daemon_wrote_all
     assert await conn.fetchval("SELECT count(*) FROM device_heartbeats") == 2
 
 
-async def test_a_day_that_is_gone_is_not_made_again_by_its_heartbeats_nor_by_a_restart(
+async def test_a_late_heartbeat_with_a_value_that_the_database_rejects_is_rejected(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
+    """The check whether the database accepts the heartbeat without its content also writes into late_heartbeats."""
+    agent, made = await nexhb.agent(), now - BACK
+    await gone(nexhb, conn, made)
+    await conn.execute("ALTER TABLE late_heartbeats ADD CONSTRAINT odd CHECK (battery_pct <> 66)")
+    assert (await agent.send(made, battery={"pct": 66.0})).status == 422
+    assert (await agent.send(made, battery={"pct": 50.0})).status == 200
+
+
+async def test_a_dropped_day_is_created_again_neither_by_its_heartbeats_nor_by_a_restart(
     nexhb: Nexhb, conn: Connection, now: datetime, start_daemon: StartDaemon
 ) -> None:
     made = now - BACK
     await gone(nexhb, conn, made)
-    await conn.execute(f"DROP TABLE {partitions.name_of(made.date())}")
+    await conn.execute(f"DROP TABLE {partitions.table_name(made.date())}")
     await conn.execute("UPDATE hb_partitions SET state = 'dropped' WHERE range_start::date = $1", made.date())
     other = await start_daemon()
     assert (await (await other.agent("another")).send(made)).status == 200
@@ -101,13 +102,13 @@ async def test_a_day_that_is_gone_is_not_made_again_by_its_heartbeats_nor_by_a_r
     assert not any(p.covers(made.date()) for p in await partitions.attached(conn))
 
 
-async def test_late_heartbeats_come_after_their_day_into_a_supplement_once(
+async def test_late_heartbeats_are_archived_once_in_a_supplement_of_their_day(
     nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path, start_daemon: StartDaemon
 ) -> None:
     agent, made = await nexhb.agent(), now - BACK
     assert (await agent.send(made)).status == 200
     await gone(nexhb, conn, made)
-    # The day's row once more, to a daemon that has not seen it: it was stored, but its answer was lost on the way.
+    # The day's heartbeat is sent again, to another daemon, as if it had been stored but its response had been lost.
     other = replace(agent, nexhb=await start_daemon())
     assert (await other.send(made)).status == 200
     assert (await agent.send(made + timedelta(minutes=1))).status == 200
@@ -120,7 +121,7 @@ async def test_late_heartbeats_come_after_their_day_into_a_supplement_once(
     assert await conn.fetchval("SELECT count(*) FROM late_heartbeats") == 0
     assert [one.supplement_no > 0 for one in await catalog.find(conn, made.date())] == [False, True]
 
-    # And both once more, behind the supplement: there is nothing new in them.
+    # Both heartbeats are sent again after the supplement was archived: neither is new.
     third = replace(agent, nexhb=await start_daemon())
     for minutes in (0, 1):
         assert (await third.send(made + timedelta(minutes=minutes))).status == 200
@@ -129,7 +130,7 @@ async def test_late_heartbeats_come_after_their_day_into_a_supplement_once(
     assert len(await catalog.find(conn, made.date())) == 2
 
 
-async def test_a_restored_day_has_its_supplement_too_and_is_archived_with_it(
+async def test_a_restored_day_includes_its_supplement_and_is_archived_with_it(
     nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path
 ) -> None:
     agent, made = await nexhb.agent(), now - BACK
@@ -145,13 +146,13 @@ async def test_a_restored_day_has_its_supplement_too_and_is_archived_with_it(
     assert len(history["heartbeats"]) == 2
 
     await conn.execute("UPDATE hb_partitions SET restored_at = NULL")
-    await gone(nexhb, conn, made)  # by hand: it is too young to go by itself
+    await gone(nexhb, conn, made)  # detached by hand, because the job would not drop so recent a day
     await run_nightly(nexhb)
     assert len(await catalog.find(conn, made.date())) == 1
     assert len(await archived(conn, tmp_path, made)) == 2
 
 
-async def test_late_heartbeats_are_brought_into_a_day_that_was_restored_meanwhile(
+async def test_late_heartbeats_are_moved_into_their_day_once_it_is_restored(
     nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path
 ) -> None:
     agent, made = await nexhb.agent(), now - BACK

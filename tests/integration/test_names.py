@@ -1,4 +1,4 @@
-"""A device's name is what people gave it, here or in NexMDM, and no heartbeat changes it; its alias is its own."""
+"""People give a device its name, in nexhb or in NexMDM, and no heartbeat changes it; the alias is the device's own."""
 
 from __future__ import annotations
 
@@ -10,31 +10,33 @@ from typing import Any
 import orjson
 import pytest
 
-from bench.nexmdm import MONOLITHIC, add_device
-from nexhb import devices
-from nexhb.db import Connection, Database
+from bench.nexmdm import MONOLITHIC
+from nexhb.devices import csv_import
+from nexhb.devices import tokens as device_tokens
+from nexhb.postgres.connections import Connection, Database
 from tests.conftest import ADMIN_KEY, Agent, Nexhb
-from tests.integration.moves import Move, moving
-from tests.integration.test_backfill import nexhb as command
+from tests.support.commands import nexhb as command
+from tests.support.moves import Move, moving
+from tests.support.nexmdm_rows import add_device
 
 HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
 async def old(empty_database: Database, conn: Connection, now: datetime) -> AsyncIterator[Move]:
-    """An empty NexMDM database."""
+    """Provide a move from an empty NexMDM database."""
     async with moving(MONOLITHIC, empty_database, conn, now - timedelta(minutes=1)) as one:
         yield one
 
 
 async def names(conn: Connection) -> dict[str, tuple[str | None, str | None]]:
-    """Name and alias of each device."""
+    """Return the name and alias of each device."""
     rows = await conn.fetch("SELECT device_id, name, alias FROM devices")
     return {row["device_id"]: (row["name"], row["alias"]) for row in rows}
 
 
 async def listed(nexhb: Nexhb) -> list[Any]:
-    """Name and alias of the one device, wherever it is shown."""
+    """Return the name and alias of the only device, from each response that contains them."""
     one = await nexhb.get("/v1/devices/kiosk-1")
     lists = [await nexhb.get(f"/v1/devices{path}") for path in ("", "/offline", "/unity-down")]
     return [(row["name"], row["alias"]) for row in [one, *(row for found in lists for row in found["devices"])]]
@@ -43,9 +45,10 @@ async def listed(nexhb: Nexhb) -> list[Any]:
 async def test_a_name_given_in_nexmdm_outlives_every_heartbeat(
     old: Move, nexhb: Nexhb, conn: Connection, database: Database, now: datetime, tmp_path: Path
 ) -> None:
-    """NexMDM never takes a heartbeat's alias, and a rename there does not reach the agent: after one heartbeat here
-    every device was called as on the day it was enrolled. A rename after the first import was not taken at all."""
-    token = devices.new_token()
+    """NexMDM ignores the alias of a heartbeat, and a rename in NexMDM does not reach the agent. Formerly, after one
+    heartbeat to nexhb, every device therefore had the name of the day on which it was enrolled. A rename after the
+    first import was not imported at all."""
+    token = device_tokens.new_token()
     await add_device(old.source, "kiosk-1", token, alias="Store 42, by the door")
     assert (await old.run()).devices.renamed == 0
     agent = Agent(nexhb, "kiosk-1", token)
@@ -71,7 +74,7 @@ async def test_a_name_given_in_nexmdm_outlives_every_heartbeat(
 async def test_a_name_given_here_stays_until_the_device_is_renamed_in_nexmdm(
     old: Move, conn: Connection, tmp_path: Path
 ) -> None:
-    tokens = [devices.new_token() for _ in range(4)]
+    tokens = [device_tokens.new_token() for _ in range(4)]
     for n, token in enumerate(tokens):
         await add_device(old.source, f"kiosk-{n}", token, alias=300 * "x" if n == 3 else f"Store {n}")
 
@@ -79,7 +82,7 @@ async def test_a_name_given_here_stays_until_the_device_is_renamed_in_nexmdm(
         lines = [f"{device},{name},{tokens[int(device[-1])]}" for device, name in given.items()]
         file = tmp_path / "devices.csv"
         file.write_text("\n".join(["device_id,name,token", *(line.replace("_", "-", 1) for line in lines)]) + "\n")
-        await devices.import_csv(conn, file)
+        await csv_import.import_csv(conn, file)
 
     await give(kiosk_0="before the first import", kiosk_1="")
     await conn.execute("INSERT INTO devices (device_id, alias) VALUES ('kiosk-2', 'of an earlier version')")

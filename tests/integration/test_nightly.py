@@ -1,164 +1,26 @@
-"""The nightly run over real days: made ahead, archived, verified, dropped, each step able to fail alone."""
+"""The nightly run creates days in advance, and archives, verifies and drops old days; each step may fail by itself."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from datetime import UTC, date, datetime, timedelta
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from datetime import date, timedelta
 
 import pytest
 
-from nexhb import config, partitions
+from nexhb import config, partitions, retirement
 from nexhb.archive import catalog, export, restore, verify
 from nexhb.archive.file import FolderStore
 from nexhb.archive.manifest import COLUMNS
-from nexhb.archive.store import open_store
-from nexhb.db import Connection, Database
+from nexhb.archive.opening import open_store
 from nexhb.errors import LockLost, StoreError
-from nexhb.jobs import nightly, plan, runner
-from nexhb.jobs.nightly import Means
-from nexhb.jobs.runner import Run
-from nexhb.locks import Lock, held
-
-NOW = datetime(2026, 6, 15, 3, 0, tzinfo=UTC)
-RULES = plan.Rules(retention_days=90, days_ahead=14, accept_past=timedelta(days=7))
-
+from nexhb.jobs import nightly, runner
+from tests.support.nightly import NOW, OLD, House
 
 POINTS = ("detached", "sealed", "object stored", "manifest stored", "verified", "recorded", "dropped")
-OLD = NOW.date() - timedelta(days=91)
 
 
-class Killed(BaseException):
-    """What SIGKILL looks like from inside."""
-
-
-class Faulty:
-    """A store that does as it is told, until it is told otherwise."""
-
-    def __init__(self, store: FolderStore) -> None:
-        self.store = store
-        self.refuse = ""  # names that contain it cannot be put
-        self.rot: Callable[[str, bytes], bytes] = lambda _name, chunk: chunk
-        self.puts: list[str] = []
-        self.url, self.name_of = store.url, store.name_of
-
-    async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
-        """Put, or refuse."""
-        if self.refuse and self.refuse in name:
-            raise StoreError("The disk is full.")
-        await self.store.put(name, body, sha256, overwrite=overwrite)
-        self.puts.append(name)
-
-    async def get(self, name: str) -> AsyncGenerator[bytes, None]:
-        """Get, perhaps not what was put."""
-        async for chunk in self.store.get(name):
-            yield self.rot(name, chunk)
-
-
-class House:
-    """A database and an archive folder, and the nightly run over them."""
-
-    def __init__(self, database: Database, conn: Connection, folder: Path) -> None:
-        self.database, self.conn, self.folder = database, conn, folder
-        self.store = Faulty(FolderStore(folder / "archive", timeout_s=30))
-        self.rules = RULES
-        self.at: Callable[[str], None] = nightly.nothing
-
-    def means(self) -> Means:
-        """What a run works with."""
-
-        @asynccontextmanager
-        async def store() -> AsyncIterator[Faulty]:
-            yield self.store
-
-        chance = random.Random(1)  # noqa: S311 - which day is drilled is no secret
-        return Means(self.rules, store, self.folder / "spool", chance, self.at)
-
-    async def nightly(self, now: datetime = NOW) -> Run:
-        """One run."""
-        return await runner.run(self.database, nightly.job(self.means()), now)
-
-    async def killed_at(self, point: str) -> None:
-        """A run that is killed there."""
-
-        def kill(reached: str) -> None:
-            if reached == point:
-                raise Killed
-
-        self.at = kill
-        conn = await self.database.connect(application="killed", lock_timeout="2000")
-        try:
-            async with self.means().store() as store, held(conn, Lock.NIGHTLY, wait=False):
-                try:
-                    await nightly.Night(conn, store, self.means(), NOW).run()
-                except Killed:
-                    conn.terminate()  # nothing that is in a finally can reach the database any more
-                    raise
-        except Killed:
-            return
-        finally:
-            self.at = nightly.nothing
-        raise AssertionError(f"{point} was never reached")
-
-    async def fill(self, day: date, devices: int = 3, rows: int = 50) -> None:
-        """A day with its heartbeats."""
-        await partitions.ensure(self.conn, [day])
-        await self.conn.execute(
-            """
-            INSERT INTO devices (device_id) SELECT 'device ' || n FROM generate_series(1, $1::int) n
-            ON CONFLICT DO NOTHING""",
-            devices,
-        )
-        await self.conn.execute(
-            """
-            INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)
-            VALUES ('1.0', '', 'wifi', E'a "quoted",\nname'), ('1.0', '2.0', '', '') ON CONFLICT DO NOTHING"""
-        )
-        await self.conn.execute(
-            """
-            INSERT INTO device_heartbeats
-            SELECT $1::timestamptz + n * interval '60.123457 s', $1::timestamptz + n * interval '61 s', d.device_no,
-                   extract(epoch FROM $1::timestamptz)::int - 1577836800 + n * 60, l.label_no,
-                   n, NULL, 0.1::real + n, n % 100, -n, n % 2 = 0, NULL, n % 7 = 0, '10.0.0.1'::inet
-            FROM generate_series(0, $2::int - 1) n, devices d, heartbeat_labels l
-            WHERE l.label_no = 1 + n % 2""",
-            partitions.midnight(day),
-            rows,
-        )
-
-    async def state(self, day: date) -> Any:
-        """Its row of hb_partitions."""
-        return await self.conn.fetchrow("SELECT * FROM hb_partitions WHERE range_start::date = $1", day)
-
-    async def archived(self, day: date) -> list[list[str]]:
-        """The rows of its archives, as their texts."""
-        found: list[list[str]] = []
-        for one in await catalog.find(self.conn, day):
-            manifest = await verify.load(self.store, self.store.name_of(one.url), one.sha256)
-            async for rows in verify.rows(self.store, manifest):
-                found += rows
-        return found
-
-    async def rows(self, day: date) -> list[Any]:
-        """A day's rows, everything spelled out, in the order of the key."""
-        return await self.conn.fetch(
-            """SELECT * FROM heartbeat_history WHERE ts >= $1 AND ts < $1 + interval '1 day'
-               ORDER BY device_no, bucket""",
-            partitions.midnight(day),
-        )
-
-
-@pytest.fixture
-def house(database: Database, conn: Connection, tmp_path: Path) -> House:
-    """A house."""
-    return House(database, conn, tmp_path)
-
-
-async def test_an_old_day_is_archived_verified_dropped_and_comes_back_equal_row_by_row(house: House) -> None:
+async def test_an_old_day_is_archived_verified_dropped_and_restored_equal_row_by_row(house: House) -> None:
     await house.fill(OLD)
     before = await house.rows(OLD)
     assert len(before) == 150
@@ -168,7 +30,7 @@ async def test_an_old_day_is_archived_verified_dropped_and_comes_back_equal_row_
     assert run.counts["archived"] == run.counts["dropped"] == run.counts["drilled"] == 1
     state = await house.state(OLD)
     assert (state["state"], state["row_count"]) == ("dropped", 150)
-    assert not await partitions.present(house.conn, partitions.name_of(OLD))
+    assert not await partitions.table_exists(house.conn, partitions.table_name(OLD))
 
     [archived] = await catalog.find(house.conn, OLD)
     manifest = await verify.verify(house.store, house.store.name_of(archived.url), archived.sha256)
@@ -177,25 +39,31 @@ async def test_an_old_day_is_archived_verified_dropped_and_comes_back_equal_row_
     assert await restore.restore_day(house.conn, house.store, [archived], NOW) == 150
     assert await house.rows(OLD) == before
     assert (await house.nightly()).status == "completed"
-    assert await house.rows(OLD) == before  # restored: kept until it is released
+    assert await house.rows(OLD) == before  # a restored day is kept until it is released
 
     await catalog.release(house.conn, OLD)
     house.store.puts.clear()
     assert (await house.nightly()).counts["dropped"] == 1
-    assert house.store.puts == []  # the same rows are the same bytes under the same names
+    assert house.store.puts == []  # the same rows give the same bytes under the same names
 
 
-async def test_days_ahead_are_made_and_a_second_run_makes_none(house: House) -> None:
+@pytest.mark.usefixtures("no_days")
+async def test_days_ahead_are_created_and_a_second_run_creates_none(house: House) -> None:
     assert (await house.nightly()).counts["created"] == 22
     assert "created" not in (await house.nightly()).counts
     assert len(await partitions.attached(house.conn)) == 22
 
 
+@pytest.mark.usefixtures("no_days")
 async def test_a_dry_run_prints_the_plan_and_changes_nothing(house: House) -> None:
     await house.fill(OLD)
-    run = await runner.run(house.database, nightly.dry_run(house.means()), NOW)
+    run = await runner.run(house.database, nightly.dry_run_job(house.context()), NOW)
     kinds = {(step["step"], step["target"]) for step in run.counts["plan"]}
-    assert {("archive", partitions.name_of(OLD)), ("drop", partitions.name_of(OLD)), ("create", "2026-06-15")} <= kinds
+    assert {
+        ("archive", partitions.table_name(OLD)),
+        ("drop", partitions.table_name(OLD)),
+        ("create", "2026-06-15"),
+    } <= kinds
     assert all(step["reason"] for step in run.counts["plan"])
     assert len(await partitions.attached(house.conn)) == 1
     assert (await house.state(OLD))["state"] == "active"
@@ -214,29 +82,27 @@ async def test_a_run_killed_at_any_point_is_finished_by_the_next(house: House, p
     assert (run.status, run.reason) == ("completed", "")
     assert (await house.state(OLD))["state"] == "dropped"
     assert len(await house.archived(OLD)) == len(before)
-    assert len(await catalog.every(house.conn)) == 1
+    assert len(await catalog.current_archives(house.conn)) == 1
     assert list((house.folder / "spool").iterdir()) == []
     await restore.restore_day(house.conn, house.store, await catalog.find(house.conn, OLD), NOW)
     assert await house.rows(OLD) == before
 
 
 @pytest.mark.parametrize("what", ["day-0000", "manifest"])
-async def test_a_store_that_refuses_keeps_the_table_and_its_reason_until_it_takes_again(
-    house: House, what: str
-) -> None:
+async def test_a_failing_store_keeps_the_table_and_the_reason_until_it_works_again(house: House, what: str) -> None:
     other = OLD - timedelta(days=1)
     await house.fill(OLD)
     await house.fill(other)
     house.store.refuse = f"{OLD:%Y%m%d}/day-" if what == "day-0000" else f"{OLD:%Y%m%d}/day-manifest"
     run = await house.nightly()
     assert run.status == "failed"
-    assert f"archive {partitions.name_of(OLD)}" in run.reason
+    assert f"archive {partitions.table_name(OLD)}" in run.reason
     assert "The disk is full." in run.reason
     state = await house.state(OLD)
     assert (state["state"], state["failed_at"]) == ("archive_failed", NOW)
     assert "The disk is full." in state["reason"]
-    assert await partitions.present(house.conn, partitions.name_of(OLD))
-    assert (await house.state(other))["state"] == "dropped"  # one day's failure is its own
+    assert await partitions.table_exists(house.conn, partitions.table_name(OLD))
+    assert (await house.state(other))["state"] == "dropped"  # a day's failure does not affect the others
     assert run.counts["created"] > 0
     house.store.refuse = ""
     assert (await house.nightly()).status == "completed"
@@ -245,7 +111,7 @@ async def test_a_store_that_refuses_keeps_the_table_and_its_reason_until_it_take
 
 
 def flip(_name: str, chunk: bytes) -> bytes:
-    """One bit, in the middle."""
+    """Return the chunk with one bit in its middle flipped."""
     return chunk[: len(chunk) // 2] + bytes([chunk[len(chunk) // 2] ^ 1]) + chunk[len(chunk) // 2 + 1 :]
 
 
@@ -260,18 +126,18 @@ ROT: dict[str, Callable[[str, bytes], bytes]] = {
 
 @pytest.mark.parametrize("rot", ROT)
 @pytest.mark.parametrize("what", ["manifest", ".csv.zst"])
-async def test_what_is_read_back_otherwise_is_never_dropped(house: House, rot: str, what: str) -> None:
+async def test_a_day_whose_archive_reads_back_differently_is_never_dropped(house: House, rot: str, what: str) -> None:
     await house.fill(OLD)
     house.store.rot = lambda name, chunk: ROT[rot](name, chunk) if what in name else chunk
     run = await house.nightly()
     assert (run.status, (await house.state(OLD))["state"]) == ("failed", "archive_failed")
-    assert await partitions.count(house.conn, partitions.name_of(OLD)) == 150
+    assert await partitions.count_rows(house.conn, partitions.table_name(OLD)) == 150
     house.store.rot = lambda _name, chunk: chunk
     assert (await house.nightly()).status == "completed"
     assert (await house.state(OLD))["state"] == "dropped"
 
 
-async def test_an_object_that_lies_rotten_in_the_store_is_replaced_by_the_next_run(house: House) -> None:
+async def test_a_corrupt_object_in_the_store_is_replaced_by_the_next_run(house: House) -> None:
     await house.fill(OLD)
     await house.killed_at("manifest stored")
     for path in (house.folder / "archive").rglob("*.*"):
@@ -280,14 +146,14 @@ async def test_an_object_that_lies_rotten_in_the_store_is_replaced_by_the_next_r
     assert len(await house.archived(OLD)) == 150
 
 
-async def test_an_archive_that_rots_before_its_table_is_dropped_keeps_the_table(house: House) -> None:
+async def test_an_archive_that_is_damaged_before_the_drop_keeps_the_table(house: House) -> None:
     await house.fill(OLD)
     await house.killed_at("recorded")
     [path] = (house.folder / "archive").rglob("*.zst")
     path.write_bytes(flip("", path.read_bytes()))
     run = await house.nightly()
     assert (run.status, (await house.state(OLD))["state"]) == ("failed", "archive_failed")
-    assert await partitions.count(house.conn, partitions.name_of(OLD)) == 150
+    assert await partitions.count_rows(house.conn, partitions.table_name(OLD)) == 150
     assert (await house.nightly()).status == "completed"
     assert len(await house.archived(OLD)) == 150
 
@@ -295,25 +161,27 @@ async def test_an_archive_that_rots_before_its_table_is_dropped_keeps_the_table(
 async def test_a_table_with_other_rows_than_its_archive_is_not_dropped(house: House) -> None:
     await house.fill(OLD)
     await house.killed_at("recorded")
-    await house.conn.execute(f"DELETE FROM {partitions.name_of(OLD)} WHERE uptime_s = 7")
+    await house.conn.execute(f"DELETE FROM {partitions.table_name(OLD)} WHERE uptime_s = 7")
     run = await house.nightly()
     assert "147 rows, its archive 150" in run.reason
-    assert await partitions.present(house.conn, partitions.name_of(OLD))
+    assert await partitions.table_exists(house.conn, partitions.table_name(OLD))
 
 
 async def test_a_lock_that_was_lost_stops_the_drop(house: House) -> None:
     await house.fill(OLD)
     await house.killed_at("recorded")
     with pytest.raises(LockLost):
-        await partitions.drop(house.conn, partitions.name_of(OLD), NOW)
-    assert await partitions.present(house.conn, partitions.name_of(OLD))
+        await retirement.drop(house.conn, partitions.table_name(OLD), NOW)
+    assert await partitions.table_exists(house.conn, partitions.table_name(OLD))
 
 
 async def test_a_day_is_cut_into_objects_and_read_as_one(house: House) -> None:
     await house.fill(OLD, devices=40, rows=700)
     before = await house.rows(OLD)
-    name = partitions.name_of(OLD)
-    source = export.Source(name, "day", name, partitions.midnight(OLD), partitions.midnight(OLD) + timedelta(days=1))
+    name = partitions.table_name(OLD)
+    source = export.ArchivedTable(
+        name, "day", name, partitions.midnight(OLD), partitions.midnight(OLD) + timedelta(days=1)
+    )
     cut = await export.export(house.conn, source, house.store, house.folder / "spool", object_bytes=20_000)
     whole = await export.export(house.conn, source, house.store, house.folder / "spool")
     assert len(cut.manifest.objects) > 2
@@ -323,15 +191,18 @@ async def test_a_day_is_cut_into_objects_and_read_as_one(house: House) -> None:
     rows = [row async for piece in verify.rows(house.store, cut.manifest) for row in piece]
     assert len(rows) == len(before) == 28_000
     assert [row[0] for row in rows] == [row["device_id"] for row in before]
-    assert {row[8] for row in rows} == {'a "quoted",\nname', ""}
+    assert {row[COLUMNS.index("ssid")] for row in rows} == {'a "quoted",\nname', ""}
 
 
-async def test_the_same_rows_are_the_same_bytes_however_they_lie_in_the_table(house: House) -> None:
+async def test_the_same_rows_give_the_same_bytes_whatever_their_physical_order(house: House) -> None:
     await house.fill(OLD)
-    name = partitions.name_of(OLD)
-    source = export.Source(name, "day", name, partitions.midnight(OLD), partitions.midnight(OLD) + timedelta(days=1))
+    name = partitions.table_name(OLD)
+    source = export.ArchivedTable(
+        name, "day", name, partitions.midnight(OLD), partitions.midnight(OLD) + timedelta(days=1)
+    )
     first = await export.export(house.conn, source, house.store, house.folder / "spool")
-    await house.conn.execute(f"UPDATE {name} SET uptime_s = uptime_s WHERE device_no = 1")  # they lie elsewhere now
+    # This changes the physical order of the rows.
+    await house.conn.execute(f"UPDATE {name} SET uptime_s = uptime_s WHERE device_no = 1")
     await house.conn.execute(f"VACUUM FULL {name}")
     await house.conn.execute("SET timezone = 'Asia/Kolkata'; SET datestyle = 'German'; SET extra_float_digits = -5")
     house.store.puts.clear()
@@ -340,14 +211,14 @@ async def test_the_same_rows_are_the_same_bytes_however_they_lie_in_the_table(ho
 
 
 async def test_every_column_of_the_history_is_archived(house: House) -> None:
-    """The public server's archive had 9 of 14."""
+    """The archive of NexMDM's public server contained 9 of 14 columns."""
     columns = await house.conn.fetch(
         "SELECT attname FROM pg_attribute WHERE attrelid = 'heartbeat_history'::regclass AND attnum > 0"
     )
     assert {row["attname"] for row in columns} == set(COLUMNS)
 
 
-async def test_two_at_once_are_one_run_and_one_lock_held(house: House) -> None:
+async def test_of_two_concurrent_runs_one_is_skipped_with_lock_held(house: House) -> None:
     await house.fill(OLD)
     runs = await asyncio.gather(*(house.nightly() for _ in range(4)))
     assert sorted((run.status, run.reason) for run in runs) == [("completed", ""), *[("skipped", "lock_held")] * 3]
@@ -364,11 +235,11 @@ async def test_a_reader_that_holds_the_parent_is_named_and_the_next_run_finishes
     await house.fill(OLD - timedelta(days=1))
     reader = await house.database.connect(application="a long report")
     await reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM device_heartbeats")
-    await asyncio.sleep(1.1)  # who has been at it for a second is named
+    await asyncio.sleep(1.1)  # the message names a transaction once it is a second old
     run = await house.nightly()
     assert run.status == "failed"
     assert "a long report" in run.reason
-    assert run.counts["created"] > 0  # ATTACH does not mind readers
+    assert run.counts["created"] > 0  # readers do not block ATTACH
     pending = [
         p.detach_pending for p in await partitions.attached(house.conn) if p.end.date() <= OLD + timedelta(days=1)
     ]
@@ -380,7 +251,7 @@ async def test_a_reader_that_holds_the_parent_is_named_and_the_next_run_finishes
     assert run.counts["dropped"] == 2
 
 
-async def test_an_odd_partition_stops_nothing(house: House) -> None:
+async def test_a_partition_with_unusual_bounds_does_not_stop_the_run(house: House) -> None:
     await house.fill(OLD)
     await house.conn.execute(
         """CREATE TABLE "Odd ""one" (LIKE device_heartbeats INCLUDING ALL);
@@ -396,7 +267,7 @@ async def test_an_odd_partition_stops_nothing(house: House) -> None:
     assert (await house.state(date(2025, 1, 1)))["state"] == "dropped"
 
 
-async def test_a_drill_that_finds_another_day_than_was_archived_fails_the_run(house: House) -> None:
+async def test_a_drill_that_restores_something_else_fails_the_run(house: House) -> None:
     await house.fill(OLD)
     assert (await house.nightly()).counts["drilled"] == 1
     assert (await house.state(OLD))["drilled_at"] == NOW
@@ -408,7 +279,8 @@ async def test_a_drill_that_finds_another_day_than_was_archived_fails_the_run(ho
     assert (await house.state(OLD))["drilled_at"] == NOW
 
 
-async def test_closed_days_are_frozen_once_and_counted_until_nothing_can_come(house: House) -> None:
+@pytest.mark.usefixtures("no_days")
+async def test_closed_days_are_frozen_once_and_counted_until_no_more_heartbeats_are_accepted(house: House) -> None:
     closed, open_ = NOW.date() - timedelta(days=8), NOW.date() - timedelta(days=2)
     await house.fill(closed)
     await house.fill(open_)
@@ -417,7 +289,8 @@ async def test_closed_days_are_frozen_once_and_counted_until_nothing_can_come(ho
     assert [(await house.state(day))["row_count"] for day in (closed, open_)] == [150, 150]
     assert (await house.state(closed))["bytes_size"] > 8192
     unfrozen = await house.conn.fetchval(
-        "SELECT count(*) FROM pg_class WHERE relname = $1 AND NOT relallvisible = relpages", partitions.name_of(closed)
+        "SELECT count(*) FROM pg_class WHERE relname = $1 AND NOT relallvisible = relpages",
+        partitions.table_name(closed),
     )
     assert unfrozen == 0
     assert "frozen" not in (await house.nightly(NOW + timedelta(hours=1))).counts
@@ -437,10 +310,10 @@ async def test_a_device_silent_for_longer_than_the_retention_is_inactive(house: 
     assert [row["status"] for row in rows] == ["inactive", "ok", "revoked"]
 
 
-async def test_archives_of_a_former_place_are_read_where_they_were_written(house: House) -> None:
+async def test_archives_in_an_earlier_store_are_read_where_they_were_written(house: House) -> None:
     await house.fill(OLD)
     assert (await house.nightly()).status == "completed"
-    settings = config.Archive()
+    settings = config.ArchiveSettings()
     async with open_store(f"file://{house.folder}/another", settings) as store:
         [archived] = await catalog.find(house.conn, OLD)
         assert (await verify.verify(store, store.name_of(archived.url), archived.sha256)).rows == 150
@@ -458,8 +331,8 @@ async def test_a_restored_days_old_archive_is_neither_drilled_nor_verified(house
     for path in (house.folder / "archive").rglob("*.zst"):
         path.write_bytes(b"rotten since")
     run = await house.nightly()
-    assert (run.status, run.reason) == ("completed", "")  # its rows are in the table: nothing is lost
+    assert (run.status, run.reason) == ("completed", "")  # the day's rows are in the table, so nothing is lost
     await catalog.release(house.conn, OLD)
     run = await house.nightly()
     assert (run.status, run.counts["archived"], run.counts["drilled"]) == ("completed", 1, 1)
-    assert len(await catalog.every(house.conn)) == 1
+    assert len(await catalog.current_archives(house.conn)) == 1

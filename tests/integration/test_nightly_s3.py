@@ -1,67 +1,37 @@
-"""The nightly run against S3: a real server, and what can go wrong on the way to one."""
+"""The nightly run with S3: a real server, and failures on the way to it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import aioboto3
 import pytest
 
 from nexhb.archive import catalog, restore, verify
-from nexhb.archive.store import Store, open_store
-from nexhb.config import Archive
-from nexhb.db import Connection, Database
-from nexhb.jobs import nightly, runner
-from nexhb.jobs.nightly import Means
-from nexhb.jobs.runner import Run
-from tests.integration.conftest import MakeBucket
-from tests.integration.test_nightly import NOW, OLD, House
+from nexhb.postgres.connections import Connection, Database
+from tests.support.nightly import NOW, OLD
+from tests.support.nightly_s3 import Bucket, MakeBucket
 from tests.swift import S3Server
-
-
-class Bucket(House):
-    """The house, with its archive in a bucket."""
-
-    def __init__(self, database: Database, conn: Connection, folder: Path, archive: Archive) -> None:
-        super().__init__(database, conn, folder)
-        self.archive = archive
-
-    def means(self) -> Means:
-        """As the daemon would have it."""
-        return replace(super().means(), store=lambda: open_store(str(self.archive.url), self.archive))
-
-    async def nightly_s3(self) -> Run:
-        """One run."""
-        return await runner.run(self.database, nightly.job(self.means()), NOW)
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[Store]:
-        """The bucket as a store."""
-        async with open_store(str(self.archive.url), self.archive) as store:
-            yield store
 
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> S3Server:
-    """The server that the test asks for."""
-    found: S3Server = request.getfixturevalue(request.param)
-    return found
+    """Return the server that the test's parameter names."""
+    result: S3Server = request.getfixturevalue(request.param)
+    return result
 
 
 @pytest.fixture
 async def bucket(
     database: Database, conn: Connection, tmp_path: Path, make_bucket: MakeBucket, server: S3Server
 ) -> Bucket:
-    """A house with a bucket."""
+    """A database with the nightly run, and a bucket."""
     return Bucket(database, conn, tmp_path, await make_bucket(server))
 
 
 @pytest.mark.parametrize("server", ["swift", "moto"], indirect=True)
-async def test_a_day_goes_to_s3_and_comes_back_equal_row_by_row(bucket: Bucket) -> None:
+async def test_a_day_is_archived_in_s3_and_restored_equal_row_by_row(bucket: Bucket) -> None:
     await bucket.fill(OLD)
     before = await bucket.rows(OLD)
     run = await bucket.nightly_s3()
@@ -74,11 +44,11 @@ async def test_a_day_goes_to_s3_and_comes_back_equal_row_by_row(bucket: Bucket) 
         assert await restore.restore_day(bucket.conn, store, [archived], NOW) == 150
     assert await bucket.rows(OLD) == before
     await catalog.release(bucket.conn, OLD)
-    assert (await bucket.nightly_s3()).counts["dropped"] == 1  # the same objects are there already
+    assert (await bucket.nightly_s3()).counts["dropped"] == 1  # the same objects exist already
 
 
 @pytest.mark.parametrize("server", ["swift"], indirect=True)
-async def test_what_was_overwritten_in_the_bucket_is_found_and_mended_from_the_table(
+async def test_an_object_overwritten_in_the_bucket_is_detected_and_replaced_from_the_table(
     bucket: Bucket, server: S3Server, session: aioboto3.Session
 ) -> None:
     await bucket.fill(OLD)
@@ -98,7 +68,7 @@ async def test_what_was_overwritten_in_the_bucket_is_found_and_mended_from_the_t
 
 @pytest.mark.parametrize("server", ["swift"], indirect=True)
 @pytest.mark.parametrize("wrong", ["secret", "bucket", "endpoint"])
-async def test_a_store_that_cannot_be_used_is_named_and_the_next_run_recovers(
+async def test_an_unusable_store_is_named_and_the_next_run_recovers(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch, server: S3Server, wrong: str
 ) -> None:
     await bucket.fill(OLD)
@@ -112,8 +82,8 @@ async def test_a_store_that_cannot_be_used_is_named_and_the_next_run_recovers(
     run = await bucket.nightly_s3()
     state = await bucket.state(OLD)
     assert (run.status, state["state"]) == ("failed", "archive_failed")
-    told = {"secret": "SignatureDoesNotMatch", "bucket": "NoSuchBucket", "endpoint": "127.0.0.1:9"}[wrong]
-    assert told in state["reason"]
+    message = {"secret": "SignatureDoesNotMatch", "bucket": "NoSuchBucket", "endpoint": "127.0.0.1:9"}[wrong]
+    assert message in state["reason"]
     assert server.secret not in run.reason
     assert "not-the-secret" not in run.reason
     assert run.counts["created"] > 0
@@ -124,7 +94,7 @@ async def test_a_store_that_cannot_be_used_is_named_and_the_next_run_recovers(
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
-async def test_a_target_that_hangs_costs_its_time_limit_and_no_more(bucket: Bucket) -> None:
+async def test_a_store_that_hangs_costs_no_more_than_the_timeout(bucket: Bucket) -> None:
     await bucket.fill(OLD)
 
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,5 +1,5 @@
-"""A real pgbouncer between daemon and PostgreSQL: it is found at the start, named with what mends it, and nothing is
-half done through it."""
+"""A real pgbouncer between the daemon and PostgreSQL: the daemon detects it at the start, names it with the remedy, and
+leaves nothing half done through it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,16 +19,17 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
-from bench.stack import free_port
+from bench.process import free_port
 from nexhb import config
-from nexhb.db import POOLER, Database, unsafe_settings
 from nexhb.errors import PoolerBetween
-from nexhb.session import AT_START
+from nexhb.postgres.connections import POOLER, Database, unsafe_settings
+from nexhb.postgres.session import AT_START
 from tests.conftest import SOON_S, StartDaemon
+from tests.support import forks
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed")
-# What nexhb asks a session for and pgbouncer does not know.
+# The settings that nexhb requests at the start of a session and that pgbouncer does not know.
 OURS = ", ".join(AT_START)
 
 Bouncer = Callable[[Database, str, str], str]
@@ -37,13 +37,13 @@ Bouncer = Callable[[Database, str, str], str]
 
 @pytest.fixture
 def bouncer() -> Iterator[Bouncer]:
-    """Start a pgbouncer before a database; the address through it."""
+    """Return a function that starts a pgbouncer in front of a database and returns the address of pgbouncer."""
     with ExitStack() as stack:
 
         def start(database: Database, pool_mode: str, ignored: str) -> str:
             at = urlsplit(database.dsn)
             sockets = parse_qs(at.query)["host"][0]
-            owner = Path(sockets).stat()  # PostgreSQL lets nobody else in; and pgbouncer refuses to run as root
+            owner = Path(sockets).stat()  # PostgreSQL admits no other user, and pgbouncer does not run as root
             folder = Path(tempfile.mkdtemp(prefix="nexhb-pgbouncer-"))
             stack.callback(shutil.rmtree, folder)
             folder.chmod(0o755)
@@ -75,25 +75,26 @@ def bouncer() -> Iterator[Bouncer]:
 
 @pytest.mark.parametrize("ignored", ["", "nexhb.session", OURS])
 @pytest.mark.parametrize("mode", ["transaction", "session", "statement"])
-async def test_a_daemon_does_not_start_through_it_and_says_what_to_do(
+async def test_a_daemon_does_not_start_through_pgbouncer_and_prints_a_remedy(
     start_daemon: StartDaemon, bouncer: Bouncer, empty_database: Database, mode: str, ignored: str
 ) -> None:
     url = SecretStr(bouncer(empty_database, mode, ignored))
-    accepting = config.Database(url=url, accept_unsafe_settings=True)
+    accepting = config.DatabaseSettings(url=url, accept_unsafe_settings=True)
     with pytest.raises(PoolerBetween, match="Connect directly"):
-        await asyncio.wait_for(start_daemon(database=accepting), SOON_S / 2)  # not after a minute of patience
+        # The start fails at once, without a minute of retries.
+        await asyncio.wait_for(start_daemon(database=accepting), SOON_S / 2)
     async with empty_database.connected(application="test") as conn:
         assert await conn.fetchval("SELECT to_regclass('schema_migrations')") is None
 
 
-async def test_a_name_that_another_prepared_in_a_shared_session_is_a_sign_of_it(
+async def test_a_statement_that_another_client_prepared_reveals_a_shared_session(
     bouncer: Bouncer, database: Database
 ) -> None:
     url = bouncer(database, "transaction", OURS)
     one, other = await asyncpg.connect(url), await asyncpg.connect(url)
     try:
         number = int((await one.prepare("SELECT 1")).get_name().strip("_").rpartition("_")[2], 16)
-        for taken in range(number + 1, number + 10):  # as by a daemon before this one
+        for taken in range(number + 1, number + 10):  # as an earlier daemon may have done
             await other.execute(f"PREPARE __asyncpg_stmt_{taken:x}__ AS SELECT 1")
         assert await unsafe_settings(one) == [POOLER]
     finally:
@@ -105,8 +106,7 @@ def test_serve_ends_with_the_reason_and_without_a_traceback(
     bouncer: Bouncer, database: Database, tmp_path: Path
 ) -> None:
     settings = {"NEXHB_DATA_DIR": str(tmp_path), "NEXHB_DATABASE__URL": bouncer(database, "transaction", "")}
-    command = [sys.executable, "-m", "nexhb", "serve"]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=140, check=False)
+    done = forks.run("nexhb", ["serve"], env=os.environ | settings, timeout=140)
     assert done.returncode == 1
-    assert "Connect directly: database.url" in done.stderr
+    assert "Connect directly: set database.url" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""Presence goes by when a device was heard, content by when it was made; what nexhb could not hear is no silence."""
+"""Presence depends on the time of arrival, content on the time of making; an outage of nexhb is not counted as silence
+of the devices."""
 
 from __future__ import annotations
 
@@ -12,41 +13,44 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from nexhb import batch, clock, reads, sql, taking
+from nexhb import availability, clock
 from nexhb import daemon as daemon_module
 from nexhb.clock import DatabaseClock
-from nexhb.config import HeartbeatRules
-from nexhb.db import Connection, Database
+from nexhb.config import HeartbeatSettings
+from nexhb.devices.presence import AGENT_WAIT
+from nexhb.ingest import batch
 from nexhb.jobs.reconcile import reconcile
-from nexhb.presence import AGENT_WAIT
+from nexhb.postgres import sql
+from nexhb.postgres.connections import Connection, Database
+from nexhb.reading import rows
 from tests.conftest import Agent, Nexhb, StartDaemon, example, shown
-from tests.unit.beats import NOON, beat
+from tests.support.heartbeats import NOON, beat
 
 MINUTE, DAY = timedelta(minutes=1), timedelta(days=1)
 UPTIME = 100_000.0
 
 
 def system(uptime_s: float) -> dict[str, Any]:
-    """The section of a device that has been up for so long."""
+    """Return the device section of a heartbeat with this uptime."""
     return {"system": {"uptime_seconds": uptime_s, "model": "SM-T500"}}
 
 
 async def device(nexhb: Nexhb, device_id: str) -> dict[str, Any]:
-    """What is known of one device."""
+    """Return one device as the API shows it."""
     found: dict[str, Any] = await nexhb.get(f"/v1/devices/{device_id}")
     return found
 
 
 async def offline(nexhb: Nexhb) -> list[str]:
-    """Who is listed as offline."""
+    """Return the ids of the devices listed as offline."""
     return [row["device_id"] for row in (await nexhb.get("/v1/devices/offline"))["devices"]]
 
 
-# ---- who is there ---------------------------------------------------------------------------------------------------
+# ---- presence -------------------------------------------------------------------------------------------------------
 
 
 async def test_a_live_kiosk_whose_clock_is_slow_is_online_and_its_skew_is_shown(nexhb: Nexhb, now: datetime) -> None:
-    """A clock 25 minutes slow was "offline" for ever, and nobody could see why."""
+    """Formerly, a device whose clock was 25 minutes slow was "offline" for ever, without any visible reason."""
     agent = await nexhb.agent("slow")
     await agent.live(now - 25 * MINUTE, received_at=now)
     nexhb.clock.fixed = now + MINUTE
@@ -60,14 +64,15 @@ async def test_a_live_kiosk_whose_clock_is_slow_is_online_and_its_skew_is_shown(
     assert (row["offline_seconds"], row["clock_skew_seconds"], row["heard_at"]) == (660, -1500, shown(now))
 
 
-def test_a_clock_outside_the_window_has_no_skew_that_could_be_told(now: datetime) -> None:
-    """Its ts is the time of its receipt: the skew would be shown as none."""
-    assert reads.skew_s(now - MINUTE, now, clock_wrong=False) == -60
-    assert reads.skew_s(now, now, clock_wrong=True) is None
-    assert reads.skew_s(None, now, clock_wrong=False) is None
+def test_the_skew_of_a_clock_outside_the_accept_window_is_unknown(now: datetime) -> None:
+    """The time of arrival replaces the ts of a heartbeat outside the accept window, so that the skew would be shown as
+    0."""
+    assert rows.clock_skew_s(now - MINUTE, now, clock_wrong=False) == -60
+    assert rows.clock_skew_s(now, now, clock_wrong=True) is None
+    assert rows.clock_skew_s(None, now, clock_wrong=False) is None
 
 
-async def test_whoever_replays_is_there_and_so_is_who_sends_a_duplicate_but_not_who_is_refused(
+async def test_a_replayed_heartbeat_and_a_duplicate_count_as_presence_but_a_refused_one_does_not(
     nexhb: Nexhb, now: datetime
 ) -> None:
     agents = {name: await nexhb.agent(name) for name in ("queue", "again", "refused")}
@@ -83,7 +88,7 @@ async def test_whoever_replays_is_there_and_so_is_who_sends_a_duplicate_but_not_
     assert (await device(nexhb, "again"))["heard_at"] == shown(now)
 
 
-async def test_unity_down_says_who_is_online(nexhb: Nexhb, now: datetime) -> None:
+async def test_unity_down_shows_whether_each_device_is_online(nexhb: Nexhb, now: datetime) -> None:
     await (await nexhb.agent("off")).live(now - 60 * MINUTE, unity_process_running=False)
     await (await nexhb.agent("on")).live(now, unity_process_running=False)
     nexhb.clock.fixed = now
@@ -93,17 +98,17 @@ async def test_unity_down_says_who_is_online(nexhb: Nexhb, now: datetime) -> Non
     assert (fleet["unity_down"], fleet["unity_down_online"], fleet["offline"]) == (2, 1, 1)
 
 
-# ---- what is known --------------------------------------------------------------------------------------------------
+# ---- content --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_clock_that_was_set_back_is_recognised_by_the_uptime(nexhb: Nexhb, now: datetime) -> None:
-    """The status stayed as it was until the device's clock had caught up."""
+    """Formerly, the status of such a device did not change until its clock had caught up."""
     agent = await nexhb.agent("kiosk")
     await agent.live(now - 2 * MINUTE, battery={"pct": 50.0}, **system(UPTIME))
     await agent.live(now - 40 * MINUTE, received_at=now - MINUTE, battery={"pct": 60.0}, **system(UPTIME + 60))
     found = await device(nexhb, "kiosk")
     assert (found["battery_pct"], found["last_ts"]) == (60, shown(now - 40 * MINUTE))
-    # Neither a queue of the same boot wins nor one of the boot before, but what the clock says from then on.
+    # A queue from this boot or the previous one changes nothing; heartbeats with the new clock do.
     await agent.live(now - 45 * MINUTE, received_at=now, battery={"pct": 1.0}, **system(UPTIME - 300))
     await agent.live(now - 50 * MINUTE, received_at=now, battery={"pct": 2.0}, **system(9 * UPTIME))
     assert (await device(nexhb, "kiosk"))["battery_pct"] == 60
@@ -114,10 +119,11 @@ async def test_a_clock_that_was_set_back_is_recognised_by_the_uptime(nexhb: Nexh
 HOURS_40 = timedelta(hours=40)
 
 
-async def test_a_heartbeat_taken_by_a_daemon_whose_clock_was_ahead_freezes_nothing(
+async def test_a_heartbeat_received_by_a_daemon_whose_clock_was_ahead_does_not_freeze_the_status(
     start_daemon: StartDaemon, now: datetime
 ) -> None:
-    """One heartbeat, 40 days ahead, froze what a device says of itself for 40 days, through every restart."""
+    """Formerly, one heartbeat from 40 days in the future froze a device's content for 40 days, through every
+    restart."""
     nexhb = await start_daemon(now=now)
     for device_id, clock_ahead in (("right", timedelta(0)), ("ahead too", timedelta(days=40))):
         agent = await nexhb.agent(device_id)
@@ -129,7 +135,9 @@ async def test_a_heartbeat_taken_by_a_daemon_whose_clock_was_ahead_freezes_nothi
         assert (found["last_ts"], found["heard_at"]) == (shown(now), shown(now))
 
 
-async def test_a_receipt_that_is_three_days_behind_turns_no_status_back(nexhb: Nexhb, now: datetime) -> None:
+async def test_an_arrival_time_three_days_in_the_past_does_not_restore_an_older_status(
+    nexhb: Nexhb, now: datetime
+) -> None:
     agent = await nexhb.agent("kiosk")
     await agent.live(now, battery={"pct": 50.0}, **system(UPTIME))
     behind = now - timedelta(days=3)
@@ -140,16 +148,17 @@ async def test_a_receipt_that_is_three_days_behind_turns_no_status_back(nexhb: N
 
 
 async def facts(conn: Connection) -> tuple[str, str]:
-    """Alias and model of the only device."""
+    """Return the alias and model of the only device."""
     row = await conn.fetchrow("SELECT alias, model FROM devices")
     assert row is not None
     return row["alias"], row["model"]
 
 
-async def test_a_name_that_was_refused_once_is_taken_as_soon_as_it_is_newer(
+async def test_a_name_that_was_ignored_once_is_stored_as_soon_as_it_is_newer(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
-    """A fast clock said "Old name", then the right one "New name", six times: the name stayed old until a restart."""
+    """Formerly, after "Old name" with a fast clock, "New name" with a right clock was ignored six times, until a
+    restart."""
     agent = await nexhb.agent()
     await agent.live(now + 4 * MINUTE, received_at=now, alias="Old name")
     for minutes in range(1, 7):
@@ -157,24 +166,25 @@ async def test_a_name_that_was_refused_once_is_taken_as_soon_as_it_is_newer(
     assert (await facts(conn))[0] == "New name"
 
 
-async def test_a_heartbeat_that_says_nothing_of_the_device_leaves_nothing_to_be_written(
+async def test_a_heartbeat_without_facts_about_the_device_leaves_nothing_to_update(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
-    """Each would have devices updated, and the next one that says something once more."""
+    """Otherwise each heartbeat without facts would update `devices`, and so would the next heartbeat with facts."""
     agent = await nexhb.agent("kiosk")
     assert (await agent.send(now - 2 * MINUTE)).status == 200
-    said = "SELECT said_facts, kept_facts FROM device_last_status"
-    [before] = await conn.fetch(said)
+    facts = "SELECT said_facts, kept_facts FROM device_last_status"
+    [before] = await conn.fetch(facts)
     assert before["said_facts"] == before["kept_facts"] is not None
     assert (await agent.post(orjson.dumps({"timestamp_utc": shown(now - MINUTE)}))).status == 200
-    assert await conn.fetch(said) == [before]
+    assert await conn.fetch(facts) == [before]
     assert (await device(nexhb, "kiosk"))["last_ts"] == shown(now - MINUTE)
 
 
 async def test_two_daemons_agree_on_a_name_that_changes_there_and_back(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
-    """X by one daemon, Y by the other, X by the first: it stayed Y, as the first believed X to be written."""
+    """Formerly, after X was sent to one daemon, Y to the other and X to the first again, the name stayed Y: the first
+    daemon assumed that X was still stored."""
     one, other = await start_daemon(), await start_daemon()
     agent = await one.agent()
     elsewhere = Agent(other, agent.device_id, agent.token)
@@ -197,7 +207,7 @@ async def test_a_queue_whose_newest_heartbeat_lacks_the_name_keeps_the_one_befor
     assert await facts(conn) == ("second", "B")
 
 
-async def test_what_an_operator_renamed_stays_until_the_device_says_something_else(
+async def test_an_operators_name_stays_until_the_device_sends_another_one(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
     agent = await nexhb.agent()
@@ -218,10 +228,10 @@ SAYS_NOTHING = {
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["one by one", "as a queue"])
-async def test_a_section_that_is_absent_stays_known_and_one_that_is_present_replaces_all_it_has(
+async def test_an_absent_section_keeps_its_values_and_a_present_one_replaces_all_of_them(
     nexhb: Nexhb, now: datetime, together: bool
 ) -> None:
-    """A heartbeat with only a timestamp wiped battery, ssid and version from the last status."""
+    """Formerly, a heartbeat with only a timestamp wiped battery, ssid and version from the last status."""
     absent: dict[str, Any] = dict.fromkeys(
         [*SAYS_NOTHING, "app_version", "unity_process_running", "monitored_foreground_recent_s"]
     )
@@ -239,7 +249,7 @@ async def test_a_section_that_is_absent_stays_known_and_one_that_is_present_repl
         assert [name for name in CONTENT if found[name] is None] == [name for name in CONTENT if name in wiped]
 
 
-async def test_unity_that_is_not_installed_is_a_statement(nexhb: Nexhb, now: datetime) -> None:
+async def test_unity_not_being_installed_replaces_the_previous_state(nexhb: Nexhb, now: datetime) -> None:
     agent = await nexhb.agent("kiosk")
     await agent.send(now - 3 * MINUTE)
     await agent.send(now - 2 * MINUTE, app_versions={"io.unitynodes.unityapp": {"installed": False}})
@@ -257,7 +267,7 @@ statuses = st.tuples(moments, moments, st.none() | st.integers(0, 400), st.boole
 
 @given(st.lists(st.tuples(statuses, statuses), min_size=20, max_size=20))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_what_is_newer_is_the_same_in_python_and_in_sql(conn: Connection, pairs: list[Any]) -> None:
+async def test_python_and_sql_agree_which_content_is_newer(conn: Connection, pairs: list[Any]) -> None:
     for pair in pairs:
         known, new = [
             structs.replace(
@@ -271,7 +281,7 @@ async def test_what_is_newer_is_the_same_in_python_and_in_sql(conn: Connection, 
         assert found is batch.is_newer(known, new)
 
 
-async def test_a_status_that_is_lost_is_healed_to_what_the_writer_had_made_of_it(
+async def test_a_lost_status_is_repaired_to_what_the_writer_had_written(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
     agent = await nexhb.agent("set back")
@@ -289,7 +299,7 @@ async def test_a_status_that_is_lost_is_healed_to_what_the_writer_had_made_of_it
     await conn.execute("UPDATE device_last_status SET heard_at = heard_at - interval '1 day'")
     assert (await reconcile(conn, now, max_rows=10)).updated == 3
     healed = [dict(row) | {"said_facts": row["kept_facts"]} for row in await conn.fetch(before)]
-    digests = {"said_facts": None, "kept_facts": None}
+    digests = {"said_facts": None, "kept_facts": None, "changes": None}
     assert [one | digests for one in healed] == [one | digests for one in right]
 
 
@@ -299,11 +309,11 @@ PARTIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-async def test_a_partial_heartbeat_is_healed_to_what_the_writer_had_made_of_it(
+async def test_a_partial_heartbeat_is_repaired_to_what_the_writer_had_written(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
-    """The two statements have the same list of sections. A signal, Unity's state and the agent's version may come
-    without theirs."""
+    """The writer's and the reconciliation's statements have the same list of sections. The signal, Unity's state and
+    the agent's version may come without the other fields of their sections."""
     absent: dict[str, Any] = dict.fromkeys(
         [*SAYS_NOTHING, "app_version", "unity_process_running", "monitored_foreground_recent_s"]
     )
@@ -326,15 +336,15 @@ async def test_a_partial_heartbeat_is_healed_to_what_the_writer_had_made_of_it(
     await conn.execute("DELETE FROM device_last_status")
     await conn.execute(f"INSERT INTO device_last_status ({columns}) SELECT * FROM before")
     assert (await reconcile(conn, now, max_rows=100)).updated == len(PARTIAL)
-    digests = {"said_facts": None, "kept_facts": None}
+    digests = {"said_facts": None, "kept_facts": None, "changes": None}
     healed = [dict(row) | digests for row in await conn.fetch(statuses)]
     assert healed == [one | digests for one in right]
 
 
-async def test_content_that_is_healed_leaves_when_the_device_was_heard(
+async def test_a_repair_of_content_keeps_the_time_of_the_last_arrival(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
-    """A duplicate was its last sign of life, of which the history has no row."""
+    """The device's last heartbeat was a duplicate, which has no row in the history."""
     agent = await nexhb.agent("kiosk")
     await agent.live(now - 3 * MINUTE, battery={"pct": 50.0})
     await agent.live(now - 2 * MINUTE, battery={"pct": 60.0})
@@ -350,23 +360,25 @@ async def test_content_that_is_healed_leaves_when_the_device_was_heard(
 # ---- blackouts ------------------------------------------------------------------------------------------------------
 
 
-async def test_nexhbs_own_outage_is_no_silence_of_the_fleet(start_daemon: StartDaemon, now: datetime) -> None:
-    """After 79 s without a daemon and a threshold of a minute, the whole fleet was "offline"."""
-    nexhb = await start_daemon(now=now, heartbeat=HeartbeatRules(offline_after_seconds=60))
+async def test_nexhbs_own_outage_does_not_count_as_silence_of_the_fleet(
+    start_daemon: StartDaemon, now: datetime
+) -> None:
+    """Formerly, if no daemon had run for 79 s and the threshold was a minute, the whole fleet was "offline"."""
+    nexhb = await start_daemon(now=now, heartbeat=HeartbeatSettings(offline_after_seconds=60))
     await (await nexhb.agent("there")).live(now - timedelta(seconds=80))
     await (await nexhb.agent("gone before")).live(now - timedelta(seconds=140))
     async with nexhb.database.connected(application="test") as conn:
-        assert await taking.renew(conn, now - timedelta(seconds=79)) is None
-    found = await nexhb.get("/v1/devices/offline")  # it lasts
+        assert await availability.renew(conn, now - timedelta(seconds=79)) is None
+    found = await nexhb.get("/v1/devices/offline")  # the blackout has not ended yet
     assert (found["taking_heartbeats_since"], found["as_of"]) == (None, shown(now))
     assert [row["device_id"] for row in found["devices"]] == ["gone before"]
     async with nexhb.database.connected(application="test") as conn:
-        assert await taking.renew(conn, now) is not None
+        assert await availability.renew(conn, now) is not None
     found = await nexhb.get("/v1/devices/offline")
     assert (found["taking_heartbeats_since"], found["count"]) == (shown(now), 1)
     assert found["devices"][0]["offline_seconds"] == 61
     assert (await device(nexhb, "there"))["online"] is True
-    # The longest that an agent waits, its interval, and the rest of the minute: then it would have come.
+    # After the agent's longest wait, its interval and the rest of the minute, the device should have sent.
     nexhb.clock.fixed = now + AGENT_WAIT + MINUTE + timedelta(seconds=60)
     async with nexhb.database.connected(application="test") as conn:
         await conn.execute("UPDATE taking_heartbeats SET renewed_at = $1", nexhb.clock())
@@ -375,7 +387,7 @@ async def test_nexhbs_own_outage_is_no_silence_of_the_fleet(start_daemon: StartD
     assert (fleet["online"], fleet["offline"]) == (0, 2)
 
 
-async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: datetime) -> None:
+async def test_both_sources_count_a_blackout(start_daemon: StartDaemon, now: datetime) -> None:
     nexhb = await start_daemon(now=now)
     for name, minutes in (("before", 100), ("meanwhile", 55), ("after", 9), ("after it, gone", 31)):
         await (await nexhb.agent(name)).live(now - minutes * MINUTE, unity_process_running=name != "meanwhile")
@@ -385,7 +397,13 @@ async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: dateti
     fast = await nexhb.get("/v1/devices/offline")
     assert [row["device_id"] for row in fast["devices"]] == ["before"]
     fleet = await nexhb.get("/v1/fleet")
-    assert [fleet[name] for name in ("online", "offline", "unity_down", "unity_down_online")] == [3, 1, 1, 1]
+    assert [fleet[name] for name in ("online", "offline", "unknown", "unity_down", "unity_down_online")] == [
+        2,
+        1,
+        1,
+        1,
+        1,
+    ]
     nexhb.clock.fixed = now
     fast = await nexhb.get("/v1/devices/offline")
     await nexhb.rows("UPDATE feature_flags SET value = 'false' WHERE flag = 'read_from_last_status'")
@@ -394,25 +412,25 @@ async def test_both_ways_count_a_blackout(start_daemon: StartDaemon, now: dateti
     assert legacy["devices"] == fast["devices"]
 
 
-async def test_a_blackout_of_a_clock_that_was_ahead_is_forgotten_once_it_is_right(
+async def test_a_blackout_written_by_a_clock_that_was_ahead_is_deleted_once_the_clock_is_right(
     database: Database, conn: Connection, now: datetime
 ) -> None:
-    """Four days later it would have been believed, and whoever had been silent since been online again."""
+    """Otherwise the blackout would count four days later, and devices silent since then would become online again."""
     for moment in (now - 100 * MINUTE, now - 90 * MINUTE, now - 90 * MINUTE + timedelta(days=4), now):
-        await taking.renew(conn, moment)
+        await availability.renew(conn, moment)
     kept = await conn.fetch("SELECT began_at, ended_at FROM blackouts")
     assert [tuple(row) for row in kept] == [(now - 100 * MINUTE, now - 90 * MINUTE)]
 
 
-async def test_of_two_daemons_that_come_back_at_once_one_finds_the_gap(database: Database, now: datetime) -> None:
+async def test_if_two_daemons_return_at_once_only_one_records_the_blackout(database: Database, now: datetime) -> None:
     async with database.connected(application="one") as one, database.connected(application="other") as other:
-        await taking.renew(one, now - MINUTE)
-        found = await asyncio.gather(*(taking.renew(conn, now) for conn in (one, other)))
+        await availability.renew(one, now - MINUTE)
+        found = await asyncio.gather(*(availability.renew(conn, now) for conn in (one, other)))
         assert sorted(gap is None for gap in found) == [False, True]
         assert await one.fetchval("SELECT count(*) FROM blackouts") == 1
 
 
-async def test_a_daemon_renews_while_it_takes_heartbeats(nexhb: Nexhb, conn: Connection) -> None:
+async def test_a_daemon_renews_while_it_accepts_heartbeats(nexhb: Nexhb, conn: Connection) -> None:
     async with daemon_module.running(nexhb.settings):
         while await conn.fetchval("SELECT count(*) FROM taking_heartbeats") == 0:
             pass
@@ -425,26 +443,26 @@ async def test_a_daemon_renews_while_it_takes_heartbeats(nexhb: Nexhb, conn: Con
 
 async def test_a_daemon_that_cannot_commit_does_not_renew(database: Database, conn: Connection) -> None:
     takes = False
-    keeper = taking.Keeper(database, DatabaseClock(), lambda: takes, lambda: None)
-    await keeper._once()
+    keeper = availability.AvailabilityKeeper(database, DatabaseClock(), lambda: takes, lambda: None)
+    await keeper._renew()
     assert await conn.fetchval("SELECT count(*) FROM taking_heartbeats") == 0
     takes = True
-    await keeper._once()
+    await keeper._renew()
     assert await conn.fetchval("SELECT count(*) FROM taking_heartbeats") == 1
-    await keeper._disconnect()
+    await keeper._conn.close()
 
 
-async def test_no_more_blackouts_are_read_than_the_bound_and_none_is_kept_for_ever(
+async def test_the_number_of_blackouts_read_is_limited_and_old_ones_are_deleted(
     conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taking, "BLACKOUTS_MOST", 2)
+    monkeypatch.setattr(availability, "MAX_BLACKOUTS", 2)
     await conn.executemany(
         "INSERT INTO blackouts (began_at, ended_at) VALUES ($1, $2)",
         [(now - days * DAY, now - days * DAY + MINUTE) for days in (-1, 1, 2, 3, 401)],
     )
-    assert [one.start for one in (await taking.read(conn, now, MINUTE)).blackouts] == [now - DAY, now - 2 * DAY]
-    await taking.renew(conn, now - MINUTE)
-    assert await taking.renew(conn, now)
+    assert [one.start for one in (await availability.read(conn, now, MINUTE)).blackouts] == [now - DAY, now - 2 * DAY]
+    await availability.renew(conn, now - MINUTE)
+    assert await availability.renew(conn, now)
     kept = await conn.fetch("SELECT began_at FROM blackouts WHERE began_at < $1 ORDER BY began_at", now - MINUTE)
     assert [row["began_at"] for row in kept] == [now - 3 * DAY, now - 2 * DAY, now - DAY]
 
@@ -452,19 +470,20 @@ async def test_no_more_blackouts_are_read_than_the_bound_and_none_is_kept_for_ev
 # ---- the clock ------------------------------------------------------------------------------------------------------
 
 
-async def test_the_daemons_clock_is_the_databases_whatever_the_host_says(conn: Connection) -> None:
+async def test_the_daemons_clock_follows_the_databases_clock_not_the_hosts(conn: Connection) -> None:
     for days in (40, -3, 0):
         ahead = timedelta(days=days)
         host = DatabaseClock(lambda ahead=ahead: clock.system_now() + ahead)  # type: ignore[misc]
-        assert abs(host() - clock.system_now() - ahead) < MINUTE  # its own, as long as it has no other
+        # The daemon uses the host's clock until it has read the database's clock.
+        assert abs(host() - clock.system_now() - ahead) < MINUTE
         await host.learn(conn)
-        database = await conn.fetchval(sql.queries("db")["clock"])
+        database = await conn.fetchval(sql.queries("clock")["clock"])
         assert abs(host() - database) < MINUTE
         assert abs(host.apart - ahead) < MINUTE
         assert bool(clock.apart_because(host.apart)) == bool(days)
 
 
-async def test_time_goes_on_by_the_monotonic_clock_until_the_database_was_seen_again(conn: Connection) -> None:
+async def test_time_advances_by_the_monotonic_clock_until_the_database_is_read_again(conn: Connection) -> None:
     passed, host_moves = 1_000.0, timedelta(0)
     one = DatabaseClock(lambda: clock.system_now() + host_moves, lambda: passed)
     await one.learn(conn)
@@ -473,7 +492,7 @@ async def test_time_goes_on_by_the_monotonic_clock_until_the_database_was_seen_a
     assert one() - before == timedelta(seconds=90)
 
 
-def test_two_clocks_that_are_far_apart_are_a_reason() -> None:
+def test_a_large_clock_difference_is_a_reason_not_to_be_ready() -> None:
     assert clock.apart_because(timedelta(minutes=-5)) == ""
     assert clock.apart_because(timedelta(minutes=5, seconds=1)).startswith("This host's clock is 301 s ahead of the")
     assert clock.apart_because(timedelta(days=-3)).startswith("This host's clock is 259200 s behind the database's")

@@ -1,19 +1,19 @@
-"""What operators ask: right at the edges, paged by key, closed to everybody without the key."""
+"""Reads for operators are correct at the limits, paged by key, and require the admin key."""
 
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr
 
-from nexhb import devices, partitions
-from nexhb.config import Database as DatabaseSettings
-from nexhb.config import Ingest
-from nexhb.db import Connection, Database
+from nexhb import partitions
+from nexhb.config import DatabaseSettings, IngestSettings
+from nexhb.devices import registry
 from nexhb.http.app import ROUTES, Route
+from nexhb.postgres.connections import Connection, Database
 from tests.conftest import ADMIN_KEY, Agent, Nexhb, StartDaemon, shown
 
 ADMIN_ROUTES = [
@@ -29,7 +29,7 @@ async def test_the_fleet_is_counted_and_listed(nexhb: Nexhb, now: datetime) -> N
     await down.send(now, unity_process_running=False)
     await revoked.live(now - timedelta(hours=2), unity_process_running=False)
     conn = await nexhb.database.connect(application="test")
-    await devices.revoke(conn, "rev", now)
+    await registry.revoke(conn, "rev", now)
     await conn.close()
     fleet = await nexhb.get("/v1/fleet")
     assert {key: fleet[key] for key in ("devices", "online", "offline", "unity_down", "never_seen")} == {
@@ -49,7 +49,7 @@ async def test_the_fleet_is_counted_and_listed(nexhb: Nexhb, now: datetime) -> N
 
 
 @pytest.mark.parametrize("micros", [0, 120_000, 123_456])
-async def test_moments_are_read_as_they_were_written_whatever_the_databases_defaults(
+async def test_times_are_read_as_they_were_written_whatever_the_databases_defaults(
     start_daemon: StartDaemon, conn: Connection, now: datetime, micros: int
 ) -> None:
     name = await conn.fetchval("SELECT current_database()")
@@ -68,8 +68,8 @@ async def test_moments_are_read_as_they_were_written_whatever_the_databases_defa
     assert beat["ts"] == shown(made)
 
 
-async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None:
-    noon = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(minutes=1)
+async def test_offline_is_correct_to_the_second(start_daemon: StartDaemon, now: datetime) -> None:
+    noon = now.replace(hour=12, minute=0, second=0, microsecond=0)
     nexhb = await start_daemon(now=noon)
     made = {f"s{seconds}": noon - timedelta(seconds=seconds) for seconds in (0, 299, 300, 301, 599, 600, 601, 3600)}
     for name, moment in made.items():
@@ -83,17 +83,19 @@ async def test_offline_is_right_to_the_second(start_daemon: StartDaemon) -> None
     assert (fleet["online"], fleet["offline"]) == (6, 2)
 
 
-async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_daemon: StartDaemon) -> None:
-    """Some of one slot, some of one moment, and sent in none of the orders."""
-    noon = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(minutes=1)
+async def test_a_list_has_the_same_order_whole_or_paged_and_from_either_source(
+    start_daemon: StartDaemon, now: datetime
+) -> None:
+    """Some devices share a slot and some a moment, and they were sent in an unrelated order."""
+    noon = now.replace(hour=12, minute=0, second=0, microsecond=0)
     nexhb = await start_daemon(now=noon)
     minutes = {"b": 61, "e": 20, "a": 61, "d": 62, "c": 300, "f": 21}
     for name, ago in minutes.items():
         await (await nexhb.agent(name)).live(noon - timedelta(minutes=ago), unity_process_running=False)
     orders = {"offline": ["c", "d", "a", "b", "f", "e"], "unity-down": ["e", "f", "b", "a", "d", "c"]}
     for source in ("last_status", "legacy"):
-        wanted = {"read_from_last_status": source == "last_status"}
-        async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=wanted, headers={"x-admin": ADMIN_KEY}) as response:
+        flags = {"read_from_last_status": source == "last_status"}
+        async with nexhb.http.put(f"{nexhb.url}/ops/flags", json=flags, headers={"x-admin": ADMIN_KEY}) as response:
             assert response.status == 200
         for which, order in orders.items():
             for limit in (1, 4, 6, 7):
@@ -103,7 +105,7 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
                 seen = [row["device_id"] for row in found["devices"]]
                 while found["next"] is not None:
                     found = await nexhb.get(f"/v1/devices/{which}?limit={limit}&after={quote(found['next'])}")
-                    assert found["count"] == 6, "all of them, not those that are left"
+                    assert found["count"] == 6, "the count includes all pages"
                     seen += [row["device_id"] for row in found["devices"]]
                 assert seen == order
             for wrong in ("a", "2026-11-24T02:00:00Z", "2026-11-24T02:00:00/a", "x/a", "0001-01-01T00:00:00Z/a"):
@@ -111,7 +113,7 @@ async def test_a_list_has_its_order_whole_or_cut_and_from_either_source(start_da
                 assert problem["errors"][0]["path"] == "after"
 
 
-async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, now: datetime) -> None:
+async def test_unity_down_counts_only_devices_that_sent_a_heartbeat_within_a_day(nexhb: Nexhb, now: datetime) -> None:
     old, fresh, unknown = [await nexhb.agent() for _ in range(3)]
     await old.live(now - timedelta(hours=25), unity_process_running=False)
     await fresh.live(now - timedelta(hours=23), unity_process_running=False)
@@ -120,22 +122,22 @@ async def test_unity_down_counts_only_what_was_seen_within_a_day(nexhb: Nexhb, n
     assert [row["device_id"] for row in found["devices"]] == [fresh.device_id]
 
 
-async def test_pages_by_key_show_each_device_once_also_while_some_arrive(nexhb: Nexhb, conn: Connection) -> None:
+async def test_pages_show_each_device_once_even_while_devices_are_added(nexhb: Nexhb, conn: Connection) -> None:
     for number in range(25):
-        await devices.add(conn, f"d{number:02}", None)
+        await registry.add(conn, f"d{number:02}", None)
     seen: list[str] = []
     page = await nexhb.get("/v1/devices?limit=10")
     while True:
         seen += [row["device_id"] for row in page["devices"]]
-        await devices.add(conn, f"a{len(seen)}", None)  # behind the reader
+        await registry.add(conn, f"a{len(seen)}", None)  # sorts before the present page
         if page["next"] is None:
             break
         page = await nexhb.get(f"/v1/devices?limit=10&after={page['next']}")
     assert seen == [f"d{number:02}" for number in range(25)]
 
 
-async def test_a_history_goes_on_page_by_page_and_says_when_it_ends(nexhb: Nexhb, now: datetime) -> None:
-    """It ended at `limit`, and did not say that there was more."""
+async def test_a_history_is_paged_and_its_end_is_marked(nexhb: Nexhb, now: datetime) -> None:
+    """Formerly, the history ended at `limit` without a hint that there were more rows."""
     agent = await nexhb.agent("kiosk-1")
     noon = now.replace(minute=0, second=0, microsecond=0)
     made = [noon - timedelta(seconds=10 * n) for n in range(1, 6)] + [noon - timedelta(days=n) for n in range(1, 4)]
@@ -151,15 +153,15 @@ async def test_a_history_goes_on_page_by_page_and_says_when_it_ends(nexhb: Nexhb
             assert "bucket" not in page["heartbeats"][0]
             if page["next"] is None:
                 break
-            await agent.send(now + timedelta(seconds=10 * pages))  # before the reader
+            await agent.send(now + timedelta(seconds=10 * pages))  # newer than the present page
             page = await nexhb.get(f"{path}&limit={limit}&after={page['next']}")
         assert [ts for ts in seen if ts < shown(noon)] == [shown(moment) for moment in made]
         assert len(seen) == len(set(seen))
     assert (await nexhb.get(f"{path}&limit=8&after=0"))["heartbeats"] == []
 
 
-async def test_a_page_of_an_old_history_opens_no_newer_day(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
-    """Ninety days of partitions would be opened for each page, of which all but the last have nothing."""
+async def test_a_page_of_an_old_history_opens_no_newer_partition(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+    """Otherwise each page would open the partitions of ninety days, of which all but one have no row for it."""
     agent = await nexhb.agent("kiosk-1")
     for days in (0, 3, 4):
         assert (await agent.send(now - timedelta(days=days))).status == 200
@@ -167,19 +169,19 @@ async def test_a_page_of_an_old_history_opens_no_newer_day(nexhb: Nexhb, conn: C
     page = await nexhb.get(path)
     page = await nexhb.get(f"{path}&after={page['next']}")
     async with conn.transaction():
-        await conn.execute(f"LOCK TABLE {partitions.name_of(now.date())} IN ACCESS EXCLUSIVE MODE")
+        await conn.execute(f"LOCK TABLE {partitions.table_name(now.date())} IN ACCESS EXCLUSIVE MODE")
         page = await nexhb.get(f"{path}&after={page['next']}")
     assert [beat["ts"] for beat in page["heartbeats"]] == [shown(now - timedelta(days=4))]
 
 
-async def test_a_history_goes_on_where_the_buckets_grew(
+async def test_a_history_is_paged_correctly_after_the_bucket_size_was_increased(
     start_daemon: StartDaemon, conn: Connection, now: datetime
 ) -> None:
-    """With other ingest.bucket_seconds since, the order of the buckets is not that of ts for a moment."""
+    """After a change of ingest.bucket_seconds, buckets and ts are in a different order for a short time."""
     hour = now.replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
-    token = await devices.add(conn, "kiosk-1", None)
+    token = await registry.add(conn, "kiosk-1", None)
     for bucket_seconds, seconds in ((10, 35), (60, 90), (3600, 1800)):
-        nexhb = await start_daemon(ingest=Ingest(bucket_seconds=bucket_seconds))
+        nexhb = await start_daemon(ingest=IngestSettings(bucket_seconds=bucket_seconds))
         assert (await Agent(nexhb, "kiosk-1", token).send(hour + timedelta(seconds=seconds))).status == 200
     path, seen, after = "/v1/devices/kiosk-1/heartbeats?limit=1", [], ""
     while True:
@@ -191,7 +193,7 @@ async def test_a_history_goes_on_where_the_buckets_grew(
     assert sorted(seen) == [shown(hour + timedelta(seconds=seconds)) for seconds in (35, 90, 1800)]
 
 
-async def test_runs_of_jobs_go_on_page_by_page(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+async def test_runs_of_jobs_are_paged(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
     for number in range(10):
         for job in ("nightly", "reconcile") if number < 3 else ("reconcile",):
             await conn.execute(
@@ -217,7 +219,7 @@ async def test_runs_of_jobs_go_on_page_by_page(nexhb: Nexhb, conn: Connection, n
         assert (await nexhb.get(f"/ops/jobs?after={wrong}", 400))["errors"][0]["path"] == "after"
 
 
-async def test_history_is_from_included_to_excluded_newest_first(nexhb: Nexhb, now: datetime) -> None:
+async def test_a_history_includes_from_and_excludes_to_and_is_newest_first(nexhb: Nexhb, now: datetime) -> None:
     agent = await nexhb.agent()
     made = [now.replace(second=0, microsecond=0) - timedelta(minutes=minute) for minute in range(5)]
     for moment in made:
@@ -253,7 +255,7 @@ async def test_an_unknown_device_is_404(nexhb: Nexhb) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_ROUTES)
-async def test_without_the_key_it_is_401(nexhb: Nexhb, method: str, path: str) -> None:
+async def test_a_request_without_the_key_receives_401(nexhb: Nexhb, method: str, path: str) -> None:
     device = await nexhb.agent()
     for headers in ({}, {"x-admin": "wrong"}, {"Authorization": f"Bearer {device.token}"}, {"x-admin": ADMIN_KEY[:-1]}):
         async with nexhb.http.request(method, nexhb.url + path, headers=headers) as response:
@@ -261,7 +263,7 @@ async def test_without_the_key_it_is_401(nexhb: Nexhb, method: str, path: str) -
             assert response.content_type == "application/problem+json"
 
 
-async def test_both_forms_of_the_admin_key_are_taken(nexhb: Nexhb) -> None:
+async def test_both_forms_of_the_admin_key_are_accepted(nexhb: Nexhb) -> None:
     for headers in ({"x-admin": ADMIN_KEY}, {"Authorization": f"Bearer {ADMIN_KEY}"}):
         async with nexhb.http.get(f"{nexhb.url}/v1/fleet", headers=headers) as response:
             assert response.status == 200
@@ -273,7 +275,7 @@ async def test_health_and_readiness_need_no_key(nexhb: Nexhb) -> None:
             assert (response.status, (await response.json())[key]) == (200, True)
 
 
-async def test_what_is_not_there_is_404_and_a_wrong_method_405(nexhb: Nexhb) -> None:
+async def test_an_unknown_path_is_404_and_a_wrong_method_405(nexhb: Nexhb) -> None:
     assert (await nexhb.get("/v2/heartbeat", 404))["status"] == 404
     problem = await nexhb.get("/v1/heartbeat", 405)
     assert "POST" in problem["detail"]
@@ -281,29 +283,34 @@ async def test_what_is_not_there_is_404_and_a_wrong_method_405(nexhb: Nexhb) -> 
         assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
-async def test_head_is_taken_wherever_get_is_and_answered_without_a_body(nexhb: Nexhb) -> None:
-    """Monitors and balancers ask with HEAD, and heard 405."""
+def path_of(route: Route) -> str:
+    """Return a path of the route."""
+    return route.path.format(device_id="kiosk-1", site="store-1", incident_id=1, silence_id=1, route="on-call")
+
+
+async def test_head_is_accepted_wherever_get_is_and_returns_no_body(nexhb: Nexhb) -> None:
+    """Monitors and load balancers send HEAD requests. Formerly, they received 405."""
     await nexhb.agent("kiosk-1")
-    own = ("Date", "Content-Length")  # the length of one second's answer is not always that of the next one's
-    for path in [route.path.format(device_id="kiosk-1") for route in ROUTES if route.method == "GET"] + [
-        "/v1/devices/none", "/v1/devices?limit=0", "/v2/none", "//healthz"
-    ]:  # fmt: skip
-        heard = []
+    own = ("Date", "Content-Length")  # the length of a response may change from one second to the next
+    # GET /v1/stream has no end.
+    paths = [path_of(route) for route in ROUTES if route.method == "GET" and route.path != "/v1/stream"]
+    for path in (*paths, "/v1/devices/none", "/v1/devices?limit=0", "/v2/none", "//healthz"):
+        responses = []
         for method in ("GET", "HEAD"):
             for key in ({"x-admin": ADMIN_KEY}, {}):
                 async with nexhb.http.request(method, nexhb.url + path, headers=key) as response:
                     body = await response.read()
                     assert int(response.headers["Content-Length"]) > 0
                     assert bool(body) is (method == "GET")
-                    heard.append((response.status, {k: v for k, v in response.headers.items() if k not in own}))
-        assert heard[:2] == heard[2:], path
+                    responses.append((response.status, {k: v for k, v in response.headers.items() if k not in own}))
+        assert responses[:2] == responses[2:], path
 
 
-async def test_a_parameter_that_is_not_known_is_named_and_nothing_is_done(nexhb: Nexhb) -> None:
-    """`?dryrun=true` of /ops/nightly was ignored, and the nightly run was made."""
+async def test_an_unknown_parameter_is_named_and_nothing_is_done(nexhb: Nexhb) -> None:
+    """Formerly, `?dryrun=true` of /ops/nightly was ignored, and the nightly run took place."""
 
     async def ask(route: Route, query: str) -> dict[str, str]:
-        url = nexhb.url + route.path.format(device_id="kiosk-1") + query
+        url = nexhb.url + path_of(route) + query
         async with nexhb.http.request(route.method, url, headers={"x-admin": ADMIN_KEY}) as response:
             problem = await response.json(content_type="application/problem+json")
             assert response.status == 400
@@ -324,9 +331,10 @@ async def test_a_heavy_read_does_not_hold_up_ingest(
     url = SecretStr(database.dsn)
     nexhb = await start_daemon(database=DatabaseSettings(url=url, read_pool_size=1, read_timeout_seconds=1))
     agent = await nexhb.agent()
-    await agent.live(now - timedelta(minutes=2))  # its facts are known: the next one touches device_last_status only
+    # The device's facts are stored: the next heartbeat writes device_last_status only.
+    await agent.live(now - timedelta(minutes=2))
     async with conn.transaction():
-        await conn.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")  # the reads hang behind it
+        await conn.execute("LOCK TABLE devices IN ACCESS EXCLUSIVE MODE")  # the reads wait for this lock
         reads = [asyncio.create_task(nexhb.get("/v1/fleet", 503)) for _ in range(5)]
         assert (await agent.live(now - timedelta(minutes=1))).status == 200
         assert not any(read.done() for read in reads)

@@ -1,5 +1,5 @@
-"""The database is replaced under a running daemon: by a copy under its name, by a server behind a proxy, by a standby
-that lagged, by a restore. What was learned from the one before holds no more; what is acknowledged is in this one."""
+"""The database of a running daemon is replaced by a copy under its name, a server behind a proxy, a lagging standby or
+a restore. State from the previous database is dropped, and every acknowledged heartbeat is in the present database."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ import asyncpg
 import orjson
 import pytest
 
-from nexhb import devices, doctor, identity
-from nexhb.config import Server
-from nexhb.db import Connection, Database
+from nexhb.config import ServerSettings
+from nexhb.devices import registry
+from nexhb.doctor import checks
+from nexhb.doctor.check import CheckContext, CheckResult
 from nexhb.errors import DatabaseUnavailable
+from nexhb.postgres import identity
+from nexhb.postgres.connections import Connection, Database
 from tests.conftest import SOON_S, Agent, Answer, Nexhb, StartDaemon, example
 from tests.faults.cluster import Cluster, running
 from tests.faults.guard import guarding
@@ -32,12 +35,12 @@ WAITING = (
 
 
 def named(network: str) -> dict[str, Any]:
-    """What a heartbeat says of its network."""
+    """Return the network section of a heartbeat."""
     return {"network": {"transport": "wifi", "ssid": network, "ip": "192.168.1.50"}}
 
 
 class Swap:
-    """Databases of the session's cluster, copied and renamed, as an operator does."""
+    """An operator who copies and renames databases of the session's cluster."""
 
     def __init__(self, admin: asyncpg.Connection, database: Database) -> None:
         self._admin = admin
@@ -56,7 +59,7 @@ class Swap:
         yield
 
     async def copy(self) -> str:
-        """The database as it is now, under another name."""
+        """Copy the database as it is now; return the name of the copy."""
         copy = f"{self.name}_copy{len(self.copies)}"
         async with self._alone(self.name):
             await self._admin.execute(f"CREATE DATABASE {copy} TEMPLATE {self.name}")
@@ -66,7 +69,7 @@ class Swap:
         return copy
 
     async def put_in_place(self, copy: str) -> str:
-        """The copy takes the name; under which name the database before is now."""
+        """Give the copy the database's name; return the new name of the previous database."""
         before = f"{self.name}_before{len(self.copies)}"
         async with self._alone(self.name, copy):
             await self._admin.execute(f"ALTER DATABASE {self.name} RENAME TO {before}")
@@ -79,7 +82,7 @@ class Swap:
 
 @pytest.fixture
 async def swap(cluster: str, database: Database) -> AsyncIterator[Swap]:
-    """Copies of the test's database, dropped at the end."""
+    """Provide a Swap for the test's database; drop the copies at the end."""
     admin = await asyncpg.connect(cluster)
     swap = Swap(admin, database)
     yield swap
@@ -88,32 +91,33 @@ async def swap(cluster: str, database: Database) -> AsyncIterator[Swap]:
     await admin.close()
 
 
-async def becomes(wanted: int, send: Callable[[], Awaitable[Answer]], never: int = 401) -> Answer:
-    """The first answer with this status; none with `never` comes before."""
+async def becomes(expected: int, send: Callable[[], Awaitable[Answer]], never: int = 401) -> Answer:
+    """Send until the response has this status, and return it; fail if an earlier response has the status `never`."""
     async with asyncio.timeout(SOON_S):
-        while (answer := await send()).status != wanted:
+        while (answer := await send()).status != expected:
             assert answer.status != never, answer
             await asyncio.sleep(0.02)
     return answer
 
 
 async def is_held(agent: Agent, now: datetime) -> None:
-    """Until its token hears that the database is an older copy; never that it is unknown."""
+    """Send until a response names the older copy of the database; fail if a response reports that the token is
+    unknown."""
     while "older copy" not in (await becomes(503, lambda: agent.send(now))).body["detail"]:
         await asyncio.sleep(0.02)
 
 
 async def stored(nexhb: Nexhb) -> list[tuple[str | None, str | None, datetime]]:
-    """The history: device, network, time."""
+    """Return the history as (device_id, ssid, ts)."""
     rows = await nexhb.rows("SELECT device_id, ssid, ts FROM heartbeat_history ORDER BY ts, device_id")
     return [tuple(row) for row in rows]
 
 
-async def test_an_older_copy_under_the_databases_name(
+async def test_an_older_copy_under_the_databases_name_is_detected_and_can_be_accepted(
     start_daemon: StartDaemon, swap: Swap, now: datetime, tmp_path: Path
 ) -> None:
-    """A heartbeat with a new network was acknowledged as a duplicate, and was nowhere; the number of its label went to
-    another network; a device that was added after the copy was acknowledged, and its number went to another device."""
+    """Formerly, a heartbeat with a new network was acknowledged as a duplicate but not stored, and its label's number
+    went to another network; a device added after the copy received 200, and its number went to another device."""
     nexhb = await start_daemon()
     agent = await nexhb.agent("kiosk-1")
     first = now - timedelta(minutes=5)
@@ -126,7 +130,7 @@ async def test_an_older_copy_under_the_databases_name(
     await swap.put_in_place(copy)
     again = await becomes(200, lambda: agent.send(lost, **named("Lost")))
     assert again.body["deduplicated"] is False
-    # The device that the copy does not know keeps its heartbeats and its token, and nothing goes under its number.
+    # A device that the copy lacks keeps its heartbeats and its token, and nothing is stored under its number.
     unknown = await late.send(now, **named("Lost"))
     assert (unknown.status, "older copy" in unknown.body["detail"]) == (503, True)
     stranger = await nexhb.agent("kiosk-3")
@@ -139,34 +143,34 @@ async def test_an_older_copy_under_the_databases_name(
     await accepted(nexhb, late, now, tmp_path)
 
 
-async def of_doctor(conn: Connection, nexhb: Nexhb) -> doctor.Line:
-    """Its line of the database's copy."""
-    return await doctor._QUESTIONS["database copy"](doctor.Visit(conn, nexhb.settings, nexhb.clock()))
+async def of_doctor(conn: Connection, nexhb: Nexhb) -> CheckResult:
+    """Return doctor's result for the check "database copy"."""
+    return await checks.CHECKS["database copy"](CheckContext(conn, nexhb.settings, nexhb.clock()))
 
 
 async def accepted(nexhb: Nexhb, late: Agent, now: datetime, data_dir: Path) -> None:
-    """Doctor names the command; by it the operator goes on with the copy."""
+    """Check that doctor names the command with which the operator accepts the copy; run that command."""
     conn = await nexhb.database.connect(application="test operator")
     try:
         async with asyncio.timeout(SOON_S):
-            while (line := await of_doctor(conn, nexhb)).good:  # the daemon writes it down a moment later
+            while (line := await of_doctor(conn, nexhb)).passed:  # the daemon records the copy a moment later
                 await asyncio.sleep(0.02)
         assert line.remedy == "nexhb database accept"
         assert len(await identity.accept(conn, data_dir)) == 1
         await becomes(401, lambda: late.send(now), never=200)
         assert "remarks" not in await nexhb.get("/readyz")
         assert await nexhb.metric("nexhb_database_older") == 0
-        assert (await of_doctor(conn, nexhb)).good
+        assert (await of_doctor(conn, nexhb)).passed
     finally:
         await conn.close()
 
 
-async def test_what_is_under_way_is_not_written_under_a_number_of_the_database_before(
+async def test_heartbeats_in_progress_are_not_written_under_a_device_number_of_the_previous_database(
     start_daemon: StartDaemon, swap: Swap, now: datetime
 ) -> None:
-    """A heartbeat that waits in the writer, and a queue whose body is not whole yet: their device has the number that
-    the next device of this database gets."""
-    nexhb = await start_daemon(server=Server(port=0, shutdown_timeout_seconds=2, body_timeout_seconds=60))
+    """A heartbeat waits in the writer, and the body of a queue is incomplete. The number of their device is that which
+    the new database gives to its next device."""
+    nexhb = await start_daemon(server=ServerSettings(port=0, shutdown_timeout_seconds=2, body_timeout_seconds=60))
     copy = await swap.copy()
     late = await nexhb.agent("kiosk-2")
     await becomes(200, lambda: late.send(now - timedelta(minutes=1)))
@@ -186,7 +190,7 @@ async def test_what_is_under_way_is_not_written_under_a_number_of_the_database_b
             await asyncio.sleep(0.01)
     await swap.put_in_place(copy)
     assert (await sent).status == 503
-    await becomes(503, lambda: late.send(now))  # by now the other database was found
+    await becomes(503, lambda: late.send(now))  # by now the other database has been noticed
     swapped.set()
     assert (await queue).status == 503
     assert await stored(nexhb) == []
@@ -196,7 +200,7 @@ async def test_what_is_under_way_is_not_written_under_a_number_of_the_database_b
 async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
     start_daemon: StartDaemon, swap: Swap, now: datetime
 ) -> None:
-    """data_dir remembers the generation: a device that was added since is answered 503 after a restart, too."""
+    """data_dir remembers the generation: a device added since receives 503 even after a restart."""
     nexhb = await start_daemon()
     copy = await swap.copy()
     late = await nexhb.agent("kiosk-2")
@@ -207,11 +211,11 @@ async def test_an_older_copy_is_recognised_by_a_daemon_that_starts(
     assert (await late.send(now)).status == 503
 
 
-async def test_an_older_copy_that_was_found_is_known_to_who_starts_before_it_could_be_said_in_the_database(
+async def test_a_restarted_daemon_knows_an_older_copy_that_was_not_recorded_in_the_database_yet(
     start_daemon: StartDaemon, swap: Swap, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon that found it may be killed a moment later; until then it adds nothing to the database here."""
-    monkeypatch.setattr(identity, "LEAST_S", 3600.0)
+    """The daemon that finds the copy may be killed a moment later; here it adds nothing to the database before that."""
+    monkeypatch.setattr(identity, "MIN_INTERVAL_S", 3600.0)
     nexhb = await start_daemon()
     await nexhb.agent("kiosk-1")
     async with asyncio.timeout(SOON_S):
@@ -227,7 +231,8 @@ async def test_an_older_copy_that_was_found_is_known_to_who_starts_before_it_cou
 
 
 async def test_a_restore_into_the_same_database_is_noticed_on_open_connections(nexhb: Nexhb, now: datetime) -> None:
-    """pg_restore --clean ends no connection: what the daemon had learned named labels and devices of before."""
+    """pg_restore --clean ends no connection. Formerly, the daemon's memory still named labels and devices from before
+    the restore."""
     agent = await nexhb.agent("kiosk-1")
     first = now - timedelta(minutes=1)
     assert (await agent.send(first, **named("Lost"))).status == 200
@@ -245,28 +250,31 @@ async def test_a_restore_into_the_same_database_is_noticed_on_open_connections(n
     assert await stored(nexhb) == [("kiosk-1", "Lost", first)]
 
 
-async def test_a_copy_from_before_a_tokens_rotation_is_an_older_one_before_any_generation_says_so(
+async def test_a_copy_from_before_a_rotation_is_an_older_copy_even_without_a_new_generation(
     start_daemon: StartDaemon, swap: Swap, now: datetime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy has the device, and lacks its token: 401 was heard where the primary was lost within a second."""
+    """The copy has the device but not its token. Formerly, the device received 401 if the primary was lost within a
+    second of the rotation."""
     nexhb = await start_daemon()
     agent = await nexhb.agent("kiosk-1")
     assert (await agent.send(now)).status == 200
 
-    async def never(_lives: identity.Lives, _database: Database) -> None:
+    async def never(_tracker: identity.DatabaseTracker, _database: Database) -> None:
         raise DatabaseUnavailable("No generation is added.")
 
-    monkeypatch.setattr(identity.Lives, "add", never)
+    monkeypatch.setattr(identity.DatabaseTracker, "add", never)
     copy = await swap.copy()
     async with nexhb.database.connected(application="test") as conn:
-        agent.token = await devices.rotate(conn, "kiosk-1")
+        agent.token = await registry.rotate(conn, "kiosk-1")
     await becomes(200, lambda: agent.send(now))
     await swap.put_in_place(copy)
     await is_held(agent, now)
 
 
-async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaemon, swap: Swap, now: datetime) -> None:
-    """A dump that was restored, or a copy, after the last change, goes on where the database before ended."""
+async def test_a_copy_with_every_change_is_a_move_and_no_token_receives_503(
+    start_daemon: StartDaemon, swap: Swap, now: datetime
+) -> None:
+    """A copy or a restored dump made after the last change contains all that the previous database contained."""
     nexhb = await start_daemon()
     agent = await nexhb.agent("kiosk-1")
     assert (await agent.send(now)).status == 200
@@ -279,9 +287,10 @@ async def test_a_newer_copy_is_a_move_and_nobody_is_held(start_daemon: StartDaem
     assert (await becomes(401, lambda: agent.send(now), never=200)).status == 401
 
 
-async def test_a_standby_that_lagged_takes_over(start_daemon: StartDaemon, now: datetime) -> None:
-    """The same system identifier and the same oid, behind a proxy: what only the primary had is written again, and a
-    device that the standby never heard of is not acknowledged under a number of its."""
+async def test_a_lagging_standby_is_promoted(start_daemon: StartDaemon, now: datetime) -> None:
+    """The standby has the system identifier and the oid of the primary and, behind a proxy, its address. Devices resend
+    the heartbeats that only the primary had; no heartbeat of a device that the standby lacks is stored under the number
+    of another device."""
     with guarding() as guard:
         async with (
             running(guard) as primary,
@@ -293,13 +302,13 @@ async def test_a_standby_that_lagged_takes_over(start_daemon: StartDaemon, now: 
             first = now - timedelta(minutes=5)
             assert (await agent.send(first, **named("Before"))).status == 200
             await caught_up(primary, standby)
-            await standby.lag()
+            await standby.stop_receiving()
             lost = now - timedelta(minutes=4)
             assert (await agent.send(lost, **named("Lost"))).status == 200
             late = await nexhb.agent("kiosk-2")
             assert (await late.send(lost, **named("Lost"))).status == 200
             await standby.promote()
-            proxy.lead_to(standby.dsn)
+            proxy.redirect_to(standby.dsn)
             proxy.cut()
             again = await becomes(200, lambda: agent.send(lost, **named("Lost")))
             assert again.body["deduplicated"] is False
@@ -313,7 +322,7 @@ async def test_a_standby_that_lagged_takes_over(start_daemon: StartDaemon, now: 
 
 
 async def caught_up(primary: Cluster, standby: Standby) -> None:
-    """Wait until the standby has replayed all of it."""
+    """Wait until the standby has replayed all WAL of the primary."""
     conn, there = await asyncpg.connect(primary.dsn), await asyncpg.connect(standby.dsn)
     written = await conn.fetchval("SELECT pg_current_wal_flush_lsn()::text")
     async with asyncio.timeout(SOON_S):

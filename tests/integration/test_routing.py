@@ -1,5 +1,5 @@
-"""Debian's nginx and HAProxy with the files of packaging/: heartbeats go to nexhb, all other calls of an agent to
-NexMDM, and neither a slow nor an absent NexMDM is in a device's way."""
+"""Debian's nginx and HAProxy with the files of packaging/: heartbeats go to nexhb, all other requests of an agent to
+NexMDM, and neither a slow nor an unavailable NexMDM delays a heartbeat."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import orjson
 import pytest
 from pydantic import SecretStr
 
-from bench.stack import free_port
+from bench.process import free_port
 from nexhb import config
 from tests import routing
 from tests.conftest import ADMIN_KEY, SOON_S, Agent, Nexhb, StartDaemon, example
 from tests.proxy import Relay, Streams
 from tests.routing import ENROLMENT, FALLBACK, HAPROXY, MIRROR, NGINX, ROUTE, NexMDM, Proxy, send
-from tests.tls import anything
+from tests.tls import accept_any_certificate
 
 UNKNOWN_TO_NEXHB, UNKNOWN = "a-token-that-only-nexmdm-knows-0123456789abc", "a-token-that-nobody-knows-0123456789abcdef"
 
@@ -37,13 +37,13 @@ UNKNOWN_TO_NEXHB, UNKNOWN = "a-token-that-only-nexmdm-knows-0123456789abc", "a-t
     ]
 )
 def kind(request: pytest.FixtureRequest) -> str:
-    """Each of them."""
+    """Return the kind of proxy: each test runs with both."""
     return str(request.param)
 
 
 @dataclass
 class Both:
-    """A proxy before nexhb and NexMDM, and a device that both know."""
+    """A proxy in front of nexhb and NexMDM, and a device that both know."""
 
     nexhb: Nexhb
     nexmdm: NexMDM
@@ -51,22 +51,22 @@ class Both:
     agent: Agent
 
     def beat(self, made_at: datetime, **changes: object) -> bytes:
-        """A heartbeat's body."""
+        """Return the body of a heartbeat."""
         return orjson.dumps(example(made_at, device_id=self.agent.device_id, **changes))
 
     def client(self, address: str = "127.0.0.1") -> aiohttp.ClientSession:
-        """A device's connection, kept alive."""
-        connector = aiohttp.TCPConnector(ssl=anything(), limit=1, local_addr=(address, 0))
+        """Return a client with one keep-alive connection, like a device's."""
+        connector = aiohttp.TCPConnector(ssl=accept_any_certificate(), limit=1, local_addr=(address, 0))
         return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=SOON_S))
 
     async def rows(self) -> int:
-        """Heartbeats that nexhb has."""
+        """Return how many heartbeats nexhb has."""
         [(count,)] = await self.nexhb.rows("SELECT count(*) FROM device_heartbeats")
         return int(count)
 
 
 class Line(Relay):
-    """Between the proxy and nexhb; it can be taken away and given back."""
+    """A forwarder between the proxy and nexhb, which can be switched off and on."""
 
     leads_to = 0
 
@@ -79,15 +79,16 @@ Before = Callable[..., Awaitable[Both]]
 
 @pytest.fixture
 async def before(start_daemon: StartDaemon, kind: str, tmp_path: Path) -> AsyncIterator[Before]:
-    """Put the proxy before both. `without` are lines that an operator comments out; `nexhb_port` is another nexhb's."""
+    """Return a function that starts a proxy in front of nexhb and NexMDM. `without`: lines to comment out;
+    `nexhb_port`: the port of another nexhb."""
     async with AsyncExitStack() as stack:
 
         async def start(*without: dict[str, str], nexhb_port: int = 0, failures_per_minute: int = 60) -> Both:
             nexhb = await start_daemon(
-                server=config.Server(
+                server=config.ServerSettings(
                     port=0, shutdown_timeout_seconds=2, trusted_proxies=[ip_network("127.0.0.1/32")]
                 ),
-                auth=config.Auth(admin_key=SecretStr(ADMIN_KEY), failures_per_minute=failures_per_minute),
+                auth=config.AuthSettings(admin_key=SecretStr(ADMIN_KEY), failures_per_minute=failures_per_minute),
             )  # fmt: skip
             agent = await nexhb.agent("kiosk-1")
             old = await stack.enter_async_context(routing.nexmdm(free_port(), [agent.token, UNKNOWN_TO_NEXHB]))
@@ -99,14 +100,14 @@ async def before(start_daemon: StartDaemon, kind: str, tmp_path: Path) -> AsyncI
         yield start
 
 
-async def test_heartbeats_go_to_nexhb_and_all_else_to_nexmdm(before: Before, now: datetime) -> None:
+async def test_heartbeats_go_to_nexhb_and_all_other_requests_to_nexmdm(before: Before, now: datetime) -> None:
     both = await before(MIRROR)
     url, token = both.proxy.url, both.agent.token
     queue = [example(now - timedelta(minutes=n), device_id="kiosk-1") for n in range(1, 201)]
-    async with both.client() as client:  # one connection for all, as an agent keeps its own
+    async with both.client() as client:  # one connection for all requests, as an agent keeps its own
         first = await send(client, f"{url}/v1/heartbeat", token, both.beat(now))
         slashed = await send(client, f"{url}//v1/heartbeat", token, both.beat(now - timedelta(hours=5)))
-        asked = await send(client, f"{url}/v1/heartbeat", token, both.beat(now), Expect="100-continue")
+        expecting = await send(client, f"{url}/v1/heartbeat", token, both.beat(now), Expect="100-continue")
         queried = await send(client, f"{url}/v1/heartbeat?source=agent", token, both.beat(now))
         large = await send(client, f"{url}/v1/heartbeat", token, both.beat(now, note=200_000 * "x"))
         packed = await send(
@@ -123,8 +124,8 @@ async def test_heartbeats_go_to_nexhb_and_all_else_to_nexmdm(before: Before, now
         )
     assert (first.status, first.body["deduplicated"]) == (200, False)
     assert (slashed.status, slashed.body["deduplicated"]) == (200, False)
-    assert (asked.status, asked.body["deduplicated"]) == (200, True)
-    # Refused by nexhb itself, with its reason.
+    assert (expecting.status, expecting.body["deduplicated"]) == (200, True)
+    # nexhb itself refuses these requests, with its own reason.
     assert [(one.status, one.body["status"]) for one in (queried, large, packed)] == [
         (400, 400),
         (413, 413),
@@ -150,7 +151,7 @@ async def test_heartbeats_go_to_nexhb_and_all_else_to_nexmdm(before: Before, now
 
 
 async def all_else_goes_to_nexmdm(both: Both) -> None:
-    """What an agent calls of its one base URL, with its bodies; and the dashboard."""
+    """Send the requests that an agent sends to its base URL, with their bodies, and those of the dashboard."""
     url, token = both.proxy.url, both.agent.token
     upload = bytes(3_000_000)
     calls = [
@@ -184,15 +185,15 @@ async def all_else_goes_to_nexmdm(both: Both) -> None:
     stream = both.nexmdm.calls[-1]
     assert (stream.path, stream.headers["Upgrade"]) == (f"/ws/stream/device/kiosk-1?token={token}", "websocket")
     for call in both.nexmdm.calls:
-        assert call.headers.getall("X-Forwarded-For") == ["127.0.0.1"]  # what a client writes there is not believed
+        assert call.headers.getall("X-Forwarded-For") == ["127.0.0.1"]  # the client's own header is not passed on
         assert call.headers["X-Forwarded-Proto"] == "https"
         assert call.headers["Authorization" if call is not stream else "Upgrade"]
     assert both.nexmdm.calls[0].headers["X-Admin"] == "key"
 
 
-async def test_nexmdm_gets_a_copy_and_no_device_waits_for_it(before: Before, now: datetime) -> None:
-    """nginx takes no further request of a connection while the copy of the last one is under way: with NexMDM hanging,
-    each heartbeat of a queue waited 10 s for the one before."""
+async def test_nexmdm_receives_a_copy_and_no_device_waits_for_it(before: Before, now: datetime) -> None:
+    """nginx reads no further request of a connection while it sends a copy of the last one. Formerly, while NexMDM
+    hung, each heartbeat of a queue waited 10 s for the previous heartbeat."""
     both = await before()
     made = (both.beat(now - timedelta(minutes=n)) for n in itertools.count())
     url, token, old = f"{both.proxy.url}/v1/heartbeat", both.agent.token, both.nexmdm
@@ -204,13 +205,14 @@ async def test_nexmdm_gets_a_copy_and_no_device_waits_for_it(before: Before, now
         assert sorted(call.body for call in old.of("/v1/heartbeat")) == sorted(sent)
         assert {call.headers["Authorization"] for call in old.calls} == {f"Bearer {token}"}
         assert {call.headers["X-Forwarded-For"] for call in old.calls} == {"127.0.0.1"}
-        assert (await send(client, f"{url}s", token, b"[%b]" % next(made))).body["written"] == 1  # which has no copy
+        # A queue is not copied.
+        assert (await send(client, f"{url}s", token, b"[%b]" % next(made))).body["written"] == 1
 
         old.hangs = True
         async with asyncio.timeout(SOON_S):
             for _ in range(150):
                 assert (await send(client, url, token, next(made))).status == 200
-        assert len(old.calls) <= 5 + 64  # of which those beyond were dropped
+        assert len(old.calls) <= 5 + 64  # further copies are dropped
 
         await old.stop()
         for _ in range(3):
@@ -219,21 +221,21 @@ async def test_nexmdm_gets_a_copy_and_no_device_waits_for_it(before: Before, now
     if both.proxy.kind == "nginx":
         assert 'limiting connections by zone "nexmdm_copies"' in both.proxy.log.read_text()
     else:
-        assert "copies wait for an answer" in both.proxy.log.read_text()
+        assert "copies wait for a response" in both.proxy.log.read_text()
 
 
-async def test_while_nexhb_is_away_devices_keep_what_they_have_and_nexmdm_gets_its_copies(
+async def test_while_nexhb_is_unavailable_devices_keep_their_heartbeats_and_nexmdm_receives_copies(
     before: Before, now: datetime
 ) -> None:
     async with Line().serving() as line:
         both = await before(nexhb_port=line.port)
         line.leads_to = int(both.nexhb.url.rpartition(":")[2])
-        line.take_away()
+        line.make_unreachable()
         beats = [both.beat(now - timedelta(minutes=n)) for n in range(3)]
-        for body in beats:  # a status that is no 2xx and no 401: the agent keeps the heartbeat, and its credentials
+        for body in beats:  # neither 2xx nor 401: the agent keeps the heartbeat and its credentials
             assert (await both.proxy.send("/v1/heartbeat", both.agent.token, body)).status in (502, 503)
         await both.nexmdm.until(lambda: len(both.nexmdm.calls) == 3)
-        line.give_back()
+        line.make_reachable()
         for body in beats:
             answer = await both.proxy.send("/v1/heartbeat", both.agent.token, body)
             assert (answer.status, answer.body["deduplicated"]) == (200, False)
@@ -241,9 +243,9 @@ async def test_while_nexhb_is_away_devices_keep_what_they_have_and_nexmdm_gets_i
         assert [call.body for call in both.nexmdm.calls[:3]] == beats
 
 
-async def test_a_token_that_nexhb_does_not_know_is_nexmdms(before: Before, now: datetime) -> None:
+async def test_a_heartbeat_with_a_token_that_nexhb_does_not_know_goes_to_nexmdm(before: Before, now: datetime) -> None:
     both = await before(MIRROR)
-    body = both.beat(now, note=60_000 * "x")  # the largest that nexhb takes is 64 kB
+    body = both.beat(now, note=60_000 * "x")  # nexhb accepts up to 64 kB
     answer = await both.proxy.send("/v1/heartbeat", UNKNOWN_TO_NEXHB, body)
     assert (answer.status, answer.body["by"]) == (200, "NexMDM")
     [call] = both.nexmdm.calls
@@ -253,25 +255,25 @@ async def test_a_token_that_nexhb_does_not_know_is_nexmdms(before: Before, now: 
     assert (await both.proxy.send("/v1/heartbeat", UNKNOWN, body)).status == 401
     assert (await both.proxy.send("/v1/heartbeat", both.agent.token, body)).body["deduplicated"] is False
     assert len(both.nexmdm.calls) == 2
-    await both.nexmdm.stop()  # while it is away nobody can say that the token is unknown
+    await both.nexmdm.stop()  # while NexMDM is unavailable, it is not known whether a token is unknown
     assert (await both.proxy.send("/v1/heartbeat", UNKNOWN, body)).status in (502, 503)
 
 
-async def test_only_heartbeats_move_and_an_operator_can_take_each_step_back(before: Before, now: datetime) -> None:
-    """The files' lines, commented out one after the other while the proxy serves, as the page says."""
+async def test_only_heartbeats_move_and_an_operator_can_undo_each_step(before: Before, now: datetime) -> None:
+    """The lines are commented out one after the other while the proxy runs, as docs/moving.md describes."""
     both = await before()
     proxy, old, token = both.proxy, both.nexmdm, both.agent.token
     assert proxy.comment_out(MIRROR[proxy.kind])
     await proxy.reload()
     assert (await proxy.send("/v1/heartbeat", token, both.beat(now))).status == 200
     assert (await proxy.send("/v1/heartbeat", UNKNOWN_TO_NEXHB, both.beat(now))).status == 200
-    assert len(old.calls) == 1  # the unknown token's
+    assert len(old.calls) == 1  # the request with the unknown token
     assert proxy.comment_out(FALLBACK[proxy.kind])
     await proxy.reload()
     assert (await proxy.send("/v1/heartbeat", UNKNOWN_TO_NEXHB, both.beat(now))).status == 401
     assert (await proxy.send("/v1/heartbeat", token, both.beat(now - timedelta(hours=1)))).status == 200
     assert (len(old.calls), await both.rows()) == (1, 2)
-    assert proxy.take_in(ENROLMENT[proxy.kind])
+    assert proxy.uncomment(ENROLMENT[proxy.kind])
     await proxy.reload()
     assert (await proxy.send("/v1/register?alias=a", "", b"", **{"X-Admin": "k"})).body["detail"].endswith("is token).")
     assert len(old.calls) == 1
@@ -281,8 +283,8 @@ async def test_only_heartbeats_move_and_an_operator_can_take_each_step_back(befo
     assert (len(old.calls), await both.rows()) == (2, 2)
 
 
-async def test_an_address_that_guesses_tokens_is_the_devices_own(before: Before, now: datetime) -> None:
-    """Limits go by address: without X-Forwarded-For one device that guesses would hold off all who call the proxy."""
+async def test_a_device_that_guesses_tokens_is_limited_by_its_own_address(before: Before, now: datetime) -> None:
+    """Rate limits apply by address: without X-Forwarded-For, one device that guesses would block all other devices."""
     both = await before(MIRROR, FALLBACK, failures_per_minute=1)
     url = f"{both.proxy.url}/v1/heartbeat"
     async with both.client("127.0.0.2") as guessing, both.client("127.0.0.3") as other:
@@ -296,14 +298,15 @@ async def test_an_address_that_guesses_tokens_is_the_devices_own(before: Before,
 
 
 async def test_any_other_refusal_of_nexhb_reaches_the_device_as_it_is(before: Before, now: datetime) -> None:
-    """Retry-After steers devices, and the reason is for whoever looks at one."""
-    said = iter((503, 429, 422, 410, 500))
+    """The proxy passes on Retry-After, which controls devices, and the reason, which helps people who examine a
+    device."""
+    statuses = iter((503, 429, 422, 410, 500))
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(
             b"HTTP/1.1 %d No\r\nContent-Type: application/problem+json\r\nRetry-After: 7\r\nContent-Length: 17\r\n"
-            b"Connection: close\r\n\r\n%b" % (next(said), b'{"detail": "why"}')
+            b"Connection: close\r\n\r\n%b" % (next(statuses), b'{"detail": "why"}')
         )
         await writer.drain()
         await reader.read(60_000)
@@ -318,11 +321,11 @@ async def test_any_other_refusal_of_nexhb_reaches_the_device_as_it_is(before: Be
 
 
 async def test_no_post_is_sent_twice(before: Before, now: datetime) -> None:
-    """The agent itself repeats a heartbeat; a proxy that repeated other calls would double acknowledgements."""
+    """The agent itself repeats heartbeats; a proxy that repeated other requests would send acknowledgements twice."""
     got: list[bytes] = []
 
     async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """The first request of a connection is answered, the second one is read, and the connection closed."""
+        """Respond to the first request of a connection, read the second one, and close the connection."""
         for number in range(2):
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
@@ -341,7 +344,7 @@ async def test_no_post_is_sent_twice(before: Before, now: datetime) -> None:
                 await send(client, f"{both.proxy.url}/v1/heartbeat", both.agent.token, both.beat(now))
             ).status == 200
             for _ in range(2):
-                with suppress(aiohttp.ServerDisconnectedError):  # HAProxy's answer where it had used that line before
+                with suppress(aiohttp.ServerDisconnectedError):  # HAProxy disconnects if the connection was reused
                     answer = await send(client, f"{both.proxy.url}/v1/heartbeat", both.agent.token, both.beat(now))
                     assert answer.status in (502, 503)
         assert (len(got), both.nexmdm.calls) == (3, [])

@@ -1,4 +1,4 @@
-"""A device's name and its revocation stand beside its last status, whoever changes them and whenever."""
+"""The last status holds the device's name and revocation, whoever changes them and whenever."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nexhb import devices
-from nexhb.db import Connection, Database
+from nexhb.devices import csv_import, registry, tokens
+from nexhb.postgres.connections import Connection, Database
 from tests.conftest import SOON_S, Agent, Nexhb
 
 HOUR = timedelta(hours=1)
@@ -18,17 +18,17 @@ BEGIN = """INSERT INTO device_last_status (device_no, device_id, last_ts, receiv
 
 
 async def listed(nexhb: Nexhb) -> list[str | None]:
-    """The aliases of the offline list."""
+    """Return the aliases in the offline list."""
     return [row["alias"] for row in (await nexhb.get("/v1/devices/offline"))["devices"]]
 
 
 async def test_a_name_given_before_the_first_heartbeat_is_listed(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
-    agent = Agent(nexhb, "kiosk-1", await devices.add(conn, "kiosk-1", "Store 1"))
+    agent = Agent(nexhb, "kiosk-1", await registry.add(conn, "kiosk-1", "Store 1"))
     assert (await agent.live(now - HOUR, alias=None)).status == 200
     assert await listed(nexhb) == ["Store 1"]
 
 
-async def test_a_new_name_is_listed_whoever_gives_it(
+async def test_a_new_name_is_listed_no_matter_who_gives_it(
     nexhb: Nexhb, conn: Connection, now: datetime, tmp_path: Path
 ) -> None:
     agent = await nexhb.agent("kiosk-1")
@@ -37,8 +37,8 @@ async def test_a_new_name_is_listed_whoever_gives_it(
     assert (await agent.live(now - HOUR / 2, alias="by the next")).status == 200
     assert await listed(nexhb) == ["by the next"]
     table = tmp_path / "devices.csv"
-    table.write_text(f"device_id,alias,token\nkiosk-1,by import,{devices.new_token()}\n")
-    await devices.import_csv(conn, table)
+    table.write_text(f"device_id,alias,token\nkiosk-1,by import,{tokens.new_token()}\n")
+    await csv_import.import_csv(conn, table)
     assert await listed(nexhb) == ["by import"]
     await conn.execute("UPDATE devices SET alias = 'by hand'")
     assert await listed(nexhb) == ["by hand"]
@@ -46,7 +46,9 @@ async def test_a_new_name_is_listed_whoever_gives_it(
     assert await listed(nexhb) == [None]
 
 
-async def test_only_a_devices_first_heartbeat_pays_for_it(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
+async def test_only_a_devices_first_heartbeat_locks_its_row_in_devices(
+    nexhb: Nexhb, conn: Connection, now: datetime
+) -> None:
     agent = await nexhb.agent("kiosk-1")
     await agent.live(now - 2 * HOUR)
     locked_by = await conn.fetchval("SELECT xmax FROM devices")
@@ -56,7 +58,7 @@ async def test_only_a_devices_first_heartbeat_pays_for_it(nexhb: Nexhb, conn: Co
 
 
 @pytest.mark.parametrize("was", ["ok", "inactive"])
-async def test_a_revocation_by_hand_takes_it_from_the_lists_and_back(
+async def test_a_revocation_in_sql_removes_the_device_from_the_lists_until_it_is_undone(
     nexhb: Nexhb, conn: Connection, now: datetime, was: str
 ) -> None:
     await (await nexhb.agent("kiosk-1")).live(now - HOUR)
@@ -69,23 +71,23 @@ async def test_a_revocation_by_hand_takes_it_from_the_lists_and_back(
     assert len(await listed(nexhb)) == 1
 
 
-async def test_a_first_heartbeat_that_meets_a_revocation_is_revoked_whichever_comes_first(
+async def test_a_first_heartbeat_concurrent_with_a_revocation_leaves_the_status_revoked(
     database: Database, conn: Connection, now: datetime
 ) -> None:
-    await devices.add(conn, "kiosk-1", "Store 1")
+    await registry.add(conn, "kiosk-1", "Store 1")
     other = await database.connect(application="test", lock_timeout="5000")
     try:
         async with conn.transaction():
-            await devices.revoke(conn, "kiosk-1", now)
+            await registry.revoke(conn, "kiosk-1", now)
             beginning = asyncio.create_task(other.execute(BEGIN, now))
             await waits(conn, other)
         await beginning
         assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
-        await devices.rotate(conn, "kiosk-1")
+        await registry.rotate(conn, "kiosk-1")
         await conn.execute("DELETE FROM device_last_status")
         async with other.transaction():
             await other.execute(BEGIN, now)
-            revoking = asyncio.create_task(devices.revoke(conn, "kiosk-1", now))
+            revoking = asyncio.create_task(registry.revoke(conn, "kiosk-1", now))
             await waits(other, conn)
         await revoking
         assert await conn.fetchval("SELECT status FROM device_last_status") == "revoked"
@@ -94,7 +96,7 @@ async def test_a_first_heartbeat_that_meets_a_revocation_is_revoked_whichever_co
 
 
 async def waits(watcher: Connection, waiting: Connection) -> None:
-    """Until the other's statement waits for a lock that the watcher holds."""
+    """Wait until the other connection's statement waits for a lock that the watcher holds."""
     async with asyncio.timeout(SOON_S):
         while watcher.get_server_pid() not in await watcher.fetchval(
             "SELECT pg_blocking_pids($1)", waiting.get_server_pid()
@@ -102,10 +104,10 @@ async def waits(watcher: Connection, waiting: Connection) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_aliases_and_revocations_that_were_there_come_over_with_the_migration(
+async def test_the_migration_copies_existing_aliases_and_revocations(
     nexhb: Nexhb, conn: Connection, now: datetime
 ) -> None:
-    """The migration's own statements, on a status of before it."""
+    """Run the migration's statements on a last status as it was before the migration."""
     await (await nexhb.agent("kiosk-1")).live(now - HOUR, alias="Store 1")
     await (await nexhb.agent("kiosk-2")).live(now - HOUR, alias="Store 2")
     await conn.execute(

@@ -1,4 +1,4 @@
-"""Who was refused, and which token is in two kiosks: said once in the log, and in the answer of every daemon."""
+"""Refused devices and shared tokens are logged once, and reported by every daemon."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from types import SimpleNamespace
 import orjson
 import pytest
 
-from nexhb import daemon, devices, identity, troubles, wire
-from nexhb.config import Ingest
-from nexhb.db import Connection, Database
-from nexhb.devices import Device
-from nexhb.identity import Watched
-from nexhb.troubles import Troubles
-from nexhb.twins import Kiosk
+from nexhb import daemon
+from nexhb.config import IngestSettings
+from nexhb.devices import registry, troubles
+from nexhb.devices.shared_tokens import Kiosk
+from nexhb.devices.store import Device
+from nexhb.devices.troubles import Troubles
+from nexhb.heartbeat import Heartbeat
+from nexhb.ingest import parser
+from nexhb.postgres import identity
+from nexhb.postgres.connections import Connection, Database
+from nexhb.postgres.identity import CheckedDatabase
 from tests.conftest import SOON_S, Nexhb, StartDaemon, example
 
 MADE = datetime(2026, 11, 24, 2, tzinfo=UTC)
 
-FIVE_HUNDRED = Ingest(device_burst=500, device_per_minute=1)
+FIVE_HUNDRED = IngestSettings(device_burst=500, device_per_minute=1)
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, object]]:
-    """Event, device and status of each line."""
+    """Record event, device and status of each log line."""
     lines: list[tuple[str, str, object]] = []
 
     class Log:
@@ -38,7 +42,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, object]]:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Troubles]:
-    """Each daemon's, in the order of their starts."""
+    """Record the troubles of each daemon, in the order of their starts."""
     made: list[Troubles] = []
 
     class Kept(Troubles):
@@ -51,19 +55,19 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[Troubles]:
 
 
 async def refusal(nexhb: Nexhb, device_id: str) -> dict[str, object] | None:
-    """As an operator sees it."""
+    """Return the device's last refusal as an operator sees it."""
     found: dict[str, object] | None = (await nexhb.get(f"/v1/devices/{device_id}"))["last_refusal"]
     return found
 
 
-async def test_whoever_was_refused_or_limited_is_named_once_and_every_daemon_says_why(
+async def test_a_refused_or_limited_device_is_logged_once_and_every_daemon_reports_the_reason(
     start_daemon: StartDaemon,
     now: datetime,
     conn: Connection,
     told: list[tuple[str, str, object]],
     kept: list[Troubles],
 ) -> None:
-    """There was a counter, and no device."""
+    """Formerly, refusals were only counted, and the counter named no device."""
     nexhb, second = await start_daemon(ingest=FIVE_HUNDRED), await start_daemon()
     agent = await nexhb.agent("kiosk-1")
     assert await refusal(nexhb, "kiosk-1") is None
@@ -89,17 +93,17 @@ async def test_whoever_was_refused_or_limited_is_named_once_and_every_daemon_say
     assert await refusal(second, "kiosk-1") is None
     await kept[0].flush()
     assert await refusal(second, "kiosk-1") == await refusal(nexhb, "kiosk-1")
-    await devices.revoke(conn, "kiosk-1", now)
+    await registry.revoke(conn, "kiosk-1", now)
     while (await agent.send(now)).status != 410:
         pass
     found = await refusal(nexhb, "kiosk-1")
     assert (found or {})["status"] == 410
     await kept[0].flush()
-    await kept[0].flush()  # nothing is new
+    await kept[0].flush()  # there is nothing new to write
     assert await refusal(second, "kiosk-1") == found
 
 
-async def test_a_token_in_two_kiosks_is_said_once_and_until_it_is_rotated(
+async def test_a_shared_token_is_logged_once_and_reported_until_it_is_rotated(
     start_daemon: StartDaemon,
     now: datetime,
     conn: Connection,
@@ -119,34 +123,34 @@ async def test_a_token_in_two_kiosks_is_said_once_and_until_it_is_rotated(
         found = (await daemons.get("/v1/devices/kiosk-1"))["token_shared"]
         assert {kiosk["ip"] for kiosk in found["kiosks"]} == {"192.168.1.50"}
         assert found["kiosks"][0]["booted_at"] != found["kiosks"][1]["booted_at"]
-    await devices.rotate(conn, "kiosk-1")
+    await registry.rotate(conn, "kiosk-1")
     assert (await second.get("/v1/devices/kiosk-1"))["token_shared"] is None
 
 
-def test_what_is_held_and_logged_is_bounded(
+def test_entries_and_log_lines_are_limited(
     told: list[tuple[str, str, object]], monkeypatch: pytest.MonkeyPatch, database: Database, now: datetime
 ) -> None:
-    monkeypatch.setattr(troubles, "HELD", 5)
+    monkeypatch.setattr(troubles, "MAX_ENTRIES", 5)
     kept = Troubles(database, lambda: now, 10)
     for number in range(300):
         kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "x" * 1_000)
     assert len(kept._refusals) == 5
     assert 100 <= len(told) < 150
-    assert len((kept.last_refusal("kiosk-299") or {})["reason"]) == troubles.REASON_MOST
+    assert len((kept.last_refusal("kiosk-299") or {})["reason"]) == troubles.MAX_REASON
     pair = (Kiosk("A", None, None, None), Kiosk("B", None, None, None))
     for number in range(20):
         kept._note(heartbeat(number), pair)
     assert list(kept._shared) == [f"kiosk-{number}" for number in range(15, 20)]
 
 
-def heartbeat(device_no: int) -> wire.Heartbeat:
-    """Of a device with this number."""
-    rules = wire.Rules("io.unitynodes.unityapp", 10, timedelta(days=7), timedelta(minutes=5))
+def heartbeat(device_no: int) -> Heartbeat:
+    """Return a heartbeat of the device with this number."""
+    rules = parser.HeartbeatRules("io.unitynodes.unityapp", 10, timedelta(days=7), timedelta(minutes=5))
     body = orjson.dumps(example(MADE))
-    return wire.parse(body, device_no=device_no, device_id=f"kiosk-{device_no}", received_at=MADE, rules=rules)
+    return parser.parse(body, device_no=device_no, device_id=f"kiosk-{device_no}", received_at=MADE, rules=rules)
 
 
-async def test_whoever_goes_on_being_refused_is_logged_again_after_an_hour_and_what_was_not_logged_is_counted(
+async def test_repeated_refusals_are_logged_again_after_an_hour_and_suppressed_lines_are_counted(
     told: list[tuple[str, str, object]], monkeypatch: pytest.MonkeyPatch, database: Database, now: datetime
 ) -> None:
     passed_s = 1e6
@@ -169,11 +173,11 @@ async def test_whoever_goes_on_being_refused_is_logged_again_after_an_hour_and_w
     assert told[-1] == ("device.refusals_not_logged", "None", 204 - (len(told) - 1))
 
 
-async def test_of_what_two_daemons_saw_the_newer_stays_and_since_when_is_the_first(
+async def test_of_two_daemons_the_newer_entry_and_the_earlier_start_are_kept(
     database: Database, conn: Connection, now: datetime
 ) -> None:
-    """They write once a minute each, in any order."""
-    await devices.add(conn, "kiosk-1", None)
+    """Each daemon writes once per minute, in any order."""
+    await registry.add(conn, "kiosk-1", None)
     device, pair = Device(1, "kiosk-1", revoked=False), (Kiosk("A", None, None, None), Kiosk("B", None, None, None))
     seen = {}
     for minutes in (0, 2, 1):
@@ -190,10 +194,10 @@ async def test_of_what_two_daemons_saw_the_newer_stays_and_since_when_is_the_fir
     assert (seen[0].token_shared("kiosk-1") or {})["since"] == now
 
 
-async def test_what_is_written_is_not_written_again(database: Database, conn: Connection, now: datetime) -> None:
-    """Ten thousand rows a minute, each of them locked."""
-    await devices.add(conn, "kiosk-1", None)
-    await devices.add(conn, "kiosk-2", None)
+async def test_an_entry_is_written_once(database: Database, conn: Connection, now: datetime) -> None:
+    """Formerly, ten thousand unchanged rows were locked and written every minute."""
+    await registry.add(conn, "kiosk-1", None)
+    await registry.add(conn, "kiosk-2", None)
     kept, locked = Troubles(database, lambda: now, 10), []
     for number in (1, 2):
         kept.refused(Device(number, f"kiosk-{number}", revoked=False), 422, "no")
@@ -202,21 +206,21 @@ async def test_what_is_written_is_not_written_again(database: Database, conn: Co
     assert locked[0] == locked[1]
 
 
-async def test_what_was_seen_of_the_database_before_is_not_written_under_its_numbers(
+async def test_entries_of_the_previous_database_are_not_written_to_another_one(
     database: Database, conn: Connection, now: datetime
 ) -> None:
-    """The connection that writes it finds the other database, and makes everybody forget."""
-    await devices.add(conn, "another", None)
-    lives = identity.Lives()
-    kept = Troubles(Watched.of(database, lives), lambda: now, 10)
-    lives.on_change(kept.forget)
-    lives._oid = 1
+    """The connection for the write detects the other database, which clears all entries."""
+    await registry.add(conn, "another", None)
+    tracker = identity.DatabaseTracker()
+    kept = Troubles(CheckedDatabase.wrap(database, tracker), lambda: now, 10)
+    tracker.on_change(kept.forget)
+    tracker._oid = 1
     kept.look(heartbeat(1))
     kept.refused(Device(1, "kiosk-1", revoked=False), 422, "no")
     kept._note(heartbeat(1), (Kiosk("A", None, None, None), Kiosk("B", None, None, None)))
     await kept.flush()
-    assert (lives.number, kept.last_refusal("kiosk-1"), kept.token_shared("kiosk-1")) == (1, None, None)
-    assert kept._twins._seen == {}
+    assert (tracker.epoch, kept.last_refusal("kiosk-1"), kept.token_shared("kiosk-1")) == (1, None, None)
+    assert kept._shared_tokens._seen == {}
     assert (
         await conn.fetchval("SELECT (SELECT count(*) FROM device_refusals) + (SELECT count(*) FROM shared_tokens)") == 0
     )

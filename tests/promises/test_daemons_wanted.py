@@ -1,31 +1,31 @@
-"""`nexhb:daemons_wanted` of the rules and the formula on the fleet's curve say the same of the same daemons."""
+"""The rule `nexhb:daemons_wanted` computes the formula of docs/runbook.md, "NexhbDaemonsWanted"."""
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bench.curve.wanted import Signals, daemons_wanted
-from bench.scrape import parse
 from nexhb.metrics import _WAITS, queue_wait
-from tests.promises.test_alerts import FOLDER, needs_promtool, promtool
+from tests.support.rules import FOLDER, needs_promtool, promtool
 
 BATCH_MAX = 2_000
-MINUTES = 6  # one more than the rates look back
-# (daemons, cores of all)
+MINUTES = 6  # one minute more than the range of the rates
+# (daemons, CPU cores that they use together)
 LOADS = [(1, 0.05), (1, 0.29), (1, 0.31), (1, 0.59), (1, 0.61), (1, 0.95), (3, 0.5), (3, 1.0), (3, 1.9), (3, 2.5)]
-# Upper bounds of the bucket that every wait and every lag lies in, or none, and heartbeats a batch: on either side of
-# the limits of 0.2 s, 0.1 s and nine tenths of ingest.batch_max, one at a time.
+# Each case has the upper bound of the bucket that contains all waits, the same for all lags (None: no observations),
+# and the heartbeats per batch. The
+# cases lie on either side of the limits of 0.2 s, 0.1 s and nine tenths of ingest.batch_max, one limit at a time.
 CASES: list[tuple[float | None, float | None, int]] = [
     (None, None, 1), (0.2, 0.1, 1_780), (0.5, None, 1), (0.01, 0.2, 1), (0.01, 0.01, 1_820), (10, 10, 2_000),
 ]  # fmt: skip
 
 
 def buckets(name: str, bound: float | None, instance: str) -> list[dict[str, str]]:
-    """A histogram all of whose observations, a second's worth each second, lie in one bucket."""
+    """Return a histogram with all observations in one bucket, one per second."""
     if bound is None:
         return []
     return [
@@ -37,16 +37,24 @@ def buckets(name: str, bound: float | None, instance: str) -> list[dict[str, str
     ]
 
 
-def quantile(bound: float | None) -> float | None:
-    """Its p99 as bench estimates it."""
+def p99_s(bound: float | None) -> float:
+    """Return the p99 of observations that are all in the bucket below a bound, as histogram_quantile estimates it."""
     if bound is None:
-        return None
-    lines = "".join(f'a_bucket{{le="{le}"}} {60 if le >= bound else 0}\n' for le in (*_WAITS, float("inf")))
-    return parse(f"# TYPE a histogram\n{lines}").quantile("a", 0.99)
+        return 0.0
+    low = max((le for le in map(float, _WAITS) if le < bound), default=0.0)
+    return low + 0.99 * (bound - low)
+
+
+def daemons_wanted(daemons: int, cores: float, wait: float | None, lag: float | None, batch_filled: float) -> int:
+    """Return the number of daemons that the CPU requires. If heartbeats wait although the CPU suffices, return at least
+    one daemon more than now run, unless the daemons use so little CPU that they must be waiting for PostgreSQL."""
+    by_cpu = max(1, math.ceil(cores / 0.6))
+    slow = p99_s(wait) > 0.2 or p99_s(lag) > 0.1 or batch_filled > 0.9
+    return max(by_cpu, daemons + 1) if slow and cores / daemons > 0.3 else by_cpu
 
 
 def series(daemons: int, cores: float, wait: float | None, lag: float | None, batch: int) -> list[dict[str, str]]:
-    """What so many daemons export; the first of them is the slow one."""
+    """Return the metrics of this many daemons, the first of which is slow."""
     found: list[dict[str, str]] = []
     for number in range(daemons):
         at = f'instance="kiosks:{9100 + number}", job="nexhb"'
@@ -65,11 +73,11 @@ def series(daemons: int, cores: float, wait: float | None, lag: float | None, ba
 
 
 @needs_promtool
-def test_the_rule_and_the_formula_of_the_curve_say_the_same(tmp_path: Path) -> None:
+def test_the_rule_and_the_formula_of_the_runbook_say_the_same(tmp_path: Path) -> None:
     tests: list[dict[str, Any]] = []
     said = set()
     for (daemons, cores), (wait, lag, batch) in product(LOADS, CASES):
-        wanted = daemons_wanted(Signals(daemons, cores, quantile(wait), quantile(lag), batch / BATCH_MAX))
+        wanted = daemons_wanted(daemons, cores, wait, lag, batch / BATCH_MAX)
         said.add((daemons, wanted))
         sample = {"labels": "nexhb:daemons_wanted", "value": wanted}
         asked = {"expr": "nexhb:daemons_wanted", "eval_time": f"{MINUTES}m", "exp_samples": [sample]}

@@ -1,4 +1,5 @@
-"""The lock files: every package by hash, each lock a part of the largest, and all that pyproject.toml asks for."""
+"""Each lock file has a hash for every package, is a subset of the largest lock file, and contains the dependencies of
+pyproject.toml."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ _ENTRY = re.compile(
 
 
 def entries(lock: str) -> dict[tuple[str, str], set[str]]:
-    """(name, version) → hashes; the whole file is made of nothing else."""
+    """Return (name, version) → hashes. The file must contain nothing else."""
     text = (HOUSE / lock).read_text()
     found = {(m["name"], m["version"]): set(m["hashes"].replace("\\", "").split()) for m in _ENTRY.finditer(text)}
-    assert _ENTRY.sub("", text) == "", f"{lock}: something stands there that is no pinned package with its hashes"
+    assert _ENTRY.sub("", text) == "", f"{lock} contains something other than pinned packages with their hashes"
     return found
 
 
 @pytest.mark.parametrize("lock", LOCKS)
-def test_every_package_is_pinned_with_its_hashes_and_nothing_else_stands_there(lock: str) -> None:
+def test_a_lock_file_contains_only_pinned_packages_with_hashes(lock: str) -> None:
     assert entries(lock)
 
 
@@ -44,7 +45,7 @@ def test_the_locks_pin_the_same_release_of_each_package(lock: str) -> None:
 
 @pytest.mark.parametrize(("lock", "extras"), [(lock, extras) for lock, extras in LOCKS.items() if extras])
 def test_the_locks_satisfy_pyproject(lock: str, extras: tuple[str, ...]) -> None:
-    """What is installed with --no-deps is checked by nobody else."""
+    """With --no-deps, pip does not check the dependencies itself."""
     pinned = dict(entries(lock))
     asked = list(PROJECT["project"]["dependencies"])
     for extra in extras:
@@ -54,7 +55,7 @@ def test_the_locks_satisfy_pyproject(lock: str, extras: tuple[str, ...]) -> None
         assert any(requirement.specifier.contains(version, prereleases=True) for version in versions), requirement
 
 
-def test_the_build_needs_what_its_lock_has() -> None:
+def test_the_lock_of_the_build_contains_what_the_build_requires() -> None:
     [backend] = map(Requirement, PROJECT["build-system"]["requires"])
     [version] = [version for name, version in entries("packaging/build.lock") if name == backend.name]
     assert backend.specifier.contains(version)

@@ -1,4 +1,4 @@
-"""The names that dashboards hold on to are on /metrics, new ones follow the rules, and no device is a label."""
+"""/metrics has the names that dashboards use, new names follow the rules, and no label contains a device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from datetime import datetime
 
 import orjson
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
 
-from nexhb import devices
+from nexhb.devices import tokens
 from tests.conftest import ADMIN_KEY, Nexhb, example
+from tests.support.scrape import Scrape, scrape
 
-# The seed's; kind as Prometheus has it.
+# The names that dashboards use, with their types in Prometheus.
 SEED = {
     "heartbeats_ingested_total": "counter",
     "hb_writes_total": "counter",
@@ -36,7 +35,7 @@ LABELS = {
     "reconciliation_runs_total": {"status"},
 }
 OF_THE_LIBRARY = ("python_", "process_")
-# Prometheus: base units, plural; a plain count or a state needs none.
+# Prometheus asks for base units in the plural; a plain count or a state needs no unit.
 UNITS_THAT_ARE_NOT_BASE = (
     "_ms",
     "_millis",
@@ -51,34 +50,9 @@ UNITS_THAT_ARE_NOT_BASE = (
 )
 
 
-class Scrape:
-    """What /metrics says at one moment."""
-
-    def __init__(self, text: str) -> None:
-        self.types = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
-        self.helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
-        self.samples: list[Sample] = [s for family in text_string_to_metric_families(text) for s in family.samples]
-
-    def of(self, name: str, **labels: str) -> list[Sample]:
-        """The samples of this name that have these labels."""
-        return [s for s in self.samples if s.name == name and labels.items() <= s.labels.items()]
-
-    def value(self, name: str, **labels: str) -> float:
-        """Their sum."""
-        return sum(sample.value for sample in self.of(name, **labels))
-
-
-async def scrape(nexhb: Nexhb) -> Scrape:
-    """GET /metrics, as Prometheus does."""
-    async with nexhb.http.get(f"{nexhb.url}/metrics", headers={"x-admin": ADMIN_KEY}) as response:
-        assert response.status == 200
-        assert response.headers["Content-Type"].startswith("text/plain")
-        return Scrape(await response.text())
-
-
 @pytest.fixture
 async def used(nexhb: Nexhb, now: datetime) -> tuple[Scrape, Scrape, list[str]]:
-    """/metrics before and after a daemon was used in every way; the secrets and names that were in play."""
+    """Return /metrics before and after a daemon was used in every way, and the secrets and names involved."""
     agent = await nexhb.agent("kiosk-of-the-metrics-test")
     before = await scrape(nexhb)
     assert (await agent.send(now)).status == 200
@@ -87,7 +61,7 @@ async def used(nexhb: Nexhb, now: datetime) -> tuple[Scrape, Scrape, list[str]]:
     assert (await agent.post(orjson.dumps(other))).status == 200
     assert (await agent.post(b"{")).status == 400
     assert (await agent.post(b"[]", "/v1/heartbeats")).status == 200
-    token, agent.token = agent.token, devices.new_token()
+    token, agent.token = agent.token, tokens.new_token()
     assert (await agent.send(now)).status == 401
     for path in ("", "/offline", "/unity-down", f"/{agent.device_id}", f"/{agent.device_id}/heartbeats"):
         await nexhb.get(f"/v1/devices{path}")
@@ -102,7 +76,7 @@ async def used(nexhb: Nexhb, now: datetime) -> tuple[Scrape, Scrape, list[str]]:
     return before, await scrape(nexhb), names
 
 
-async def test_the_seeds_names_are_there_and_count(used: tuple[Scrape, Scrape, list[str]]) -> None:
+async def test_the_metrics_of_the_old_system_exist_and_count(used: tuple[Scrape, Scrape, list[str]]) -> None:
     before, after, _ = used
 
     def gained(name: str, **labels: str) -> float:
@@ -115,8 +89,8 @@ async def test_the_seeds_names_are_there_and_count(used: tuple[Scrape, Scrape, l
     assert gained("heartbeats_ingested_total") == 4
     assert gained("hb_writes_total") == 1
     assert gained("hb_dedupe_total") == 2
-    assert gained("last_status_upserts_total") == 3  # a duplicate is a sign of life
-    assert before.value("partitions_created_total") >= 22  # a week back and two ahead, made at the start
+    assert gained("last_status_upserts_total") == 3  # a duplicate also shows that the device is alive
+    assert before.value("partitions_created_total") >= 22  # one week back and two weeks ahead, created at the start
     assert gained("partition_create_failures_total") == 0
     assert gained("reconciliation_runs_total", status="completed") == 1
     assert gained("nexhb_job_runs_total", job="nightly", status="completed") == 1
@@ -140,7 +114,7 @@ async def test_a_histogram_is_cumulative_and_ends_with_its_count(used: tuple[Scr
     assert after.value("http_request_latency_ms_sum", **labels) > 0
 
 
-async def test_every_new_name_says_whose_it_is_and_has_a_base_unit(used: tuple[Scrape, Scrape, list[str]]) -> None:
+async def test_every_new_name_has_the_prefix_nexhb_and_a_base_unit(used: tuple[Scrape, Scrape, list[str]]) -> None:
     _, after, _ = used
     ours = {name for name in after.types if not name.startswith(OF_THE_LIBRARY)}
     for name in ours - SEED.keys():
@@ -151,7 +125,9 @@ async def test_every_new_name_says_whose_it_is_and_has_a_base_unit(used: tuple[S
     assert len(ours) > len(SEED)
 
 
-async def test_labels_are_the_seeds_and_none_is_a_device(used: tuple[Scrape, Scrape, list[str]]) -> None:
+async def test_labels_are_those_of_the_old_system_and_none_identifies_a_device(
+    used: tuple[Scrape, Scrape, list[str]],
+) -> None:
     _, after, names = used
     for sample in after.samples:
         name = re.sub(r"_(bucket|count|sum)$", "", sample.name)
@@ -162,9 +138,9 @@ async def test_labels_are_the_seeds_and_none_is_a_device(used: tuple[Scrape, Scr
             assert not any(one in value for one in names), sample
 
 
-async def test_a_hundred_devices_more_are_not_a_series_more(nexhb: Nexhb, now: datetime) -> None:
+async def test_a_hundred_more_devices_add_no_time_series(nexhb: Nexhb, now: datetime) -> None:
     await (await nexhb.agent()).send(now)
-    await scrape(nexhb)  # /metrics counts itself from its second time on
+    await scrape(nexhb)  # from its second request on, /metrics includes itself
     before = await scrape(nexhb)
     for _ in range(100):
         agent = await nexhb.agent()

@@ -1,4 +1,4 @@
-"""No key that opens anything is in a tracked file. What looks like one and is none is ALLOWED, with its reason."""
+"""No tracked file contains a real key. Strings that only look like a key are in ALLOWED, with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[2]
 
-# The group is the secret, where there is one; else all that matches.
+# The secret is the pattern's group, if it has one, and else the whole match.
 RULES = {
     "a private key": r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
     "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -21,10 +21,11 @@ RULES = {
     "a bearer token": r"(?i)\bbearer[ +]([\w.~+/-]{20,}=*)",
     "a password in an address": r"\b[a-z][a-z0-9+.-]*://[^\s:/@\"'{}<>]+:([^\s:/@\"'{}<>]+)@",
     "a key with its name": r"(?i)(?:passw(?:or)?d|secret|token|_key)[\"']?\s*[:=]+\s*b?[\"']([^\s\"'{}<>$]{12,})[\"']",
-    # As nexhb makes them: 32 bytes in URL-safe base64. Without a digit and both cases it is a long name.
+    # Tokens as nexhb creates them: 32 bytes in URL-safe base64. A text without a digit and letters of both cases is a
+    # long name.
     "a token of nexhb": r"(?<![\w/+-])(?=[\w-]*[a-z])(?=[\w-]*[A-Z])(?=[\w-]*\d)[A-Za-z0-9_-]{43}(?![\w=/+-])",
 }
-# Each opens nothing, wherever it stands.
+# None of these gives access to anything, wherever it appears.
 ALLOWED = {
     "admin-key-of-the-tests-0123456789": "of the daemons that tests start",
     "admin-key-of-the-fault-machine": "of the daemons that the fault machine starts",
@@ -33,38 +34,40 @@ ALLOWED = {
     "the-secret-of-these-tests": "of the S3 server that tests start",
     "SignatureDoesNotMatch": "what S3 answers to a wrong key",
     "xk7-very-secret-0123456789": "a test looks for it in what is printed",
+    "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=": "a secret of webhooks that counts from 0 to f, twice",
+    "whsec_c2hvcnQ=": "a secret of webhooks that is too short",
     "geheim": "a test looks for it in an error",
     "password": "the word itself, in a pattern that hides one",
 }
 
 
 def secrets_in(text: str) -> Iterator[tuple[str, str]]:
-    """The rule and the secret, for everything that looks like one."""
+    """Yield the rule and the string for everything that looks like a secret."""
     for name, rule in RULES.items():
         for found in re.finditer(rule, text):
             yield name, found[found.re.groups]
 
 
 def tracked() -> list[Path]:
-    """Every file that git knows."""
+    """Return every file that git tracks."""
     if not (HOUSE / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=HOUSE, capture_output=True, check=True, text=True)
     return [path for name in listed.stdout.split("\0") if name and (path := HOUSE / name).is_file()]
 
 
-def test_no_tracked_file_holds_a_secret() -> None:
+def test_no_tracked_file_contains_a_secret() -> None:
     found = {
         (str(path.relative_to(HOUSE)), rule, secret)
         for path in tracked()
         for rule, secret in secrets_in(path.read_text(errors="replace"))
     }
-    # Only how it begins: whoever may read the log of a test need not be among those who may read the file.
+    # The failure shows only the first characters: not everybody who may read a test's log may read the file.
     assert {(path, rule, secret[:4]) for path, rule, secret in found if secret not in ALLOWED} == set()
-    assert ALLOWED.keys() <= {secret for _, _, secret in found}, "what is not there any more needs no permission"
+    assert ALLOWED.keys() <= {secret for _, _, secret in found}, "an allowed string no longer occurs"
 
 
-# In pieces, so that none of them is found in this file.
+# The examples are in pieces, so that the test above does not find them in this file.
 @pytest.mark.parametrize(
     ("rule", "pieces"),
     [
@@ -83,5 +86,5 @@ def test_no_tracked_file_holds_a_secret() -> None:
         ("a token of nexhb", ("TOKEN=q2Vh0n3rT1xY9zLk", "7BvCdEfGhIjKlMnOpQrStUvWxYz")),
     ],
 )
-def test_the_rules_find_what_they_are_for(rule: str, pieces: tuple[str, ...]) -> None:
+def test_the_rules_detect_secrets_of_each_kind(rule: str, pieces: tuple[str, ...]) -> None:
     assert rule in [found for found, _ in secrets_in("".join(pieces))]

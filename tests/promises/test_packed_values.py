@@ -1,4 +1,4 @@
-"""What wire.py packs is what PostgreSQL reads: it does the packing that asyncpg would do more slowly."""
+"""PostgreSQL reads the values that wire.py packs. wire.py packs them itself since asyncpg would do so more slowly."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from nexhb import db, wire
-from nexhb.db import Connection
+from nexhb.postgres import connections
+from nexhb.postgres.codecs import pack_ip, pack_moment
+from nexhb.postgres.connections import Connection
 
 
 @pytest.mark.parametrize(
@@ -22,9 +23,9 @@ from nexhb.db import Connection
         ("::ffff:10.0.0.1", "::ffff:10.0.0.1"),
     ],
 )
-async def test_a_packed_address_is_that_address(conn: Connection, said: str, stored: str) -> None:
-    await db.use_packed(conn)
-    packed = wire.pack_ip(said)
+async def test_a_packed_address_is_unpacked_by_postgresql_unchanged(conn: Connection, said: str, stored: str) -> None:
+    await connections.use_packed(conn)
+    packed = pack_ip(said)
     assert await conn.fetchval("SELECT host($1::inet)", packed) == stored
     assert await conn.fetchval("SELECT masklen($1::inet) = CASE family($1::inet) WHEN 4 THEN 32 ELSE 128 END", packed)
     assert await conn.fetchval("SELECT $1::text::inet", stored) == packed
@@ -42,10 +43,10 @@ async def test_a_packed_address_is_that_address(conn: Connection, said: str, sto
         datetime(2026, 11, 24, 2, tzinfo=timezone(timedelta(hours=5, minutes=45))),
     ],
 )
-async def test_a_packed_moment_is_that_moment(conn: Connection, moment: datetime) -> None:
+async def test_a_packed_time_is_unpacked_by_postgresql_unchanged(conn: Connection, moment: datetime) -> None:
     expected = await conn.fetchval("SELECT extract(epoch FROM $1::timestamptz)", moment)
-    await db.use_packed(conn)
-    for value in (moment, wire.pack_moment(moment)):
+    await connections.use_packed(conn)
+    for value in (moment, pack_moment(moment)):
         assert await conn.fetchval("SELECT extract(epoch FROM $1::timestamptz)", value) == expected
         assert await conn.fetchval("SELECT $1::timestamptz", value) == moment
-    assert await conn.fetchval("SELECT ($1::timestamptz[])[1]", [wire.pack_moment(moment)]) == moment
+    assert await conn.fetchval("SELECT ($1::timestamptz[])[1]", [pack_moment(moment)]) == moment

@@ -1,4 +1,4 @@
-"""sql/schema.sql, which people read, and sql/migrations/, which nexhb runs, come to the same database."""
+"""sql/schema.sql, which people read, and sql/migrations/, which nexhb runs, give the same database."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from nexhb import migrate, sql
-from nexhb.db import Connection, Database
+from nexhb.postgres import migrate, sql
+from nexhb.postgres.connections import Connection, Database
 
-# One query a kind of thing; each row is a line that names the thing and says everything about it.
+# One query per kind of object; each row is a line with the name and all properties of one object.
 CATALOG = {
     "relations": """
         SELECT format('%s %s %s options %s partitioned %s', c.relkind, c.relname, c.relpersistence,
@@ -50,20 +50,20 @@ CATALOG = {
 
 
 async def catalog(conn: Connection, kind: str) -> list[str]:
-    """Everything of this kind, a line each, in a fixed order."""
+    """Return one line for each object of this kind, in a fixed order."""
     return sorted(str(row[0]) for row in await conn.fetch(CATALOG[kind]))
 
 
 @pytest.fixture
 async def read(empty_database: Database) -> AsyncIterator[Connection]:
-    """A connection to a database made by schema.sql."""
+    """Yield a connection to a database created by schema.sql."""
     conn = await empty_database.connect(application="test")
     await conn.execute((sql.root() / "schema.sql").read_text(encoding="utf-8"))
     yield conn
     conn.terminate()
 
 
-async def test_what_is_read_is_what_is_run(read: Connection, conn: Connection) -> None:
+async def test_schema_sql_and_the_migrations_create_the_same_schema(read: Connection, conn: Connection) -> None:
     for kind in CATALOG:
         assert await catalog(read, kind) == await catalog(conn, kind), kind
 
@@ -78,6 +78,7 @@ async def test_the_comparison_sees_the_whole_schema(conn: Connection) -> None:
 
 
 async def test_schema_sql_is_not_a_migration_and_the_migrations_would_stop_at_it(read: Connection) -> None:
-    """Who runs schema.sql by hand has no journal: nexhb then says so and does not touch what is there."""
+    """A database created by hand from schema.sql has no journal of migrations: nexhb reports that and changes
+    nothing."""
     with pytest.raises(Exception, match="already exists"):
         await migrate.migrate(read, datetime.now(UTC))

@@ -1,4 +1,4 @@
-"""The systemd units: valid, closed to what they do not need, and with bounds that are the code's own."""
+"""The systemd units are valid, restricted to what they need, and have timeouts that match the code."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from pathlib import Path
 
 import pytest
 
-from nexhb import config, daemon, embedded, writer
+from nexhb import config, preparation, service, supervision
+from nexhb.ingest import connection, writer
+from nexhb.postgres import embedded, postmaster
 
 HOUSE = Path(__file__).parents[2]
 UNITS = ("nexhb.service", "nexhb@.service")
-# Known to systemd 254 and newer; the unit says so.
+# Keys that exist since systemd 254, as the unit says; an older systemd-analyze reports them as unknown.
 NEWER = re.compile(r".*: Unknown key '(RestartSteps|RestartMaxDelaySec)' in section \[Service\], ignoring\.")
 
 needs_analyze = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="no systemd-analyze here: apt-get install systemd"
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed: apt-get install systemd"
 )
 
 
 def lines_of(unit: str) -> list[str]:
-    """What it sets."""
+    """Return the settings of a unit."""
     text = (HOUSE / "packaging" / "systemd" / unit).read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
 def value(key: str, unit: str = "nexhb.service") -> str:
-    """The one value of a key."""
+    """Return the single value of a key."""
     [found] = [line.partition("=")[2] for line in lines_of(unit) if line.startswith(f"{key}=")]
     return found
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with the units, and with a program where they expect one."""
+    """Return a folder with the units and their program."""
     for unit in UNITS:
         text = (HOUSE / "packaging" / "systemd" / unit).read_text(encoding="utf-8")
         (tmp_path / unit).write_text(text.replace("/opt/nexhb/bin/nexhb", sys.executable))
@@ -45,7 +47,7 @@ def installed(tmp_path: Path) -> Path:
 
 @needs_analyze
 @pytest.mark.parametrize("unit", ["nexhb.service", "nexhb@9101.service"])
-def test_systemd_finds_nothing_wrong(installed: Path, unit: str) -> None:
+def test_systemd_analyze_reports_no_error(installed: Path, unit: str) -> None:
     path = installed / unit
     if not path.exists():
         path.symlink_to("nexhb@.service")
@@ -75,20 +77,20 @@ def test_the_template_is_the_unit_but_for_the_ports() -> None:
     }
 
 
-def test_its_bounds_are_longer_than_the_sums_of_the_daemons_own() -> None:
-    answers = config.Ingest().answer_within_seconds + config.Server().shutdown_timeout_seconds
-    stop = answers + embedded.LOCK_S + sum(seconds for _, seconds in embedded.STOPS)
+def test_the_timeouts_of_the_unit_exceed_the_sums_of_the_daemons_timeouts() -> None:
+    answers = config.IngestSettings().answer_within_seconds + config.ServerSettings().shutdown_timeout_seconds
+    stop = answers + embedded.LOCK_S + sum(seconds for _, seconds in postmaster.STOPS)
     assert float(value("TimeoutStopSec")) >= stop + 10
     assert float(value("TimeoutAbortSec")) >= answers + 10
-    assert float(value("WatchdogSec")) > writer.SILENT_MOST_S + daemon.STATUS_S
-    assert float(value("TimeoutStartSec")) > daemon.START_PATIENCE_S
-    assert daemon.ASKED_S > 2 * daemon.ASK_S  # one that is lost is no end
-    steps = (writer.ATTEMPT_S + 1, writer.PROBE_S, 4 * writer.STATEMENT_TIMEOUT_S + writer.RECOVER_WAIT_S)
-    assert max(steps) + 5 < writer.SILENT_MOST_S
+    assert float(value("WatchdogSec")) > writer.MAX_SILENT_S + supervision.STATUS_S
+    assert float(value("TimeoutStartSec")) > preparation.DATABASE_WAIT_S
+    assert service.EXTENSION_S > 2 * service.EXTEND_EVERY_S  # one lost extension of the timeout must not end the start
+    steps = (writer.ATTEMPT_S + 1, writer.PROBE_S, 4 * connection.STATEMENT_TIMEOUT_S + connection.RECOVER_WAIT_S)
+    assert max(steps) + 5 < writer.MAX_SILENT_S
 
 
-def test_its_home_is_one_that_it_may_enter() -> None:
-    # asyncpg looks for ~/.postgresql at each connection by TCP, and ended with PermissionError below ProtectHome.
+def test_the_units_home_directory_is_accessible_to_its_user() -> None:
+    # asyncpg looks for ~/.postgresql at each TCP connection; formerly, it raised PermissionError under ProtectHome.
     assert "Environment=HOME=/var/lib/nexhb" in lines_of("nexhb.service")
     assert value("ProtectHome") == "yes"
 
@@ -98,11 +100,11 @@ def test_a_crash_leaves_no_dump_with_keys_in_it() -> None:
 
 
 def test_an_outage_of_the_database_never_reaches_the_start_limit() -> None:
-    each = daemon.START_PATIENCE_S + float(value("RestartSec"))
+    each = preparation.DATABASE_WAIT_S + float(value("RestartSec"))
     assert float(value("StartLimitIntervalSec")) / each < int(value("StartLimitBurst"))
 
 
-def test_every_credential_that_the_daemon_reads_is_handed_to_it_and_none_need_be_there() -> None:
+def test_the_unit_passes_every_credential_that_the_daemon_reads_and_requires_none() -> None:
     loaded = {line.partition("=")[2].partition(":")[0] for line in lines_of(UNITS[0]) if "LoadCredential=" in line}
     absent = {line.partition("=")[2] for line in lines_of(UNITS[0]) if line.startswith("SetCredential=")}
     assert loaded == {*config.CREDENTIALS, "aws"}

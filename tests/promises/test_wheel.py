@@ -1,4 +1,4 @@
-"""The wheel that `pip install nexhb` fetches carries sql/ and works away from any checkout."""
+"""The wheel contains sql/, and works without a checkout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUSE = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built as a release would be: in isolation, from pyproject.toml alone."""
+    """Build the wheel like a release: in isolation, from pyproject.toml alone."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(HOUSE)]
     found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=220)
@@ -30,14 +30,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def names(wheel: Path) -> set[str]:
-    """What is in it."""
+    """Return the names of the files in the wheel."""
     with ZipFile(wheel) as archive:
         return set(archive.namelist())
 
 
 @pytest.fixture
 def unpacked(wheel: Path, tmp_path: Path) -> Path:
-    """The wheel as installed: its files in a folder that comes first."""
+    """Unpack the wheel into a folder for PYTHONPATH."""
     with ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()
@@ -45,7 +45,7 @@ def unpacked(wheel: Path, tmp_path: Path) -> Path:
 
 
 def python(unpacked: Path, *arguments: str) -> str:
-    """Run Python with the unpacked wheel first, and no checkout near; what it printed."""
+    """Run Python with the unpacked wheel, outside of the checkout, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NEXHB_")}
     found = subprocess.run(
         [sys.executable, "-P", *arguments],
@@ -57,13 +57,13 @@ def python(unpacked: Path, *arguments: str) -> str:
     return found.stdout.strip()
 
 
-def test_everything_of_sql_is_in_it(names: set[str]) -> None:
+def test_the_wheel_contains_every_file_of_sql(names: set[str]) -> None:
     files = [path for path in (HOUSE / "sql").rglob("*") if path.is_file()]
     assert {f"nexhb/sql/{path.relative_to(HOUSE / 'sql')}" for path in files} <= names
     assert {"nexhb/sql/migrations/0001_initial.sql", "nexhb/sql/queries/writer.sql", "nexhb/sql/schema.sql"} <= names
 
 
-def test_every_module_is_in_it_and_nothing_that_does_not_ship(names: set[str]) -> None:
+def test_the_wheel_contains_every_module_and_no_tests(names: set[str]) -> None:
     modules = {str(path.relative_to(HOUSE)) for path in (HOUSE / "nexhb").rglob("*.py")}
     assert modules <= names
     tops = {name.partition("/")[0] for name in names}
@@ -71,7 +71,7 @@ def test_every_module_is_in_it_and_nothing_that_does_not_ship(names: set[str]) -
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".toml"))]
 
 
-def test_it_has_its_licence_its_version_and_the_extra(wheel: Path, names: set[str]) -> None:
+def test_the_wheel_has_a_licence_a_version_and_the_extra_embedded(wheel: Path, names: set[str]) -> None:
     info = f"nexhb-{nexhb.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names
     with ZipFile(wheel) as archive:
@@ -87,7 +87,7 @@ def test_it_has_its_licence_its_version_and_the_extra(wheel: Path, names: set[st
     ]
 
 
-def test_the_command_is_nexhb(wheel: Path, unpacked: Path) -> None:
+def test_the_wheel_installs_the_command_nexhb(wheel: Path, unpacked: Path) -> None:
     scripts = configparser.ConfigParser()
     with ZipFile(wheel) as archive:
         scripts.read_string(archive.read(f"nexhb-{nexhb.__version__}.dist-info/entry_points.txt").decode())
@@ -96,17 +96,24 @@ def test_the_command_is_nexhb(wheel: Path, unpacked: Path) -> None:
     assert python(unpacked, "-c", call) == f"nexhb {nexhb.__version__}"
 
 
-def test_installed_it_finds_its_own_sql(unpacked: Path) -> None:
-    code = "import nexhb.sql, nexhb.migrate; print(nexhb.sql.root(), *(m.name for m in nexhb.migrate.find()))"
+def test_an_installed_nexhb_finds_its_sql_files(unpacked: Path) -> None:
+    code = "from nexhb.postgres import migrate, sql; print(sql.root(), *(m.name for m in migrate.find_migrations()))"
     root, *migrations = python(unpacked, "-c", code).split()
     assert Path(root) == unpacked / "nexhb" / "sql"
     assert migrations == sorted(path.stem for path in (HOUSE / "sql" / "migrations").glob("*.sql"))
     assert (
-        int(python(unpacked, "-c", "from nexhb import sql; print(len(sql.queries('writer')) + len(sql.legacy()))")) > 5
+        int(
+            python(
+                unpacked,
+                "-c",
+                "from nexhb.postgres import sql; print(len(sql.queries('writer')) + len(sql.history_reads()))",
+            )
+        )
+        > 5
     )
 
 
-def test_in_a_checkout_the_sql_beside_the_package_is_read() -> None:
-    from nexhb import sql  # noqa: PLC0415 - beside the test of the other case
+def test_in_a_checkout_the_sql_files_next_to_the_package_are_read() -> None:
+    from nexhb.postgres import sql  # noqa: PLC0415 - beside the test of the other case
 
     assert sql.root() == HOUSE / "sql"

@@ -1,4 +1,4 @@
-"""docs/wire.md and docs/openapi.yaml say of queues and of statuses what there is."""
+"""docs/wire.md names every media type of a queue, and docs/openapi.yaml explains every status of a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from nexhb.http import queues
+from nexhb.http.device_api import queues
 
 DOCS = Path(__file__).parents[2] / "docs"
 

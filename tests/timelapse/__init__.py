@@ -1,6 +1,6 @@
-"""The time-lapse: months of a fleet's life in minutes, through the real code, with everything going wrong on the way.
+"""The time-lapse: it simulates months of a fleet in minutes, with nexhb's own code and all kinds of faults.
 
-Simulated devices send to the real writer on a real PostgreSQL, the jobs run every simulated hour and night with the
-clock passed in, and a seeded deck of faults is dealt to the nights. At the end every heartbeat that was acknowledged is
-looked for, in the partitions and in the archives. `python -m tests.timelapse --seed 1` runs it.
+Simulated devices send to the real writer on a real PostgreSQL. The jobs run every simulated hour and night, and
+receive the simulated time. The seed determines which faults affect which night. At the end, the partitions and the
+archives must contain every heartbeat that was acknowledged. `python -m tests.timelapse --seed 1` runs it.
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.timelapse --days 200 --seed 1`, on a PostgreSQL of its own that goes with it."""
+"""Run `python -m tests.timelapse --days 200 --seed 1`. The run has its own PostgreSQL, which is deleted at the end."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ import typer
 import uvloop
 from rich.console import Console
 
-from nexhb import embedded, log, migrate
-from nexhb.db import Database
+from nexhb import log
+from nexhb.postgres import embedded, migrate
+from nexhb.postgres.connections import Database
 from tests.timelapse.checks import Check
 from tests.timelapse.days import live
-from tests.timelapse.ledger import Broken
+from tests.timelapse.ledger import BrokenPromise
 from tests.timelapse.report import progress, show
 from tests.timelapse.world import Settings, World
 
 
 def main(
     days: Annotated[int, typer.Option(min=20, help="Simulated days.")] = 200,
-    seed: Annotated[int, typer.Option(help="Which faults, when; which heartbeats.")] = 1,
-    retention: Annotated[int, typer.Option(min=8, help="Days that are kept.")] = 90,
-    minutes: Annotated[float, typer.Option(help="It must not take longer.")] = 5,
-    log_file: Annotated[Path | None, typer.Option("--log", help="Write nexhb's own log there.")] = None,
+    seed: Annotated[int, typer.Option(help="Determines the faults, their times and the heartbeats.")] = 1,
+    retention: Annotated[int, typer.Option(min=8, help="The retention in days.")] = 90,
+    minutes: Annotated[float, typer.Option(help="Fail if the run takes longer.")] = 5,
+    log_file: Annotated[Path | None, typer.Option("--log", help="Write nexhb's log to this file.")] = None,
 ) -> None:
-    """Live the days, print what was met and what holds. Exit code 1: something does not."""
+    """Simulate the days, then print the faults and the checks. Exit code 1: a check failed."""
     console = Console()
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="nexhb-timelapse-"))
-    folder.chmod(0o711)  # as root, PostgreSQL's own user must pass
+    folder.chmod(0o711)  # if root runs this, PostgreSQL's own user needs access
     try:
         with (log_file or folder / "nexhb.log").open("w") as stream:
             log.setup("info", stream)
             settings = Settings(seed=seed, days=days, retention_days=retention)
-            world, found = uvloop.run(_run(settings, folder, minutes, console))
-    except Broken as error:
-        console.print("Broken.", style="red")
+            world, results = uvloop.run(_run(settings, folder, minutes, console))
+    except BrokenPromise as error:
+        console.print("A promise of nexhb was broken.", style="red")
         console.print(f"{error}", highlight=False, markup=False)
-        again = f"python -m tests.timelapse --days {days} --seed {seed} --retention {retention} --log FILE"
-        console.print(f"Again: {again}", highlight=False, soft_wrap=True)
+        command = f"python -m tests.timelapse --days {days} --seed {seed} --retention {retention} --log FILE"
+        console.print(f"To repeat the run: {command}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    good = show(console, world, found, time.monotonic() - began)
-    raise typer.Exit(0 if good else 1)
+    passed = show(console, world, results, time.monotonic() - began)
+    raise typer.Exit(0 if passed else 1)
 
 
 async def _run(settings: Settings, folder: Path, minutes: float, console: Console) -> tuple[World, list[Check]]:
@@ -61,7 +62,7 @@ async def _run(settings: Settings, folder: Path, minutes: float, console: Consol
             async with asyncio.timeout(minutes * 60):
                 return await live(settings, server.dsn, folder, lambda world: progress(console, world))
         except TimeoutError:
-            raise Broken(f"It was not done within {minutes:g} minutes.") from None
+            raise BrokenPromise(f"The run took more than {minutes:g} minutes.") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What must hold when the last night is over."""
+"""The checks after the last night."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tests.timelapse.world import DAYS_AHEAD, START, World
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     figures: str
-    wrong: list[str]  # some of what is
+    wrong: list[str]  # examples of what is wrong
 
 
 async def checks(world: World) -> list[Check]:
-    """All of them."""
+    """Return the results of all checks."""
     await world.ingest.send_all()
-    archives = await catalog.every(world.conn)
+    archives = await catalog.current_archives(world.conn)
     return [
         await _partitions(world),
         await _leftovers(world),
@@ -37,22 +37,24 @@ async def checks(world: World) -> list[Check]:
         await _every_heartbeat(world, archives),
         await _last_status(world),
         await _runs(world),
-        await _own_ledger(world),
+        await _audit(world),
     ]
 
 
 async def _partitions(world: World) -> Check:
     today, settings = world.settings.end.date(), world.settings
-    wanted = partitions.days_between(
+    expected = partitions.days_between(
         today - timedelta(days=settings.retention_days), today + timedelta(days=DAYS_AHEAD)
     )
-    found = {p.start.date(): p for p in await partitions.attached(world.conn)}
+    attached = {p.start.date(): p for p in await partitions.attached(world.conn)}
     rows = await world.conn.fetch("SELECT range_start::date AS day, state FROM hb_partitions")
     states = {row["day"]: row["state"] for row in rows}
-    wrong = [f"{day} is missing" for day in wanted if day not in found]
-    wrong += [f"{day} is still there" for day in found if day not in wanted]
-    wrong += [f"{day} is attached, and {states.get(day)}" for day in found if states.get(day) != "active"]
-    return Check("exactly the days to be kept are attached", f"{len(found)} partitions", wrong)
+    wrong = [f"{day} is missing" for day in expected if day not in attached]
+    wrong += [f"{day} is still attached" for day in attached if day not in expected]
+    wrong += [
+        f"{day} is attached, but its state is {states.get(day)}" for day in attached if states.get(day) != "active"
+    ]
+    return Check("exactly the days within the retention are attached", f"{len(attached)} partitions", wrong)
 
 
 async def _leftovers(world: World) -> Check:
@@ -66,7 +68,9 @@ async def _leftovers(world: World) -> Check:
     spooled = list(world.spool.glob("*"))
     wrong = [f"pending: {row[0]}" for row in pending] + [f"detached: {row[0]}" for row in loose]
     wrong += [f"late: {dict(row)}" for row in late] + [f"spooled: {path.name}" for path in spooled]
-    return Check("nothing pending, detached, late or spooled", f"{len(wrong)} left", wrong)
+    return Check(
+        "no detach pending, no day detached, no late heartbeat, no file in the spool", f"{len(wrong)} left", wrong
+    )
 
 
 async def _verified(world: World, archives: list[Archived]) -> Check:
@@ -88,8 +92,8 @@ async def _older_days(world: World) -> Check:
         f"{day}: {dict(row)}" for day, row in states.items() if row["state"] != "dropped" or not row["archive_url"]
     ]
     older = partitions.days_between(START.date(), first - timedelta(days=1))
-    wrong += [f"{day} was never there" for day in older if day not in states]
-    return Check("every older day is in the archive only", f"{len(states)} days", wrong)
+    wrong += [f"{day} never had a partition" for day in older if day not in states]
+    return Check("every older day is only in the archive", f"{len(states)} days", wrong)
 
 
 async def _every_heartbeat(world: World, archives: list[Archived]) -> Check:
@@ -97,53 +101,52 @@ async def _every_heartbeat(world: World, archives: list[Archived]) -> Check:
     attached = {p.name for p in await partitions.attached(world.conn)}
     stored: list[Row] = []
     for archived in archives:
-        if archived.partition not in attached:  # one that is attached came back: its archive is of the past
+        if archived.partition not in attached:  # if the day is attached, it was restored, and its rows count instead
             manifest = await verify.load(world.store, world.store.name_of(archived.url), archived.sha256)
             async for rows in verify.rows(world.store, manifest):
                 stored += [row_of_texts(texts) for texts in rows]
     sent = world.ledger.rows
     times = Counter(key_of(row) for rows in (kept, stored) for row in rows)
     both = {key_of(row) for row in kept} & {key_of(row) for row in stored}
-    wrong = _some("missing", (key for key in sent if key not in times))
-    wrong += _some("never acknowledged", (key for key in times if key not in sent))
-    wrong += _some("in a partition and in an archive", both)
-    wrong += _some("twice", (key for key, n in times.items() if n > 1 and key not in both))
+    wrong = _examples("missing", (key for key in sent if key not in times))
+    wrong += _examples("never acknowledged", (key for key in times if key not in sent))
+    wrong += _examples("in a partition and in an archive", both)
+    wrong += _examples("twice", (key for key, n in times.items() if n > 1 and key not in both))
     others = [row for rows in (kept, stored) for row in rows if row not in sent.get(key_of(row), [row])]
-    wrong += _some("with other values than were sent", map(key_of, others))
-    wrong += [f"found {row}, sent {sent[key_of(row)]}" for row in others[:1]]
+    wrong += _examples("with other values than were sent", map(key_of, others))
+    wrong += [f"stored {row}, sent {sent[key_of(row)]}" for row in others[:1]]
     figures = f"{len(sent):,} acknowledged = {len(kept):,} in partitions + {len(stored):,} in archives"
-    return Check("every heartbeat once, with every value", figures, wrong)
+    return Check("every heartbeat is stored once, with the values that were sent", figures, wrong)
 
 
-def _some(what: str, keys: Iterable[Key]) -> list[str]:
-    found = sorted(keys)
-    return [f"{len(found)} {what}, {found[0]} first"] if found else []
+def _examples(what: str, keys: Iterable[Key]) -> list[str]:
+    affected = sorted(keys)
+    return [f"{len(affected)} {what}, the first is {affected[0]}"] if affected else []
 
 
-_STATUS = """
-    SELECT device_id, last_ts AS ts, received_at, clock_wrong, battery_pct, plugged, temp_c, network_type, ssid, ip,
-           signal_dbm, uptime_s, ram_used_mb, unity_pkg_version, unity_running, agent_version, device_no,
-           0 AS bucket, status
-    FROM device_last_status"""
+_STATUS = "SELECT *, last_ts AS ts, 0 AS bucket FROM device_last_status"
 
 
 async def _last_status(world: World) -> Check:
-    found = {record["device_no"]: record for record in await world.conn.fetch(_STATUS)}
+    statuses = {record["device_no"]: record for record in await world.conn.fetch(_STATUS)}
     since = world.settings.end - timedelta(days=world.settings.retention_days)
-    wrong = [f"{number} is not known" for number in found if number not in world.ledger.newest]
+    wrong = [f"device {number} never sent a heartbeat" for number in statuses if number not in world.ledger.newest]
     for number, newest in world.ledger.newest.items():
-        record = found.get(number)
+        record = statuses.get(number)
         if record is None or row_of_record(record)[:-1] != row_of(newest)[:-1]:
             wrong.append(f"{newest.device_id}: {record and dict(record)}, newest is {newest}")
-        elif record["status"] not in _statuses(world.ledger.heard[number], since, world.inactive_before):
-            wrong.append(f"{newest.device_id} is {record['status']}, last heard {world.ledger.heard[number]}")
-    inactive = sum(record["status"] == "inactive" for record in found.values())
-    return Check("the last status is the newest heartbeat", f"{len(found)} devices, {inactive} inactive", wrong)
+        elif record["status"] not in _statuses(world.ledger.last_received[number], since, world.inactive_before):
+            wrong.append(
+                f"{newest.device_id} is {record['status']}, last received {world.ledger.last_received[number]}"
+            )
+    inactive = sum(record["status"] == "inactive" for record in statuses.values())
+    return Check("the last status is the newest heartbeat", f"{len(statuses)} devices, {inactive} inactive", wrong)
 
 
-def _statuses(ts: datetime, since: datetime, ever: datetime) -> tuple[str, ...]:
-    """By the last night's retention, or by that of some night with a shorter one."""
-    return ("inactive",) if ts < since else ("ok", "inactive") if ts < ever else ("ok",)
+def _statuses(ts: datetime, since: datetime, inactive_before: datetime) -> tuple[str, ...]:
+    """Return the allowed statuses of a device that sent its last heartbeat at `ts`: the device is inactive according to
+    the retention of the last night, or may be according to a shorter retention of an earlier night."""
+    return ("inactive",) if ts < since else ("ok", "inactive") if ts < inactive_before else ("ok",)
 
 
 async def _runs(world: World) -> Check:
@@ -159,12 +162,15 @@ async def _runs(world: World) -> Check:
     )
 
 
-async def _own_ledger(world: World) -> Check:
-    """What `nexhb audit` says of each day."""
+async def _audit(world: World) -> Check:
+    """Check the result of `nexhb audit` for each day."""
     rows = await world.conn.fetch("SELECT range_start::date AS day FROM hb_partitions ORDER BY 1")
     audits = [await audit(world.conn, row["day"]) for row in rows]
-    wrong = [str(found.shown()) for found in audits if found.missing]
-    written, again = sum(found.written for found in audits), sum(len(rows) for rows in world.ledger.rows.values())
-    if not len(world.ledger.rows) <= written <= again:
-        wrong.append(f"{written} written, {len(world.ledger.rows)} to {again} were acknowledged")
-    return Check("nexhb audit agrees, day by day", f"{len(audits)} days, {written:,} written", wrong)
+    wrong = [str(result.as_dict()) for result in audits if result.missing]
+    written, acknowledged = (
+        sum(result.written for result in audits),
+        sum(len(rows) for rows in world.ledger.rows.values()),
+    )
+    if not len(world.ledger.rows) <= written <= acknowledged:
+        wrong.append(f"{written} written, {len(world.ledger.rows)} to {acknowledged} acknowledged")
+    return Check("nexhb audit has no difference on any day", f"{len(audits)} days, {written:,} written", wrong)

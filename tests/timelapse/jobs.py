@@ -1,4 +1,4 @@
-"""The real jobs, run at the world's time, and what is expected of them."""
+"""Run nexhb's jobs at the simulated time, and check their results."""
 
 from __future__ import annotations
 
@@ -10,75 +10,82 @@ from datetime import date, timedelta
 from typing import Any
 
 from nexhb.archive.store import Store
-from nexhb.db import Connection
-from nexhb.jobs import board, nightly, plan, runner
-from nexhb.jobs.nightly import Means
-from nexhb.jobs.plan import Day, Kind, Rules
-from nexhb.jobs.runner import Run
+from nexhb.jobs import nightly, plan, registry, runner
+from nexhb.jobs.nightly import NightlyContext
+from nexhb.jobs.plan import Day, NightlyRules, StepKind
+from nexhb.jobs.runner import JobRun
+from nexhb.postgres.connections import Connection
 from tests.timelapse import late
-from tests.timelapse.database import NIGHTLY, gone
+from tests.timelapse.database import NIGHTLY, wait_until_gone
 from tests.timelapse.fleet import WINDOW
-from tests.timelapse.ledger import Broken
+from tests.timelapse.ledger import BrokenPromise
 from tests.timelapse.world import World
 
 
 class Killed(BaseException):
-    """As by SIGKILL: no handler knows it."""
+    """The exception that stands for SIGKILL: no handler catches it."""
 
 
-class Drills(random.Random):
-    """Chance chooses this archive for the drill."""
+class DrillOf(random.Random):
+    """A random choice that always selects this archive for the drill (the nightly test restore)."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
         self._url = url
 
     def choice(self, seq: Any) -> Any:
-        """See random.Random."""
+        """Return the archive with the URL."""
         return next(archived for archived in seq if archived.url == self._url)
 
 
 async def run(
-    world: World, rules: Rules, at: Callable[[str], None] = nightly.nothing, chance: random.Random | None = None
-) -> Run:
-    """One nightly run."""
+    world: World,
+    rules: NightlyRules,
+    at: Callable[[str], None] = nightly.no_checkpoint,
+    chance: random.Random | None = None,
+) -> JobRun:
+    """Run the nightly job."""
 
     @asynccontextmanager
     async def store() -> AsyncIterator[Store]:
         yield world.store
 
     world.inactive_before = max(world.inactive_before, world.now - timedelta(days=rules.retention_days))
-    # Who shortens the retention says that most of the days are to leave.
-    yes = rules.retention_days < world.settings.retention_days
-    means = Means(rules, store, world.spool, chance or random.Random(world.rng.random()), at, yes=yes)
-    done = await runner.run(world.database, nightly.job(means), world.now)
+    # An operator who shortens the retention confirms that most of the days may be archived.
+    confirmed = rules.retention_days < world.settings.retention_days
+    context = NightlyContext(
+        rules, store, world.spool, chance or random.Random(world.rng.random()), at, confirmed=confirmed
+    )
+    done = await runner.run(world.database, nightly.nightly_job(context), world.now)
     world.done.update({name: n for name, n in done.counts.items() if type(n) is int})
     return done
 
 
-async def run_well(world: World, rules: Rules) -> Run:
-    """One that must do all of its work."""
+async def run_successfully(world: World, rules: NightlyRules) -> JobRun:
+    """Run the nightly job, which must succeed."""
     return _expect(await run(world, rules), "completed")
 
 
-async def run_badly(world: World, rules: Rules, chance: random.Random | None = None) -> Run:
-    """One that must fail, and say why."""
+async def run_failing(world: World, rules: NightlyRules, chance: random.Random | None = None) -> JobRun:
+    """Run the nightly job, which must fail with a reason."""
     return _expect(await run(world, rules, chance=chance), "failed")
 
 
-def _expect(done: Run, status: str) -> Run:
+def _expect(done: JobRun, status: str) -> JobRun:
     if done.status != status or (status == "failed") != bool(done.reason):
-        raise Broken(f"{done.job} was to be {status}, and is {done.status}: {done.reason}")
+        raise BrokenPromise(f"{done.job} should be {status}, but is {done.status}: {done.reason}")
     return done
 
 
-async def run_killed(world: World, rules: Rules, when: Callable[[str], bool]) -> bool:
-    """One that is killed at the first durable point of which `when` says so; False where there was none."""
+async def run_killed(world: World, rules: NightlyRules, when: Callable[[str], bool]) -> bool:
+    """Run the nightly job and kill it at the first checkpoint that `when` accepts. Return False if there was none."""
     conns: list[Connection] = []
     killed = False
 
     def connected(conn: Connection) -> None:
-        if killed:  # in a COPY asyncpg has an error of its own for a dead connection; a dead process would not see it
+        # If the kill was during a COPY, asyncpg raises its own error instead of Killed, and the run may try to connect
+        # again. A killed process could not do so.
+        if killed:
             conn.terminate()
             raise Killed
         conns.append(conn)
@@ -103,46 +110,48 @@ async def run_killed(world: World, rules: Rules, when: Callable[[str], bool]) ->
 
 
 async def after_kill(world: World) -> None:
-    """PostgreSQL has noticed; and there lies what a killed process leaves."""
-    await gone(world.conn, NIGHTLY)
+    """Wait until PostgreSQL has noticed the kill, and leave the files that a killed process would leave."""
+    await wait_until_gone(world.conn, NIGHTLY)
     world.spool.mkdir(exist_ok=True)
     (world.spool / f"object-{world.now:%Y%m%d%H%M}").write_bytes(b"half of an object")
     await late.send_late(world)
 
 
 async def reconcile(world: World) -> None:
-    """One run of the reconciliation."""
-    done = _expect(await runner.run(world.database, board.reconcile_job(), world.now), "completed")
-    world.done["status rows healed"] += done.counts["updated"]
+    """Run the reconciliation."""
+    done = _expect(await runner.run(world.database, registry.reconcile_job(), world.now), "completed")
+    world.done["status rows repaired"] += done.counts["updated"]
 
 
 @dataclass(frozen=True)
-class Sight:
-    """What tonight's plan holds."""
+class TonightsPlan:
+    """The properties of tonight's plan that determine which faults are possible."""
 
-    whole: bool  # an attached day is to be archived, and no detach is pending
-    leaving: list[str]  # what is archived
-    supplements: bool
-    dropped: list[date]  # days that are in the archive only
-    oldest: date  # attached
-    young: list[date]  # days of the accept window that stay tonight, and are over
+    has_attached_day: bool  # whether an attached day is to be archived and no detach is pending
+    days_to_archive: list[str]
+    has_supplements: bool  # whether late heartbeats of an archived day are to be archived
+    dropped_days: list[date]  # days that are only in the archive
+    oldest_day: date  # the oldest attached day
+    recent_days: list[date]  # past days within ingest.accept_past that are kept tonight
 
 
-async def look(world: World, rules: Rules) -> Sight:
-    """At tonight's plan."""
+async def read_plan(world: World, rules: NightlyRules) -> TonightsPlan:
+    """Read tonight's plan."""
     days = await nightly.read_days(world.conn)
     steps = plan.nightly(days, world.now, rules)
-    leaving = [step.day for step in steps if step.kind is Kind.ARCHIVE and step.day]
-    waiting = [step.day for step in steps if step.kind is Kind.LATE and step.day]
+    to_archive = [step.day for step in steps if step.kind is StepKind.ARCHIVE and step.day]
+    with_late = [step.day for step in steps if step.kind is StepKind.LATE and step.day]
 
-    def is_young(day: Day) -> bool:
-        return day.attached and day not in leaving and world.now - WINDOW < day.start and day.end < world.now
+    def is_recent(day: Day) -> bool:
+        return day.attached and day not in to_archive and world.now - WINDOW < day.start and day.end < world.now
 
-    return Sight(
-        whole=any(day.attached for day in leaving) and not any(day.detach_pending for day in days),
-        leaving=[day.name for day in leaving],
-        supplements=any(not day.present for day in waiting),
-        dropped=[day.start.date() for day in days if day.state == "dropped"],
-        oldest=min((day.start.date() for day in days if day.attached and not day.restored), default=world.now.date()),
-        young=[day.start.date() for day in days if is_young(day) and not day.restored],
+    return TonightsPlan(
+        has_attached_day=any(day.attached for day in to_archive) and not any(day.detach_pending for day in days),
+        days_to_archive=[day.name for day in to_archive],
+        has_supplements=any(not day.present for day in with_late),
+        dropped_days=[day.start.date() for day in days if day.state == "dropped"],
+        oldest_day=min(
+            (day.start.date() for day in days if day.attached and not day.restored), default=world.now.date()
+        ),
+        recent_days=[day.start.date() for day in days if is_recent(day) and not day.restored],
     )

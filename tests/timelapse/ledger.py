@@ -1,4 +1,4 @@
-"""What was acknowledged, in plain Python: the rows that must be found at the end, whatever happened on the way."""
+"""The acknowledged heartbeats, in memory: the rows that must exist at the end, whatever happened."""
 
 from __future__ import annotations
 
@@ -12,35 +12,33 @@ import asyncpg
 import msgspec
 
 from nexhb.archive.manifest import COLUMNS
-from nexhb.batch import is_newer
-from nexhb.intake import Outcome
-from nexhb.wire import Heartbeat
+from nexhb.heartbeat import CONTENT, Heartbeat
+from nexhb.ingest.batch import is_newer
+from nexhb.ingest.intake import Outcome
 
 Key = tuple[int, int]  # device_no, bucket
-Row = tuple[Any, ...]  # in the order of COLUMNS, which is that of the view heartbeat_history
+Row = tuple[Any, ...]  # in the order of COLUMNS, as in the view heartbeat_history
 
 
-class Broken(BaseException):
-    """Something that nexhb promises did not hold. Not an Exception: a job would take it for a failure of its own."""
+class BrokenPromise(BaseException):
+    """A promise of nexhb was broken. Not an Exception, because a job would treat it as its own failure."""
 
 
 def _float32(value: float | None) -> float | None:
-    """As PostgreSQL's real keeps it."""
+    """Round as PostgreSQL's type real does."""
     return None if value is None else float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def row_of(h: Heartbeat) -> Row:
-    """As it must be found."""
-    return (
-        h.device_id, h.ts, h.received_at, h.clock_wrong, h.battery_pct, h.plugged, _float32(h.temp_c),
-        h.label.network_type or None, h.label.ssid or None, h.ip and str(ipaddress.ip_address(h.ip[4:])),
-        h.signal_dbm, h.uptime_s, h.ram_used_mb, h.label.unity_pkg_version or None, h.unity_running,
-        h.label.agent_version or None, h.device_no, h.bucket,
-    )  # fmt: skip
+    """Return the row that must exist for this heartbeat."""
+    values = msgspec.structs.asdict(h) | {name: text or None for name, text in h.label._asdict().items()}
+    values["temp_c"] = _float32(h.temp_c)
+    values["ip"] = h.ip and str(ipaddress.ip_address(h.ip[4:]))
+    return tuple(values[name] for name in COLUMNS)
 
 
 def row_of_record(record: asyncpg.Record) -> Row:
-    """A row of heartbeat_history."""
+    """Convert a row of heartbeat_history."""
     return tuple(_from_record(name, record[name]) for name in COLUMNS)
 
 
@@ -48,29 +46,38 @@ def _from_record(name: str, value: Any) -> Any:
     return str(value) if name == "ip" and value is not None else value
 
 
-_NUMBERS = ("battery_pct", "signal_dbm", "uptime_s", "ram_used_mb", "device_no", "bucket")
-_READ: dict[str, Callable[[str], Any]] = {
-    **{name: lambda text: text == "t" for name in ("clock_wrong", "plugged", "unity_running")},
-    **dict.fromkeys(_NUMBERS, int),
-    **dict.fromkeys(("ts", "received_at"), datetime.fromisoformat),
-    "temp_c": lambda text: _float32(float(text)),
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "boolean": lambda text: text == "t",
+    "integer": int,
+    "smallint": int,
+    "real": lambda text: _float32(float(text)),
+    "timestamptz": datetime.fromisoformat,
 }
+_TYPES = {column.name: column.type for column in CONTENT} | {
+    "ts": "timestamptz", "received_at": "timestamptz", "clock_wrong": "boolean", "device_no": "integer",
+    "bucket": "integer",
+}  # fmt: skip
 
 
 def row_of_texts(texts: Sequence[str]) -> Row:
-    """A row of an archive's CSV."""
+    """Convert a row of an archive's CSV."""
     if len(texts) != len(COLUMNS):
-        raise Broken(f"A row of an archive has {len(texts)} columns: {texts}")
-    return tuple(_READ.get(name, str)(text) if text else None for name, text in zip(COLUMNS, texts, strict=True))
+        raise BrokenPromise(f"A row of an archive has {len(texts)} columns: {texts}")
+    return tuple(_value(name, text) if text else None for name, text in zip(COLUMNS, texts, strict=True))
+
+
+def _value(name: str, text: str) -> Any:
+    return _PARSERS.get(_TYPES.get(name, "text"), str)(text)
 
 
 def key_of(row: Row) -> Key:
-    """The key of a row."""
+    """Return the key of a row."""
     return row[-2], row[-1]
 
 
-def _with_what_stays(known: Heartbeat | None, newer: Heartbeat) -> Heartbeat:
-    """What is known of a device once `newer` came: an app_version that it does not say stays."""
+def _with_kept_version(known: Heartbeat | None, newer: Heartbeat) -> Heartbeat:
+    """Return the status after the heartbeat `newer`; if the heartbeat has no app_version, the status keeps the earlier
+    value."""
     if known is None or newer.label.agent_version:
         return newer
     label = newer.label._replace(agent_version=known.label.agent_version)
@@ -81,35 +88,36 @@ class Ledger:
     """Every acknowledged heartbeat, by key, and the newest of each device."""
 
     def __init__(self) -> None:
-        self.rows: dict[Key, list[Row]] = {}  # what was acknowledged as written; see `again`
-        self.newest: dict[int, Heartbeat] = {}  # duplicates too: they move a status
-        self.heard: dict[int, datetime] = {}  # when a device was last heard
+        self.rows: dict[Key, list[Row]] = {}  # acknowledged as written; see `written_again`
+        self.newest: dict[int, Heartbeat] = {}  # including duplicates, which also change a status
+        self.last_received: dict[int, datetime] = {}  # when each device was last seen
         self.written = self.deduplicated = self.failed = 0
-        self.again = 0  # acknowledged as written though the key had been: its day was gone, nobody could know
-        self._doubtful: dict[Key, list[Row]] = {}  # answered 503: they may be in
+        # Acknowledged as written although they are duplicates: their day was archived, so they were not recognized.
+        self.written_again = 0
+        self._in_doubt: dict[Key, list[Row]] = {}  # received 503: they may be stored or not
 
-    def take(self, heartbeat: Heartbeat, outcome: Outcome) -> None:
-        """What a device heard."""
+    def record(self, heartbeat: Heartbeat, outcome: Outcome) -> None:
+        """Record the response to a heartbeat."""
         row = row_of(heartbeat)
         key = key_of(row)
         if outcome is Outcome.FAILED:
             self.failed += 1
-            self._doubtful.setdefault(key, []).append(row)
+            self._in_doubt.setdefault(key, []).append(row)
             return
         if outcome is Outcome.WRITTEN:
             self.written += 1
-            self.again += key in self.rows
+            self.written_again += key in self.rows
             self.rows.setdefault(key, []).append(row)
         elif outcome is Outcome.DEDUPLICATED:
             self.deduplicated += 1
             if key not in self.rows:
-                if key not in self._doubtful:
-                    raise Broken(f"{key} was called a duplicate and had never been written.")
-                self.rows[key] = self._doubtful.pop(key)
+                if key not in self._in_doubt:
+                    raise BrokenPromise(f"{key} was acknowledged as a duplicate, but had never been written.")
+                self.rows[key] = self._in_doubt.pop(key)
         else:
-            raise Broken(f"{heartbeat} was refused.")
+            raise BrokenPromise(f"{heartbeat} was rejected.")
         known = self.newest.get(heartbeat.device_no)
         if known is None or is_newer(known, heartbeat):
-            self.newest[heartbeat.device_no] = _with_what_stays(known, heartbeat)
-        heard = self.heard.get(heartbeat.device_no, heartbeat.received_at)
-        self.heard[heartbeat.device_no] = max(heard, heartbeat.received_at)
+            self.newest[heartbeat.device_no] = _with_kept_version(known, heartbeat)
+        last = self.last_received.get(heartbeat.device_no, heartbeat.received_at)
+        self.last_received[heartbeat.device_no] = max(last, heartbeat.received_at)

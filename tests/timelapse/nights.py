@@ -1,100 +1,102 @@
-"""One night: the day's rules, a card or none, the runs, and what must hold behind them."""
+"""Simulate a night: its rules, perhaps faults, the runs of the jobs, and the checks after them."""
 
 from __future__ import annotations
 
 from datetime import timedelta
 
-from nexhb.jobs.plan import Rules
-from tests.timelapse import busy, jobs, kills, late, operators, storage
-from tests.timelapse.cards import Card, Deck, some_dropped
-from tests.timelapse.jobs import Sight
-from tests.timelapse.ledger import Broken
+from nexhb.jobs.plan import NightlyRules
+from tests.timelapse import jobs, kills, late, operators, other_sessions, storage
+from tests.timelapse.fault_kinds import FaultKind, FaultPicker, has_dropped_day
+from tests.timelapse.jobs import TonightsPlan
+from tests.timelapse.ledger import BrokenPromise
 from tests.timelapse.world import START, World
 
 _WEEK = timedelta(days=7)
-_CALM = timedelta(days=3)  # at the end, to bring back and to archive what is left
-_YOUNG_LEAVE = _CALM + timedelta(days=2)
+_WITHOUT_FAULTS = timedelta(days=3)  # the last nights, which restore or archive the remaining days
+_NO_DETACH = _WITHOUT_FAULTS + timedelta(days=2)
 
 
-async def _miss_a_week(world: World, _rules: Rules, _sight: Sight) -> bool:
-    world.asleep_until = world.now + _WEEK
+async def _miss_week(world: World, _rules: NightlyRules, _tonight: TonightsPlan) -> bool:
+    world.paused_until = world.now + _WEEK
     return True
 
 
-def _week_fits(world: World, _sight: Sight) -> bool:
-    before_the_end = world.now + _WEEK < world.settings.end - _CALM
+def _can_miss_week(world: World, _tonight: TonightsPlan) -> bool:
+    before_the_end = world.now + _WEEK < world.settings.end - _WITHOUT_FAULTS
     return before_the_end and world.faults["a missed week"] < world.settings.missed_weeks and world.now - START > _WEEK
 
 
-async def _restore(world: World, rules: Rules, sight: Sight) -> bool:
-    await operators.bring_back(world, world.rng.choice(sight.dropped), world.rng.randint(1, 4))
-    await jobs.run_well(world, rules)
+async def _restore(world: World, rules: NightlyRules, tonight: TonightsPlan) -> bool:
+    await operators.restore_day(world, world.rng.choice(tonight.dropped_days), world.rng.randint(1, 4))
+    await jobs.run_successfully(world, rules)
     return True
 
 
-async def _take_out(world: World, rules: Rules, sight: Sight) -> bool:
-    """Behind the run: for a whole day heartbeats come for it, and the next run archives it."""
-    await jobs.run_well(world, rules)
-    await operators.take_out(world, world.rng.choice(sight.young))
+async def _detach_day(world: World, rules: NightlyRules, tonight: TonightsPlan) -> bool:
+    """Detach a recent day after the run: heartbeats for that day keep arriving, and the next run archives the day."""
+    await jobs.run_successfully(world, rules)
+    await operators.detach_day(world, world.rng.choice(tonight.recent_days))
     return True
 
 
-def _some_young(world: World, sight: Sight) -> bool:
-    return bool(sight.young) and world.now < world.settings.end - _YOUNG_LEAVE
+def _has_recent_day(world: World, tonight: TonightsPlan) -> bool:
+    return bool(tonight.recent_days) and world.now < world.settings.end - _NO_DETACH
 
 
-CARDS = (
-    *kills.CARDS,
-    *storage.CARDS,
-    *busy.CARDS,
-    Card("a missed week", _week_fits, _miss_a_week),
-    Card("a day restored for some nights", some_dropped, _restore),
-    Card("a young day detached", _some_young, _take_out),
+KINDS = (
+    *kills.KINDS,
+    *storage.KINDS,
+    *other_sessions.KINDS,
+    FaultKind("a missed week", _can_miss_week, _miss_week),
+    FaultKind("a day restored for some nights", has_dropped_day, _restore),
+    FaultKind("a recent day detached", _has_recent_day, _detach_day),
 )
 
 
-async def night(world: World, deck: Deck) -> None:
-    """Tonight's: up to three faults, one behind the other, and then perhaps a run that makes up for them."""
+async def night(world: World, picker: FaultPicker) -> None:
+    """Simulate a night: up to three faults in sequence, then perhaps a run without a fault, which must complete what
+    the faults interrupted."""
     settings = world.settings
-    rules = settings.rules(_keep(world))
+    rules = settings.rules(_retention_days(world))
     await operators.release(world)
-    faulty = world.now < settings.end - _CALM and world.rng.random() < settings.faulty_nights
-    for _ in range(world.rng.randint(1, settings.faults_a_night) if faulty else 0):
-        await _fault(world, deck, rules)
-        if world.now < world.asleep_until:
+    has_faults = world.now < settings.end - _WITHOUT_FAULTS and world.rng.random() < settings.faulty_nights
+    for _ in range(world.rng.randint(1, settings.faults_a_night) if has_faults else 0):
+        await _fault(world, picker, rules)
+        if world.now < world.paused_until:
             return
         world.now += timedelta(minutes=10)
-    if not faulty or world.rng.random() < 0.5:
-        await _calm(world, rules)
+    if not has_faults or world.rng.random() < 0.5:
+        await _run_without_fault(world, rules)
 
 
-async def _fault(world: World, deck: Deck, rules: Rules) -> None:
-    sight = await jobs.look(world, rules)
-    kept = (world.now.date() - sight.oldest).days
-    if not sight.leaving and kept > 3 and world.rng.random() < world.settings.shortened:
+async def _fault(world: World, picker: FaultPicker, rules: NightlyRules) -> None:
+    tonight = await jobs.read_plan(world, rules)
+    kept_days = (world.now.date() - tonight.oldest_day).days
+    if not tonight.days_to_archive and kept_days > 3 and world.rng.random() < world.settings.shortened:
         world.faults["retention shortened by a day"] += 1
-        rules = world.settings.rules(kept - 1)
-        sight = await jobs.look(world, rules)
-    card = deck.deal(world, sight)
-    if card is None:
+        rules = world.settings.rules(kept_days - 1)
+        tonight = await jobs.read_plan(world, rules)
+    kind = picker.pick(world, tonight)
+    if kind is None:
         return
-    world.playing = card.name
-    if await card.play(world, rules, sight):
-        world.faults[card.name] += 1
+    world.current_fault = kind.name
+    if await kind.run_night(world, rules, tonight):
+        world.faults[kind.name] += 1
     await late.send_late(world)
-    world.playing = ""
+    world.current_fault = ""
 
 
-def _keep(world: World) -> int:
-    """How many days are kept: now and then far too few, as long as that can be forgotten by the end."""
+def _retention_days(world: World) -> int:
+    """Return tonight's retention in days. Sometimes the retention is far too short, provided that this has no effect on
+    the result at the end."""
     settings = world.settings
     if world.now < settings.short_until and world.now - START > timedelta(days=3) and world.rng.random() < 0.4:
-        world.faults["retention of some days only"] += 1
+        world.faults["retention of only a few days"] += 1
         return world.rng.randint(2, 6)
     return settings.retention_days
 
 
-_LEFT = """
+_UNFINISHED = """
     WITH attached AS (SELECT p.* FROM hb_partitions p JOIN pg_inherits ON inhrelid = to_regclass(partition_name))
     SELECT (SELECT count(*) FROM pg_inherits WHERE inhdetachpending) AS pending,
            (SELECT count(*) FROM hb_partitions WHERE to_regclass(partition_name) IS NOT NULL)
@@ -105,20 +107,20 @@ _LEFT = """
            (SELECT count(*) FROM job_runs WHERE status = 'running') AS running"""
 
 
-async def _calm(world: World, rules: Rules) -> None:
-    """A run without a fault leaves nothing undone, whatever the runs before it left."""
-    await jobs.run_well(world, rules)
-    [left] = await world.conn.fetch(_LEFT)
-    if any(left):
-        raise Broken(f"A calm night left something undone: {dict(left)}")
+async def _run_without_fault(world: World, rules: NightlyRules) -> None:
+    """Check that a run without a fault completes everything, whatever the earlier runs left unfinished."""
+    await jobs.run_successfully(world, rules)
+    [unfinished] = await world.conn.fetch(_UNFINISHED)
+    if any(unfinished):
+        raise BrokenPromise(f"A night without a fault left something unfinished: {dict(unfinished)}")
 
 
-async def bring_everything_back(world: World) -> None:
-    """What left too early comes back before the end: an operator has noticed."""
+async def restore_days_archived_early(world: World) -> None:
+    """Before the end, restore the days that were archived too early, as an operator would."""
     first = world.settings.end.date() - timedelta(days=world.settings.retention_days)
-    sight = await jobs.look(world, world.settings.rules())
-    for day in sight.dropped:
+    tonight = await jobs.read_plan(world, world.settings.rules())
+    for day in tonight.dropped_days:
         if day >= first:
-            await operators.bring_back(world, day, 0)
-            world.faults["a day brought back at the end"] += 1
+            await operators.restore_day(world, day, 0)
+            world.faults["a day restored at the end"] += 1
     await operators.release(world, everything=True)

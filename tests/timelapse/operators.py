@@ -1,20 +1,21 @@
-"""What operators do: bring a day back, let it go again, take one out too early."""
+"""Actions of operators: restore a day, release a restored day, detach a day too early."""
 
 from __future__ import annotations
 
 from datetime import date, timedelta
 
-from nexhb import locks, partitions
+from nexhb import partitions, retirement
 from nexhb.archive import catalog, restore
-from nexhb.locks import Lock
-from tests.timelapse.ledger import Broken, key_of, row_of_record
+from nexhb.postgres import locks
+from nexhb.postgres.locks import Lock
+from tests.timelapse.ledger import BrokenPromise, key_of, row_of_record
 from tests.timelapse.world import World
 
-RESTORE = "nexhb archive"  # its connection's name
+RESTORE = "nexhb archive"  # the application name of a restore's connection
 
 
-async def bring_back(world: World, day: date, nights: int) -> None:
-    """As `nexhb archive restore` does; released some nights later."""
+async def restore_day(world: World, day: date, nights: int) -> None:
+    """Restore a day as `nexhb archive restore` does. The function `release` releases it `nights` nights later."""
     conn = await world.database.connect(application=RESTORE, lock_timeout="2000")
     try:
         async with locks.held(conn, Lock.NIGHTLY, wait=False):
@@ -28,26 +29,26 @@ async def bring_back(world: World, day: date, nights: int) -> None:
 
 
 async def _compare(world: World, day: date) -> None:
-    if await partitions.is_sealed(world.conn, partitions.name_of(day)):
-        raise Broken(f"{day} came back, and takes no rows.")
+    if await retirement.is_sealed(world.conn, partitions.table_name(day)):
+        raise BrokenPromise(f"{day} was restored, but accepts no rows.")
     query = "SELECT * FROM heartbeat_history WHERE ts >= $1 AND ts < $1 + interval '1 day'"
     rows = [row_of_record(record) for record in await world.conn.fetch(query, partitions.midnight(day))]
-    if strange := [row for row in rows if row not in world.ledger.rows.get(key_of(row), [])]:
-        raise Broken(f"{day} came back with rows that nobody sent, {strange[0]} among them.")
+    if unsent := [row for row in rows if row not in world.ledger.rows.get(key_of(row), [])]:
+        raise BrokenPromise(f"{day} was restored with rows that nobody sent, such as {unsent[0]}.")
 
 
 async def release(world: World, *, everything: bool = False) -> None:
-    """As `nexhb archive restore --release` does, for the days whose time has come."""
+    """Release the days that are due, as `nexhb archive restore --release` does."""
     for day, until in list(world.restored.items()):
         if everything or until <= world.now:
             await catalog.release(world.conn, day)
             del world.restored[day]
 
 
-async def take_out(world: World, day: date) -> None:
-    """A day leaves although it is young."""
+async def detach_day(world: World, day: date) -> None:
+    """Detach a day that is within the retention."""
     conn = await world.database.connect(application="timelapse detach", lock_timeout="2000")
     try:
-        await partitions.detach(conn, partitions.name_of(day))
+        await retirement.detach(conn, partitions.table_name(day))
     finally:
         await conn.close(timeout=5)

@@ -1,4 +1,4 @@
-"""A folder of archives that fails when it is told to."""
+"""An archive folder that fails on demand."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from nexhb.errors import ObjectExists, StoreError
 
 
 class Fault(enum.StrEnum):
-    """What the store does once; named as the table names it."""
+    """A fault that the store has once. The values are shown in the report."""
 
-    REFUSES_OBJECT = "storage refuses an object"
-    REFUSES_MANIFEST = "storage refuses only the manifest"
-    STORES_BUT_FAILS = "storage stores, and says that it failed"
-    STORES_ROT = "storage stores rotten bytes of an object"
-    STORES_ROTTEN_MANIFEST = "storage stores a rotten manifest"
-    GIVES_FLIPPED = "storage gives a flipped byte"
-    GIVES_CUT = "storage gives a truncated object"
-    GIVES_OTHER = "storage gives another object"
+    REJECTS_OBJECT = "store rejects an object"
+    REJECTS_MANIFEST = "store rejects the manifest"
+    STORES_BUT_FAILS = "store reports an error for a stored object"
+    DAMAGES_OBJECT = "store damages an object"
+    DAMAGES_MANIFEST = "store damages a manifest"
+    RETURNS_DAMAGED = "store returns a damaged object"
+    RETURNS_TRUNCATED = "store returns a truncated object"
+    RETURNS_OTHER = "store returns another object"
 
 
-_MANIFEST = (Fault.REFUSES_MANIFEST, Fault.STORES_ROTTEN_MANIFEST)
-_PUTS = (Fault.REFUSES_OBJECT, Fault.STORES_BUT_FAILS, Fault.STORES_ROT, *_MANIFEST)
+_MANIFEST = (Fault.REJECTS_MANIFEST, Fault.DAMAGES_MANIFEST)
+_PUTS = (Fault.REJECTS_OBJECT, Fault.STORES_BUT_FAILS, Fault.DAMAGES_OBJECT, *_MANIFEST)
 
 
 def flipped(raw: bytes, at: int) -> bytes:
-    """One bit of it is another."""
+    """Return the bytes with one bit flipped."""
     at %= len(raw)
     return raw[:at] + bytes((raw[at] ^ 0x10,)) + raw[at + 1 :]
 
 
 async def _nothing(_name: str) -> None:
-    """Nothing happens meanwhile."""
+    """Do nothing during a put."""
 
 
 class UnreliableStore:
@@ -45,21 +45,21 @@ class UnreliableStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.armed: Fault | None = None  # disarmed by the operation that it spoils
-        self.kind = "day"  # of the archive that it spoils: day | late
+        self.armed: Fault | None = None  # reset by the operation that the fault affects
+        self.kind = "day"  # kind of the archive that the fault affects: day | late
         self.last_put = ""
-        self.meanwhile: Callable[[str], Awaitable[None]] = _nothing  # during each put
+        self.meanwhile: Callable[[str], Awaitable[None]] = _nothing  # called during each put
         self._inner = FolderStore(folder, timeout_s=30)
-        self._fresh: set[str] = set()  # stored in this run
-        self._compared = ""  # an object that was there already: export looks whether it is the same
+        self._fresh: set[str] = set()  # names of objects stored since `arm`
+        self._compared = ""  # name of an existing object, which the export reads to compare it
 
     def arm(self, fault: Fault | None, kind: str) -> None:
-        """Spoil the next operation on an archive of that kind."""
+        """Make the next operation on an archive of this kind fail."""
         self.armed, self.kind = fault, kind
         self._fresh.clear()
 
     async def put(self, name: str, body: Path, sha256: bytes, *, overwrite: bool = False) -> None:
-        """See Store."""
+        """Store an object, or fail."""
         self.last_put = name
         await self.meanwhile(name)
         fault = self.armed
@@ -67,11 +67,11 @@ class UnreliableStore:
         if fault not in _PUTS or name.endswith(".json") != (fault in _MANIFEST) or f"/{self.kind}-" not in name:
             return await self._put(name, body, sha256, overwrite)
         self.armed = None
-        if fault in (Fault.STORES_ROT, Fault.STORES_ROTTEN_MANIFEST):
-            return await self._put_rotten(name, body)
+        if fault in (Fault.DAMAGES_OBJECT, Fault.DAMAGES_MANIFEST):
+            return await self._put_damaged(name, body)
         if fault is Fault.STORES_BUT_FAILS:
             await self._inner.put(name, body, sha256, overwrite=True)
-        raise StoreError(f"put {name}: out of order.")
+        raise StoreError(f"put {name}: the disk is faulty.")
 
     async def _put(self, name: str, body: Path, sha256: bytes, overwrite: bool) -> None:
         try:
@@ -80,37 +80,42 @@ class UnreliableStore:
             self._compared = name
             raise
 
-    async def _put_rotten(self, name: str, body: Path) -> None:
+    async def _put_damaged(self, name: str, body: Path) -> None:
         raw = flipped(await asyncio.to_thread(body.read_bytes), 20)
-        with tempfile.NamedTemporaryFile() as rotten:
-            rotten.write(raw)
-            rotten.flush()
-            await self._inner.put(name, Path(rotten.name), hashlib.sha256(raw).digest(), overwrite=True)
+        with tempfile.NamedTemporaryFile() as damaged:
+            damaged.write(raw)
+            damaged.flush()
+            await self._inner.put(name, Path(damaged.name), hashlib.sha256(raw).digest(), overwrite=True)
 
     async def get(self, name: str) -> AsyncGenerator[bytes, None]:
-        """See Store."""
+        """Yield an object's bytes, or wrong bytes."""
         compared, self._compared = self._compared == name, ""
         fault = self.armed
-        # Read back, just stored; what is read for another reason only where it is to be another object.
-        spoiled = fault is not None and fault not in _PUTS and name.endswith(".zst") and not compared
-        if not spoiled or f"/{self.kind}-" not in name or (name not in self._fresh and fault is not Fault.GIVES_OTHER):
+        # The fault affects the read-back of an object that was just stored; it affects other reads only if it returns
+        # another object.
+        is_affected = fault is not None and fault not in _PUTS and name.endswith(".zst") and not compared
+        if (
+            not is_affected
+            or f"/{self.kind}-" not in name
+            or (name not in self._fresh and fault is not Fault.RETURNS_OTHER)
+        ):
             async for chunk in self._inner.get(name):
                 yield chunk
             return
         self.armed = None
         raw = (self.folder / name).read_bytes()
-        if fault is Fault.GIVES_CUT:
+        if fault is Fault.RETURNS_TRUNCATED:
             yield raw[:-5]
-        elif fault is Fault.GIVES_FLIPPED:
+        elif fault is Fault.RETURNS_DAMAGED:
             yield flipped(raw, len(raw) // 2)
         else:
             others = sorted(path for path in self.folder.rglob("*.zst") if not name.endswith(path.name))
             yield others[0].read_bytes() if others else b""
 
     def url(self, name: str) -> str:
-        """See Store."""
+        """Return the object's URL."""
         return self._inner.url(name)
 
     def name_of(self, url: str) -> str:
-        """See Store."""
+        """Return the object's name."""
         return self._inner.name_of(url)

@@ -1,4 +1,4 @@
-"""What the audit makes of pip-audit's word."""
+"""What the audit of dependencies concludes from the reports of pip-audit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_THERE = {"name": "uvloop", "skip_reason": "Dependency not found on PyPI and 
 
 
 def heard(monkeypatch: pytest.MonkeyPatch, *reports: audit.Report) -> list[str]:
-    """Have pip-audit give these reports in turn; what it is asked about."""
+    """Let pip-audit return these reports in turn; return the list of the requirements that it is asked about."""
     asked: list[str] = []
 
     def ask(_folder: Path, requirements: Path) -> audit.Report:
@@ -27,7 +27,7 @@ def heard(monkeypatch: pytest.MonkeyPatch, *reports: audit.Report) -> list[str]:
 
 
 @pytest.mark.parametrize("silence", [{}, {"dependencies": [NOT_THERE]}, {"dependencies": [CLEAN]}])
-def test_a_service_that_does_not_know_the_vulnerable_one_has_checked_nothing(
+def test_a_service_that_does_not_report_a_known_vulnerability_fails_the_audit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], silence: audit.Report
 ) -> None:
     asked = heard(monkeypatch, silence)
@@ -36,7 +36,7 @@ def test_a_service_that_does_not_know_the_vulnerable_one_has_checked_nothing(
     assert "nothing was checked" in capsys.readouterr().out
 
 
-def test_a_service_that_falls_silent_has_checked_nothing(
+def test_a_service_that_stops_responding_fails_the_audit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard(monkeypatch, {"dependencies": [VULNERABLE]}, {})
@@ -44,7 +44,7 @@ def test_a_service_that_falls_silent_has_checked_nothing(
     assert "nothing was checked" in capsys.readouterr().out
 
 
-def test_a_package_that_the_service_does_not_know_was_not_checked(
+def test_a_package_that_the_service_does_not_know_fails_the_audit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard(monkeypatch, {"dependencies": [VULNERABLE]}, {"dependencies": [CLEAN, NOT_THERE]})
@@ -57,7 +57,7 @@ def test_a_lock_without_known_vulnerabilities_passes(monkeypatch: pytest.MonkeyP
     assert audit.main() == 0
 
 
-def test_a_known_vulnerability_fails_and_is_named(
+def test_a_known_vulnerability_fails_the_audit_and_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = heard(monkeypatch, {"dependencies": [VULNERABLE]}, {"dependencies": [CLEAN, VULNERABLE, NOT_THERE]})
@@ -68,7 +68,7 @@ def test_a_known_vulnerability_fails_and_is_named(
     assert "1 known vulnerabilities; not checked: uvloop" in out
 
 
-def test_one_that_is_ignored_for_a_reason_does_not_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_vulnerability_does_not_fail_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert audit.found({"dependencies": [VULNERABLE]})
     monkeypatch.setitem(audit.IGNORED, "CVE-2019-10906", "nexhb renders nothing")
     assert not audit.found({"dependencies": [VULNERABLE]})

@@ -1,4 +1,4 @@
-"""Bodies that come slowly: so much time for so many bytes."""
+"""Time limits of bodies that arrive slowly."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 from aiohttp import web
 
-from nexhb.http import body
-from nexhb.http.problem import Problem
+from nexhb.http.transport import body
+from nexhb.http.transport.problem import Problem
 
 
 class Slow:
-    """A request whose body comes in pieces of `size` bytes, each `takes_s` after it was asked for."""
+    """A request whose body arrives in pieces of `size` bytes, each `takes_s` after it was awaited."""
 
     def __init__(self, size: int, takes_s: float) -> None:
         self.content = self
@@ -34,7 +34,9 @@ class Slow:
 
 
 @pytest.mark.parametrize(("size", "in_time"), [(1_000, True), (400, True), (200, False), (1, False)])
-async def test_each_so_many_bytes_may_take_so_long(size: int, in_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_time_limit_applies_to_each_so_many_bytes(
+    size: int, in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Slow(size, takes_s=10)
     monkeypatch.setattr(body, "time", slow)
     pieces = body.Pieces(cast(web.Request, cast(Any, slow)), timeout_s=31, each_bytes=1_000)

@@ -1,4 +1,4 @@
-"""What is bounded, by how much of it there is: the results are the same without the bound."""
+"""Limits on memory, log lines and connections: no response or stored row would show that one is exceeded."""
 
 from __future__ import annotations
 
@@ -8,71 +8,79 @@ import resource
 import orjson
 import pytest
 
-from nexhb import daemon, log, writer
-from nexhb.db import Database
-from nexhb.devices import Device
-from nexhb.http import heartbeats
-from nexhb.intake import Intake
-from nexhb.ratelimit import Allowance
-from nexhb.writer import Writer
+from nexhb import log
+from nexhb.devices.store import Device
+from nexhb.http.device_api import admission
+from nexhb.ingest import writer
+from nexhb.ingest.intake import Intake
+from nexhb.ingest.writer import Writer
+from nexhb.open_files import RESERVED_FILES, connection_limit
+from nexhb.postgres.connections import Database
+from nexhb.rate_limit import RateLimiter
+from nexhb.readiness import Readiness
 
 
 @pytest.fixture
 def lines() -> io.StringIO:
-    """What is logged."""
+    """Return what is logged."""
     lines = io.StringIO()
     log.setup("info", lines)
     return lines
 
 
 def events(lines: io.StringIO, event: str) -> list[dict[str, object]]:
-    """Those of one name."""
-    found = [orjson.loads(line) for line in lines.getvalue().splitlines()]
-    return [one for one in found if one["event"] == event]
+    """Return the log lines with this event."""
+    events = [orjson.loads(line) for line in lines.getvalue().splitlines()]
+    return [each for each in events if each["event"] == event]
 
 
-async def test_a_failure_that_lasts_is_logged_each_time_and_traced_a_few_times(lines: io.StringIO) -> None:
-    intake = Intake(max_items=1, max_bytes=1)
-    failing = Writer(Database("postgresql://nobody@127.0.0.1:1/none"), intake, batch_max=1)
+async def test_a_lasting_failure_is_logged_each_time_but_with_a_traceback_only_a_few_times(lines: io.StringIO) -> None:
+    readiness = Readiness()
+    intake = Intake(readiness, max_items=1, max_bytes=1)
+    failing = Writer(Database("postgresql://nobody@127.0.0.1:1/none"), intake, readiness, batch_max=1)
     for number in range(1, 9):
         try:
             int("odd")
         except ValueError as error:
-            await failing._not_foreseen(error, 1)
-        assert bool(intake.failing_because) == (number >= writer.UNFORESEEN_MOST)
-    said = events(lines, "batch.failed_unexpectedly")
-    assert len(said) == 8
-    assert ["Traceback" in str(one) for one in said] == [True] * 3 + [False] * 5
+            failing._handle_unexpected_failure(error, 1)
+        assert readiness.is_ready == (number < writer.MAX_UNEXPECTED_FAILURES)
+    logged = events(lines, "batch.failed_unexpectedly")
+    assert len(logged) == 8
+    assert ["Traceback" in str(one) for one in logged] == [True] * 3 + [False] * 5
 
 
-def test_a_kiosk_that_calls_itself_otherwise_is_logged_once_and_not_for_ever_many(
-    lines: io.StringIO, monkeypatch: pytest.MonkeyPatch
+def test_a_foreign_device_id_is_logged_once_per_device_and_for_a_limited_number_of_devices(
+    lines: io.StringIO,
 ) -> None:
     logged = set(range(9_998))
-    monkeypatch.setattr(heartbeats, "_mismatch_logged", logged)
     for number in (20_000, 20_000, 20_001, 20_002, 20_003):
-        heartbeats._note_mismatch(Device(number, f"kiosk-{number}", revoked=False), "another")
-    said = [one["device_id"] for one in events(lines, "heartbeat.device_id_mismatch")]
-    assert said == ["kiosk-20000", "kiosk-20001"]
+        admission._report_mismatch(logged, Device(number, f"kiosk-{number}", revoked=False), "another")
+    device_ids = [line["device_id"] for line in events(lines, "heartbeat.device_id_mismatch")]
+    assert device_ids == ["kiosk-20000", "kiosk-20001"]
     assert len(logged) == 10_000
 
 
 @pytest.mark.parametrize(
     ("open_files", "wanted", "most"),
-    [(1024, 10_000, 1024 - daemon.OWN_FILES), (1024, 100, 100), (200, 10_000, 10), (resource.RLIM_INFINITY, 9, 9)],
+    [
+        (1024, 10_000, 1024 - RESERVED_FILES),
+        (1024, 100, 100),
+        (200, 10_000, 10),
+        (resource.RLIM_INFINITY, 9, 9),
+    ],
 )
-def test_clients_leave_open_files_for_the_daemons_own(
+def test_client_connections_leave_file_descriptors_for_the_daemon(
     monkeypatch: pytest.MonkeyPatch, open_files: int, wanted: int, most: int
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (open_files, open_files))
-    assert daemon.connections_most(wanted) == most
+    assert connection_limit(wanted) == most
 
 
-def test_what_is_given_back_may_be_taken_again_once_and_is_remembered_of_nobody() -> None:
-    allowance = Allowance(burst=3, per_second=0.001)
-    assert allowance.take("a", 0.0, 3) == 0.0
-    assert allowance.is_spent("a", 0.0)
-    allowance.give_back("a", 2)
-    assert [allowance.take("a", 0.0) > 0 for _ in range(3)] == [False, False, True]
-    allowance.give_back("never seen")
-    assert allowance._used_up_to.keys() == {"a"}
+def test_returned_permits_can_be_acquired_again_and_create_no_key() -> None:
+    limiter = RateLimiter(burst=3, per_second=0.001)
+    assert limiter.acquire("a", 0.0, 3).allowed
+    assert limiter.is_exhausted("a", 0.0)
+    limiter.give_back("a", 2)
+    assert [limiter.acquire("a", 0.0).allowed for _ in range(3)] == [True, True, False]
+    limiter.give_back("never seen")
+    assert limiter._used_up_to.keys() == {"a"}

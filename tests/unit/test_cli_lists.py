@@ -1,4 +1,4 @@
-"""Lists at the command line: whole in a pipe, whole at a terminal, and cut only where they say so."""
+"""Lists on the command line: complete in a pipe and at a terminal, and truncated only with a note."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any, cast
 
 import pytest
 
-from nexhb import devices as store
 from nexhb.cli import devices, tables
-from nexhb.db import Connection
+from nexhb.devices import registry as store
+from nexhb.postgres.connections import Connection
 
 LONG = "x" * 500
 ROWS = [("kiosk-1", LONG), ("[bold]kiosk[/bold] \N{SMILING FACE WITH OPEN MOUTH}", "a\tb\x1b[2Jc\nd")]
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, terminal: bool) -> str:
-    """What is printed of ROWS."""
+    """Return the output for ROWS."""
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     tables.show(("device_id", "alias"), ROWS)
     return capsys.readouterr().out
 
 
-def test_in_a_pipe_a_row_is_a_line_and_whole(
+def test_in_a_pipe_a_row_is_one_complete_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There was a box around it, cut at 80 columns."""
+    """Formerly, the list had a box around it, and was truncated at 80 columns."""
     lines = shown(monkeypatch, capsys, terminal=False).split("\n")
     assert lines == [
         "device_id\talias", f"kiosk-1\t{LONG}",
@@ -34,7 +34,7 @@ def test_in_a_pipe_a_row_is_a_line_and_whole(
     ]  # fmt: skip
 
 
-def test_at_a_terminal_a_long_cell_is_folded_and_nothing_is_markup(
+def test_at_a_terminal_a_long_cell_is_wrapped_and_markup_is_not_interpreted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = shown(monkeypatch, capsys, terminal=True)
@@ -46,10 +46,10 @@ def test_at_a_terminal_a_long_cell_is_folded_and_nothing_is_markup(
 
 @pytest.mark.parametrize("devices_there", [0, 1, 3, 6, 7])
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 4, 6, 7, 100])
-async def test_a_list_that_is_cut_names_where_it_goes_on_and_no_other_does(
+async def test_only_a_truncated_list_names_where_to_continue(
     monkeypatch: pytest.MonkeyPatch, devices_there: int, limit: int | None
 ) -> None:
-    """`devices list` of 20,000 showed 100."""
+    """Formerly, with 20,000 devices, `devices list` printed 100 of them without a note."""
     names = [f"kiosk-{number}" for number in range(devices_there)]
 
     async def page(_conn: object, after: str, wanted: int) -> list[dict[str, Any]]:

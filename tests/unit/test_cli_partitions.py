@@ -1,4 +1,4 @@
-"""nexhb partitions: how old its rows are."""
+"""`nexhb partitions` prints how old the row counts are."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def day(number: int, counted_at: datetime | None) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("counted", "said"),
+    ("counted", "expected"),
     [
         ([None, datetime(2026, 11, 28, 3, 1, tzinfo=UTC), datetime(2026, 11, 20, 3, tzinfo=UTC)], "2026-11-28 03:01Z;"),
-        ([None], "has counted none yet"),
+        ([None], "has not counted any yet"),
     ],
 )
-def test_the_list_says_of_when_its_rows_are(
+def test_the_list_shows_when_the_rows_were_counted(
     counted: list[datetime | None],
-    said: str,
+    expected: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -40,4 +40,4 @@ def test_the_list_says_of_when_its_rows_are(
     partitions.partitions()
     lines = capsys.readouterr().out.splitlines()
     assert "2026-11-29" in "".join(lines)
-    assert said in lines[-1]
+    assert expected in lines[-1]

@@ -1,4 +1,4 @@
-"""Settings: where a value comes from, and what is said of one that cannot be used."""
+"""Settings: where a value comes from, and the error messages for values that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from nexhb import config, configfile
+from nexhb import config
 from nexhb.cli.config import toml_lines
 from nexhb.config import Settings
+from nexhb.config import file as config_file
 from nexhb.errors import ConfigError
 
 SECRET = "xk7-very-secret-0123456789"  # in small letters, as messages are
@@ -24,7 +25,7 @@ SECRET = "xk7-very-secret-0123456789"  # in small letters, as messages are
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the machine, and no nexhb.toml in the present folder."""
+    """Hide the settings of this machine, and a nexhb.toml in the current folder."""
     for name in list(os.environ):
         if name.upper().startswith("NEXHB_"):
             monkeypatch.delenv(name)
@@ -36,7 +37,7 @@ Loaded = Callable[[str], Settings]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Loaded:
-    """The settings out of this TOML."""
+    """Return a function that loads the settings from TOML."""
 
     def load(text: str) -> Settings:
         file = tmp_path / "given.toml"
@@ -47,14 +48,14 @@ def load(tmp_path: Path) -> Loaded:
 
 
 def refusal(text: str, load: Loaded) -> str:
-    """What is said of this TOML."""
+    """Return the error message for this TOML."""
     with pytest.raises(ConfigError) as caught:
         load(text)
     return str(caught.value)
 
 
 def url_of(settings: Settings) -> str | None:
-    """database.url, readable."""
+    """Return database.url in plain text."""
     return settings.database.url.get_secret_value() if settings.database.url else None
 
 
@@ -98,13 +99,13 @@ def test_the_seeds_names_are_aliases(load: Loaded, monkeypatch: pytest.MonkeyPat
     assert found.auth.admin_key.get_secret_value() == SECRET
 
 
-def test_an_empty_alias_is_as_good_as_none(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_alias_counts_as_unset(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "")
     monkeypatch.setenv("ADMIN_KEY", "")
     assert (load("").database.url, load("").auth.admin_key) == (None, None)
 
 
-def test_the_file_is_the_named_one_else_the_environments_else_the_one_at_hand(
+def test_the_file_is_the_named_one_else_the_environments_else_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for port, name in ((1, "argument.toml"), (2, "environment.toml"), (3, "nexhb.toml")):
@@ -116,7 +117,7 @@ def test_the_file_is_the_named_one_else_the_environments_else_the_one_at_hand(
 
 
 def test_without_any_file_the_defaults_hold() -> None:
-    if configfile.find_file(None) is not None:
+    if config_file.find_file(None) is not None:
         pytest.skip("this machine has an /etc/nexhb/nexhb.toml")
     found = config.load()
     assert (found.server.host, found.server.port, found.ingest.bucket_seconds) == ("127.0.0.1", 8080, 10)
@@ -125,14 +126,14 @@ def test_without_any_file_the_defaults_hold() -> None:
 
 
 @pytest.mark.parametrize("by_environment", [True, False])
-def test_a_named_file_that_is_not_there_is_an_error_and_no_other_is_taken(
+def test_a_named_file_that_does_not_exist_is_an_error_and_no_other_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_environment: bool
 ) -> None:
     (tmp_path / "nexhb.toml").write_text("[server]\nport = 3\n")
     missing = tmp_path / "missing.toml"
     if by_environment:
         monkeypatch.setenv("NEXHB_CONFIG", str(missing))
-    with pytest.raises(ConfigError, match=r"no file .*missing\.toml"):
+    with pytest.raises(ConfigError, match=r"missing\.toml does not exist"):
         config.load(None if by_environment else missing)
 
 
@@ -156,7 +157,7 @@ def test_data_dir_is_systemds_else_roots_else_the_users_state_folder(monkeypatch
     assert found() == "/elsewhere"
 
 
-# ---- what is said of one that cannot be used --------------------------------------------------------------------
+# ---- error messages --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,21 +178,21 @@ def test_data_dir_is_systemds_else_roots_else_the_users_state_folder(monkeypatch
         ('[ingest]\naccept_past = "a week"', "ingest.accept_past", '"7 days"'),
         ('[ingest]\naccept_past = "7 fortnights"', "ingest.accept_past", '"7 days"'),
         ('[ingest]\naccept_past = "-7 days"', "ingest.accept_past", '"7 days"'),
-        ('[heartbeat]\nunity_package = ""', "heartbeat.unity_package", "at least 1"),
+        ('[heartbeat]\nunity_package = ""', "heartbeat.unity_package", "must not be empty"),
         ("[ingest]\nbucket_seconds = 7", "bucket_seconds", "divide a day"),
         ('[ingest]\naccept_past = "61 days"', "accept_past", "0 to 60 days"),
         ('[ingest]\naccept_future = "2 days"', "accept_future", "0 to 1 day"),
     ],
 )
-def test_a_bad_key_or_value_is_named_with_what_it_takes(load: Loaded, text: str, path: str, says: str) -> None:
-    said = refusal(text, load)
-    assert path in said
-    assert says in said
+def test_a_bad_key_or_value_is_named_with_the_allowed_ones(load: Loaded, text: str, path: str, says: str) -> None:
+    message = refusal(text, load)
+    assert path in message
+    assert says in message
 
 
 def test_every_bad_key_is_named_at_once(load: Loaded) -> None:
-    said = refusal("[server]\nport = -1\nprot = 1\n[ingest]\nbatch_max = 0", load)
-    assert all(path in said for path in ("server.port", "server.prot", "ingest.batch_max"))
+    message = refusal("[server]\nport = -1\nprot = 1\n[ingest]\nbatch_max = 0", load)
+    assert all(path in message for path in ("server.port", "server.prot", "ingest.batch_max"))
 
 
 @pytest.mark.parametrize(
@@ -209,9 +210,9 @@ def test_a_bad_name_or_value_in_the_environment_is_named(
     load: Loaded, monkeypatch: pytest.MonkeyPatch, name: str, path: str
 ) -> None:
     monkeypatch.setenv(name, SECRET)
-    said = refusal("", load)
-    assert path in said
-    assert SECRET not in said
+    message = refusal("", load)
+    assert path in message
+    assert SECRET not in message
 
 
 @pytest.mark.parametrize(
@@ -231,19 +232,19 @@ def test_a_secret_in_the_wrong_place_is_not_repeated(load: Loaded, text: str) ->
     assert SECRET not in refusal(text, load)
 
 
-def test_settings_shown_or_logged_show_no_secret(load: Loaded) -> None:
+def test_printed_settings_contain_no_secret(load: Loaded) -> None:
     found = load(f'[auth]\nadmin_key = "{SECRET}"\n[database]\nurl = "postgresql://nexhb:{SECRET}@host/nexhb"\n')
     assert SECRET not in repr(found)
     assert SECRET not in json.dumps(found.model_dump(mode="json"))
 
 
-def test_what_is_not_toml_is_named_by_file_and_line(load: Loaded) -> None:
-    said = refusal("[server]\nport == 8080\n", load)
-    assert "given.toml" in said
-    assert "line 2" in said
+def test_a_syntax_error_is_named_by_file_and_line(load: Loaded) -> None:
+    message = refusal("[server]\nport == 8080\n", load)
+    assert "given.toml" in message
+    assert "line 2" in message
 
 
-def test_settings_do_not_change(load: Loaded) -> None:
+def test_settings_are_immutable(load: Loaded) -> None:
     found = load("")
     with pytest.raises(ValueError, match="frozen"):
         found.server.port = 1
@@ -271,15 +272,15 @@ def test_settings_do_not_change(load: Loaded) -> None:
         (0, timedelta(0)),
     ],
 )
-def test_a_duration_is_a_number_of_seconds_or_says_its_unit(value: object, duration: timedelta) -> None:
+def test_a_duration_is_a_number_of_seconds_or_has_a_unit(value: object, duration: timedelta) -> None:
     assert config.parse_duration(value) == duration
 
 
 @pytest.mark.parametrize(
     "value", ["", "days", "7 weeks", "-1 day", "7 days 3 hours", "1e3", "PT2H", "nan", float("inf")]
 )
-def test_what_is_no_duration_says_what_one_is(value: object) -> None:
-    with pytest.raises(ValueError, match="takes a duration like"):
+def test_the_error_for_a_bad_duration_shows_a_good_one(value: object) -> None:
+    with pytest.raises(ValueError, match="must be a duration such as"):
         config.parse_duration(value)
 
 
@@ -292,16 +293,16 @@ def test_a_duration_may_come_from_the_file_and_from_the_environment(
     assert load('[ingest]\naccept_past = "36 hours"').ingest.accept_past == timedelta(days=2)
 
 
-# ---- found by looking for it ---------------------------------------------------------------------------------
+# ---- errors found in an audit of the configuration -----------------------------------------------------------
 
 
 def test_a_section_in_the_environment_that_is_no_json_is_an_error_by_name(
     load: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEXHB_DATABASE", f"postgresql://nexhb:{SECRET}@host/nexhb")
-    said = refusal("", load)
-    assert "NEXHB_DATABASE" in said
-    assert SECRET not in said
+    message = refusal("", load)
+    assert "NEXHB_DATABASE" in message
+    assert SECRET not in message
 
 
 def test_a_file_that_is_not_utf8_is_an_error_by_name(tmp_path: Path) -> None:
@@ -311,7 +312,7 @@ def test_a_file_that_is_not_utf8_is_an_error_by_name(tmp_path: Path) -> None:
         config.load(file)
 
 
-def test_a_duration_beyond_all_measure_is_an_error_by_name(load: Loaded) -> None:
+def test_a_duration_that_overflows_is_an_error_by_name(load: Loaded) -> None:
     assert "ingest.accept_past" in refusal('[ingest]\naccept_past = "9999999999999 days"', load)
 
 
@@ -320,16 +321,16 @@ def test_a_value_that_breaks_a_rule_is_named_by_its_whole_path(load: Loaded) -> 
 
 
 @pytest.mark.parametrize("key", ["accept_past", "queue_items"])
-def test_a_bool_is_no_number(load: Loaded, key: str) -> None:
+def test_a_bool_is_not_a_number(load: Loaded, key: str) -> None:
     refusal(f"[ingest]\n{key} = true", load)
 
 
-def test_an_empty_database_url_is_as_good_as_none(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_database_url_counts_as_unset(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEXHB_DATABASE__URL", "")
     assert load("").database.url is None
 
 
-def test_an_offline_threshold_beyond_all_measure_is_refused(load: Loaded) -> None:
+def test_an_offline_threshold_that_is_too_long_is_rejected(load: Loaded) -> None:
     refusal("[heartbeat]\noffline_after_seconds = 99999999999999", load)
 
 
@@ -345,11 +346,12 @@ def test_config_check_is_a_command(tmp_path: Path) -> None:
     ("interval", "offline_after", "doubtful"),
     [(60, 600, False), (600, 600, True), (600, 1_199, True), (600, 1_200, False)],
 )
-def test_config_check_warns_where_healthy_devices_would_count_as_offline(
+def test_config_check_warns_if_healthy_devices_would_count_as_offline(
     tmp_path: Path, interval: int, offline_after: int, doubtful: bool
 ) -> None:
-    """600 s with an interval of 600 s was taken in silence: each device is offline from then to its next heartbeat."""
-    rules = config.HeartbeatRules(interval_seconds=interval, offline_after_seconds=offline_after)
+    """A threshold of 600 s with an interval of 600 s needs a warning: each device counts as offline until its next
+    heartbeat arrives."""
+    rules = config.HeartbeatSettings(interval_seconds=interval, offline_after_seconds=offline_after)
     assert bool(rules.doubt()) is doubtful
     if (interval, offline_after) != (600, 600):
         return
@@ -388,8 +390,9 @@ jitter_seconds = 0.5
 
 
 @pytest.mark.parametrize("text", ["", EVERYTHING])
-def test_config_check_prints_what_the_file_takes(load: Loaded, text: str) -> None:
-    """Booleans came as Python's and durations as ISO 8601, and neither could be pasted."""
+def test_config_check_prints_valid_toml(load: Loaded, text: str) -> None:
+    """Formerly, booleans were printed as in Python and durations as in ISO 8601, and neither could be pasted into a
+    file."""
     found = load(text)
     printed = "\n".join(toml_lines(found))
     again = load("\n".join(line for line in printed.splitlines() if not line.startswith("#")))
@@ -402,23 +405,24 @@ def test_config_check_prints_what_the_file_takes(load: Loaded, text: str) -> Non
         assert 'ingest.accept_future = "90.500000 seconds"' in printed
 
 
-def test_a_refusal_keeps_the_case_of_what_it_names(load: Loaded) -> None:
+def test_an_error_message_keeps_the_case_of_names(load: Loaded) -> None:
     assert "AWS_ACCESS_KEY_ID" in refusal('[archive]\nurl = "s3://Key:geheim@Bucket/x"\n', load)
 
 
-# ---- what systemd hands over ------------------------------------------------------------------------------------
+# ---- credentials that systemd provides
+# ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """$CREDENTIALS_DIRECTORY."""
+    """Return the folder $CREDENTIALS_DIRECTORY."""
     folder = tmp_path / "credentials"
     folder.mkdir()
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
     return folder
 
 
-def test_a_credential_counts_where_neither_file_nor_environment_has_the_key(
+def test_a_credential_is_used_if_neither_file_nor_environment_has_the_key(
     load: Loaded, credentials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (credentials / "database_url").write_text("postgresql://credential/x\n")
@@ -438,7 +442,7 @@ def test_a_credential_counts_where_neither_file_nor_environment_has_the_key(
     assert found.auth.admin_key.get_secret_value() == "of-the-environment"
 
 
-def test_an_empty_credential_is_none_and_one_that_cannot_be_read_is_told_by_its_key(
+def test_an_empty_credential_counts_as_unset_and_an_unreadable_one_is_named_by_its_key(
     load: Loaded, credentials: Path
 ) -> None:
     (credentials / "database_url").write_text("\n")
@@ -457,7 +461,7 @@ def test_daemons_that_share_a_port_share_a_database(load: Loaded) -> None:
 
 
 def every_key() -> Iterator[tuple[str, set[Any]]]:
-    """Path and types of every key."""
+    """Yield path and types of every key."""
     for name, field in Settings.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
@@ -473,7 +477,7 @@ SCHEDULES = {"jobs.nightly", "jobs.reconcile"}
 
 
 def given(path: str, value: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """The settings with this key in a file or in the environment."""
+    """Load the settings with this key in a file or in the environment."""
     section, _, key = path.rpartition(".")
     if by == "file":
         return load((f"[{section}]\n" if section else "") + f"{key} = {json.dumps(value)}\n")
@@ -489,22 +493,23 @@ def value_of(path: str, settings: Settings) -> object:
 @pytest.mark.parametrize("by", ["file", "environment"])
 @pytest.mark.parametrize("path", KEYS)
 @pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_value_is_refused_by_name_but_for_a_secret_or_a_schedule(
+def test_an_empty_value_is_rejected_except_for_a_secret_or_a_schedule(
     path: str, value: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`NEXHB_SERVER__HOST=` listened on every interface, and an empty tls_cert_file was the present folder."""
+    """Formerly, nexhb listened on every interface with `NEXHB_SERVER__HOST=`, and took an empty tls_cert_file for the
+    current folder."""
     if SecretStr in KEYS[path]:
         assert value_of(path, given(path, value, by, load, monkeypatch)) is None
     elif path in SCHEDULES:
         assert value_of(path, given(path, value, by, load, monkeypatch)) == ""
     else:
-        with pytest.raises(ConfigError, match=rf"{path}: .*takes"):
+        with pytest.raises(ConfigError, match=rf"{path}: .*must (not )?be"):
             given(path, value, by, load, monkeypatch)
 
 
 @pytest.mark.parametrize("by", ["file", "environment"])
 @pytest.mark.parametrize("path", TEXTS)
-def test_a_text_with_a_variable_a_control_character_or_a_blank_around_it_is_refused_by_name(
+def test_a_text_with_a_variable_a_control_character_or_surrounding_spaces_is_rejected(
     path: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for value in ("$NAME", "${NAME}", "/srv/\x07x", "/srv/x\n", " /srv/x", "/srv/x "):
@@ -515,7 +520,7 @@ def test_a_text_with_a_variable_a_control_character_or_a_blank_around_it_is_refu
 
 @pytest.mark.parametrize("by", ["file", "environment"])
 @pytest.mark.parametrize("path", [path for path, types in KEYS.items() if Path in types])
-def test_a_place_is_an_absolute_path(path: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_must_be_absolute(path: str, by: str, load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("relative", "./x", "~/nexhb", "$HOME/nexhb", "${STATE}/x", "file:///srv/x"):
         with pytest.raises(ConfigError, match=rf"{path}: "):
             given(path, value, by, load, monkeypatch)
@@ -523,8 +528,8 @@ def test_a_place_is_an_absolute_path(path: str, by: str, load: Loaded, monkeypat
         assert value_of(path, given(path, "/mnt/my kiosks", by, load, monkeypatch)) == Path("/mnt/my kiosks")
 
 
-def test_an_empty_secret_hides_no_other_source(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty variable over the file's database.url would start an embedded PostgreSQL beside it."""
+def test_an_empty_secret_does_not_hide_another_source(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise an empty variable that overrides database.url would start an embedded PostgreSQL."""
     for name in ("NEXHB_DATABASE__URL", "DATABASE_URL"):
         monkeypatch.setenv(name, "")
         assert url_of(load('[database]\nurl = "postgresql://file/x"\n')) == "postgresql://file/x"
@@ -557,7 +562,7 @@ def test_an_empty_secret_hides_no_other_source(load: Loaded, monkeypatch: pytest
         ('[heartbeat]\nunity_package = "a b"', "heartbeat.unity_package"),
     ],
 )
-def test_an_address_that_a_run_would_fail_at_is_refused_at_the_start(load: Loaded, text: str, path: str) -> None:
+def test_an_address_that_a_job_could_not_use_is_rejected_at_the_start(load: Loaded, text: str, path: str) -> None:
     assert f"{path}: " in refusal(text, load)
 
 
@@ -568,34 +573,33 @@ def test_an_address_that_a_run_would_fail_at_is_refused_at_the_start(load: Loade
      ("archive", "endpoint_url", "http://127.0.0.1:9000"), ("archive", "endpoint_url", "https://[::1]:9000/"),
      ("archive", "endpoint_url", "https://account.r2.cloudflarestorage.com")],
 )  # fmt: skip
-def test_usual_addresses_are_taken(load: Loaded, section: str, key: str, value: str) -> None:
+def test_usual_addresses_are_accepted(load: Loaded, section: str, key: str, value: str) -> None:
     assert value_of(f"{section}.{key}", load(f'[{section}]\n{key} = "{value}"\n')) == value
 
 
-def test_a_list_in_the_environment_is_json_and_the_message_says_so(
-    load: Loaded, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_in_the_environment_must_be_json(load: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("10.0.0.0/8", "10.0.0.0/8,127.0.0.1", "", '{"a": 1}', '"10.0.0.0/8"'):
         monkeypatch.setenv("NEXHB_SERVER__TRUSTED_PROXIES", value)
-        said = refusal("", load)
-        assert "server.trusted_proxies: NEXHB_SERVER__TRUSTED_PROXIES takes a JSON list" in said
-        assert '["10.0.0.0/8", "127.0.0.1"]' in said
+        message = refusal("", load)
+        assert "server.trusted_proxies: NEXHB_SERVER__TRUSTED_PROXIES must be a JSON list" in message
+        assert '["10.0.0.0/8", "127.0.0.1"]' in message
     monkeypatch.setenv("NEXHB_SERVER__TRUSTED_PROXIES", '["10.0.0.0/8", "::1"]')
     assert [str(one) for one in load("").server.trusted_proxies] == ["10.0.0.0/8", "::1/128"]
 
 
-# ---- a file that is there, and cannot be read -------------------------------------------------------------------
+# ---- a file that exists but cannot be read -------------------------------------------------------------------
 
 
-def test_a_file_that_is_there_and_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dangling link, a folder or a file without permission was passed over: the daemon served another database."""
+def test_an_unreadable_file_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formerly, a dangling link, a folder or a file without permission was ignored, so that the daemon served another
+    database."""
     place = tmp_path / "etc" / "nexhb.toml"
-    monkeypatch.setattr(configfile, "PLACES", (Path("nexhb.toml"), place))
-    assert configfile.find_file(None) is None
+    monkeypatch.setattr(config_file, "DEFAULT_PATHS", (Path("nexhb.toml"), place))
+    assert config_file.find_file(None) is None
     place.parent.mkdir()
     for here in (tmp_path / "nexhb.toml", place):
         here.symlink_to(tmp_path / "gone.toml")
-        with pytest.raises(ConfigError, match=r"nexhb\.toml is a link to a file that is not there"):
+        with pytest.raises(ConfigError, match=r"nexhb\.toml is a link to a file that does not exist"):
             config.load()
         here.unlink()
         here.mkdir()
@@ -610,12 +614,12 @@ def test_a_file_that_is_there_and_cannot_be_read_is_an_error(tmp_path: Path, mon
         here.unlink()
     place.parent.rmdir()
     place.parent.touch()
-    with pytest.raises(ConfigError, match=r"Whether there is a file .*nexhb\.toml cannot be told: Not a directory"):
+    with pytest.raises(ConfigError, match=r"Cannot determine whether .*nexhb\.toml exists: Not a directory"):
         config.load()
 
 
 @pytest.mark.parametrize("closed", ["nexhb.toml", "."])
-def test_a_file_without_permission_is_an_error_for_whoever_is_not_root(tmp_path: Path, closed: str) -> None:
+def test_a_file_without_permission_is_an_error_for_an_ordinary_user(tmp_path: Path, closed: str) -> None:
     house = Path(config.__file__).parents[1]
     become = "os.setgroups([]); os.setgid(65534); os.setuid(65534)" if os.geteuid() == 0 else ""
     tmp_path.chmod(0o755)
@@ -624,17 +628,17 @@ def test_a_file_without_permission_is_an_error_for_whoever_is_not_root(tmp_path:
     place.write_text("[server]\nport = 1\n")
     (place.parent / closed).chmod(0)
     code = (
-        "import os; from pathlib import Path; from nexhb import config, configfile\n"
+        "import os; from pathlib import Path; from nexhb import config; from nexhb.config import file as configfile\n"
         "from nexhb.errors import ConfigError\n"
-        f"configfile.PLACES = (Path({str(place)!r}),); os.chdir('/'); {become}\n"
-        "for given in (None, configfile.PLACES[0]):\n"
+        f"configfile.DEFAULT_PATHS = (Path({str(place)!r}),); os.chdir('/'); {become}\n"
+        "for given in (None, configfile.DEFAULT_PATHS[0]):\n"
         "    try:\n        config.load(given)\n"
         "    except ConfigError as error:\n        print(error)\n"
     )
     for folder in [*tmp_path.parents][: len(tmp_path.parents) - len(Path("/tmp").parents) - 1]:
         folder.chmod(folder.stat().st_mode | 0o011)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=house)
-    assert found.stdout.count(f"{place} cannot be ") == 2, found.stdout
+    assert found.stdout.count(str(place)) == 2, found.stdout
     assert found.stdout.count("Permission denied") == 2
 
 
@@ -668,7 +672,7 @@ def test_a_named_file_that_is_a_folder_or_a_dangling_link_is_an_error(
     ],
 )
 def test_another_encoding_is_named(tmp_path: Path, content: bytes, says: str) -> None:
-    """A byte order mark was said to be an invalid statement in line 1, column 1."""
+    """Formerly, a byte order mark was reported as an invalid statement in line 1, column 1."""
     file = tmp_path / "given.toml"
     file.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"given\.toml {says}"):
@@ -678,8 +682,8 @@ def test_another_encoding_is_named(tmp_path: Path, content: bytes, says: str) ->
 # ---- where data_dir comes from ----------------------------------------------------------------------------------
 
 
-def test_without_a_home_directory_data_dir_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was a traceback of pathlib's RuntimeError."""
+def test_without_a_home_directory_data_dir_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formerly, nexhb ended with a traceback of pathlib's RuntimeError."""
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"):
@@ -690,7 +694,7 @@ def test_without_a_home_directory_data_dir_is_asked_for(monkeypatch: pytest.Monk
         config.load()
     for name in ("HOME", "XDG_STATE_HOME", "STATE_DIRECTORY"):
         monkeypatch.setenv(name, "relative")
-        with pytest.raises(ConfigError, match=rf"data_dir: \${name} takes an absolute path"):
+        with pytest.raises(ConfigError, match=rf"data_dir: \${name} must be an absolute path"):
             config.load()
     monkeypatch.setenv("NEXHB_DATA_DIR", "/srv/nexhb")
     assert config.load().data_dir == Path("/srv/nexhb")

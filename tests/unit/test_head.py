@@ -1,4 +1,4 @@
-"""The strict reading of a heartbeat's head: what it understands aiohttp understands in the same way, to the byte."""
+"""The strict parser of a heartbeat's head reads every request that it accepts exactly as aiohttp does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexhb.http import head
-from nexhb.http.head import INCOMPLETE, Request, is_bodiless, read
+from nexhb.http.transport import head
+from nexhb.http.transport.head import INCOMPLETE, Request, is_bodiless, read
 
 LINE = b"POST /v1/heartbeat HTTP/1.1"
 SLASHED = b"POST //v1/heartbeat HTTP/1.1"
@@ -29,30 +29,30 @@ AGENT = (
 
 
 def request(*fields: bytes, line: bytes = LINE, body: bytes = b'{"a":1}') -> bytes:
-    """A request of these lines."""
+    """Return a request with these lines in its head."""
     return b"\r\n".join((line, *fields)) + b"\r\n\r\n" + body
 
 
 def test_an_agents_request_is_read_whatever_the_case_and_order_of_its_fields() -> None:
     whole = Request(TOKEN, b'{"a":1}')
     assert read(request(*AGENT), 100) == whole
-    assert read(request(*AGENT), 100) == whole, "once more, its lines being remembered"
+    assert read(request(*AGENT), 100) == whole, "its lines are cached now"
     assert read(request(*reversed(AGENT)), 100) == whole
     assert read(request(*(b":".join((n.upper(), v)) for n, _, v in (f.partition(b":") for f in AGENT))), 100) == whole
-    assert read(request(AGENT[0], AGENT[2], AGENT[3]), 100) == whole, "a type is not asked for"
+    assert read(request(AGENT[0], AGENT[2], AGENT[3]), 100) == whole, "the Content-Type is optional"
     assert read(request(b"authorization:bearer  " + TOKEN + b" ", b"content-length:7", b"host:"), 100) == whole
 
 
-def test_an_agent_whose_server_url_ends_in_a_slash_is_understood_as_well() -> None:
+def test_a_request_with_two_leading_slashes_is_read() -> None:
     assert read(request(*AGENT, line=SLASHED), 100) == Request(TOKEN, b'{"a":1}')
 
 
 @pytest.mark.parametrize("line", [LINE, SLASHED])
-def test_each_piece_of_it_is_the_beginning_of_one(line: bytes) -> None:
+def test_every_prefix_of_a_request_is_incomplete(line: bytes) -> None:
     whole = request(*AGENT, line=line)
     for length in range(len(line) + 2, len(whole)):
         assert read(whole[:length], 100) is INCOMPLETE, whole[:length]
-    assert read(whole + b"P", 100) is None, "and what stands behind it leaves doubt"
+    assert read(whole + b"P", 100) is None, "bytes after the request are ambiguous"
 
 
 OTHERWISE = {
@@ -91,52 +91,52 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("changed", OTHERWISE.values(), ids=OTHERWISE.keys())
-def test_another_request_line_is_aiohttps(changed: dict[str, bytes]) -> None:
+def test_any_other_request_line_is_left_to_aiohttp(changed: dict[str, bytes]) -> None:
     assert read(request(*AGENT, **changed), 100) is None
 
 
 @pytest.mark.parametrize("field", FIELDS.values(), ids=FIELDS.keys())
 @pytest.mark.parametrize("where", [0, 3, len(AGENT)])
-def test_a_field_that_says_more_is_aiohttps(field: bytes, where: int) -> None:
+def test_a_field_with_more_meaning_is_left_to_aiohttp(field: bytes, where: int) -> None:
     fields = (*AGENT[:where], field, *AGENT[where:])
     assert read(request(*fields), 100) is None
-    assert read(request(*fields), 100) is None, "nor is it remembered as harmless"
+    assert read(request(*fields), 100) is None, "the refused field must not be cached"
 
 
-def test_without_key_or_length_or_with_a_body_too_long_it_is_aiohttps() -> None:
+def test_a_request_without_key_or_length_or_with_too_long_a_body_is_left_to_aiohttp() -> None:
     assert read(request(*AGENT[1:]), 100) is None
     assert read(request(AGENT[0], AGENT[3]), 100) is None
-    assert read(request(AGENT[0], AGENT[2]), 100) is None, "nor without Host"
+    assert read(request(AGENT[0], AGENT[2]), 100) is None, "without Host"
     assert read(request(*AGENT), 6) is None
     assert read(request(AGENT[0], AGENT[3], b"Content-Length: 0", body=b""), 100) is None
     assert read(request(b"Authorization: Basic abc", AGENT[2], AGENT[3]), 100) is None
     assert read(request(b"Authorization: Bearer ", AGENT[2], AGENT[3]), 100) is None
     assert read(request(*AGENT, b"Host: " + b"x" * 5000), 100) is None
-    assert read(LINE + b"\r\nHost: " + b"x" * 5000, 100) is None, "a head without an end"
+    assert read(LINE + b"\r\nHost: " + b"x" * 5000, 100) is None, "a head without an end must be refused"
     assert read(request(AGENT[0], AGENT[3], b"Content-Length: 00000007"), 100) is None
 
 
 @pytest.mark.parametrize(
     "behind", [b"\nTransfer-Encoding: chunked", b"\rTransfer-Encoding: chunked", b"\0", b"\xc3\xa4"]
 )
-def test_a_key_or_a_length_with_more_than_plain_text_is_aiohttps(behind: bytes) -> None:
-    """These two fields have a way of their own."""
+def test_a_key_or_a_length_that_is_not_plain_text_is_left_to_aiohttp(behind: bytes) -> None:
+    """The key and the length are read by code that does not read other lines, so they have a test of their own."""
     assert read(request(b"Authorization: Bearer abc" + behind, AGENT[2], AGENT[3]), 100) is None
     assert read(request(AGENT[0], AGENT[3], b"Content-Length: 7" + behind), 100) is None
 
 
-def test_no_key_and_no_length_is_remembered() -> None:
-    """There are as many as devices, and a key is a secret."""
+def test_keys_and_lengths_are_not_cached() -> None:
+    """Keys are secrets, and a cache of keys would have as many entries as there are devices."""
     assert read(request(*AGENT), 100) == Request(TOKEN, b'{"a":1}')
     assert not [line for line in head._harmless if line.lower().startswith((b"authorization", b"content-length"))]
 
 
-def test_no_more_lines_are_remembered_than_fit() -> None:
-    for number in range(3 * head._HARMLESS_MOST):
+def test_the_cache_of_lines_is_limited() -> None:
+    for number in range(3 * head._MAX_CACHED_LINES):
         assert read(request(*AGENT, b"X-Request-Id: %d" % number), 100) == Request(TOKEN, b'{"a":1}')
     assert read(request(*AGENT, b"X-Request-Id: " + b"x" * 1000), 100) is not None
-    assert 0 < len(head._harmless) <= head._HARMLESS_MOST
-    assert max(map(len, head._harmless)) <= head._HARMLESS_LENGTH
+    assert 0 < len(head._harmless) <= head._MAX_CACHED_LINES
+    assert max(map(len, head._harmless)) <= head._MAX_CACHED_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_no_more_lines_are_remembered_than_fit() -> None:
         (b"", False),
     ],
 )
-def test_a_get_is_known_to_end_with_its_head(data: bytes, whole: bool) -> None:
+def test_a_get_without_a_body_is_recognised(data: bytes, whole: bool) -> None:
     assert is_bodiless(data) is whole
 
 
@@ -182,12 +182,12 @@ _field = st.one_of(
     st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n"]),
     st.sampled_from([b'{"a":1}', b'{"a":1', b'{"a":1}}', b"", b"0\r\n\r\n"]),
 )
-def test_what_is_understood_here_aiohttp_understands_in_the_same_way(
+def test_aiohttp_reads_every_accepted_request_in_the_same_way(
     line: bytes, fields: list[bytes], end: bytes, body: bytes
 ) -> None:
     data = end.join((line, AGENT[0], AGENT[2], AGENT[3], *fields)) + end + end + body
-    found = read(data, 100)
-    if not found or found is INCOMPLETE:
+    accepted = read(data, 100)
+    if not accepted or accepted is INCOMPLETE:
         return
     loop = asyncio.new_event_loop()
     try:
@@ -200,7 +200,7 @@ def test_what_is_understood_here_aiohttp_understands_in_the_same_way(
             "POST", line.split()[1].decode(), False, False,
         )  # fmt: skip
         assert payload.is_eof()
-        assert payload.read_nowait() == found.body
-        assert message.headers.getall("Authorization")[0].split()[1].encode() == found.token
+        assert payload.read_nowait() == accepted.body
+        assert message.headers.getall("Authorization")[0].split()[1].encode() == accepted.token
     finally:
         loop.close()

@@ -1,4 +1,4 @@
-"""The queue between handlers and the writer: bounded, every ticket answered once, every heartbeat counted once."""
+"""The queue between handlers and the writer is limited, settles each ticket once and counts each heartbeat once."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ import pytest
 from prometheus_client import REGISTRY
 
 from nexhb.errors import Overloaded
-from nexhb.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
-from nexhb.wire import FieldError
+from nexhb.heartbeat import FieldError
+from nexhb.ingest.intake import DEDUPLICATED, WRITTEN, Intake, Outcome, Ticket, Verdict
+from nexhb.readiness import Readiness, Source
 from tests.conftest import SOON_S
-from tests.unit.beats import beat
+from tests.support.heartbeats import beat
 
 REFUSED = Verdict(Outcome.REFUSED, errors=(FieldError("alias", "cannot be stored"),))
 
 
-def intake_of(max_items: int = 100, max_bytes: int = 100_000, fraction: float = 0.5) -> Intake:
-    """An intake with its bounds; chance is what the test says."""
-    return Intake(max_items=max_items, max_bytes=max_bytes, random_fraction=lambda: fraction)
+def intake_of(
+    max_items: int = 100, max_bytes: int = 100_000, fraction: float = 0.5, readiness: Readiness | None = None
+) -> Intake:
+    """Return an intake with these limits and a fixed random fraction."""
+    readiness = readiness or Readiness()
+    return Intake(readiness, max_items=max_items, max_bytes=max_bytes, random_fraction=lambda: fraction)
 
 
-def nobody(_: list[Verdict]) -> None:
-    """Does not care."""
+def ignore(_: list[Verdict]) -> None:
+    """Ignore the verdicts."""
 
 
 def admit(intake: Intake, count: int = 1, size: int = 100) -> list[Ticket]:
-    """So many heartbeats, each of its own."""
-    return [intake.admit([beat(device_no)], size, nobody) for device_no in range(1, count + 1)]
+    """Admit `count` heartbeats, each as a ticket of its own."""
+    return [intake.admit([beat(device_no)], size, ignore) for device_no in range(1, count + 1)]
 
 
 @dataclass
-class Asked:
-    """Heartbeats of which somebody awaits the verdicts."""
+class Submitted:
+    """A ticket with the future of its verdicts."""
 
     ticket: Ticket
     future: asyncio.Future[list[Verdict]]
 
 
-def ask(intake: Intake, count: int = 1, size: int = 100) -> list[Asked]:
-    """So many heartbeats, each of its own, and their verdicts to come."""
-    futures = [intake.ask([beat(device_no)], size) for device_no in range(1, count + 1)]
-    return [Asked(*pair) for pair in zip(list(intake._unanswered)[-count:], futures, strict=True)]
+def submit(intake: Intake, count: int = 1, size: int = 100) -> list[Submitted]:
+    """Submit `count` heartbeats, each as a ticket of its own."""
+    futures = [intake.submit([beat(device_no)], size) for device_no in range(1, count + 1)]
+    return [Submitted(*pair) for pair in zip(list(intake._unanswered)[-count:], futures, strict=True)]
 
 
 LEDGER = {
@@ -57,13 +61,14 @@ LEDGER = {
 
 
 def ledger() -> dict[str, float]:
-    """The counters as they stand."""
+    """Return the current values of the counters."""
     return {column: REGISTRY.get_sample_value(*sample) or 0.0 for column, sample in LEDGER.items()}
 
 
 @pytest.fixture
 def counted() -> Callable[[], dict[str, int]]:
-    """What the ledger gained since the test began, without the columns that gained nothing."""
+    """Return a function that returns by how much each counter grew during the test; counters that did not grow are left
+    out."""
     before = ledger()
 
     def gained() -> dict[str, int]:
@@ -72,38 +77,38 @@ def counted() -> Callable[[], dict[str, int]]:
     return gained
 
 
-# ---- bounds -----------------------------------------------------------------------------------------------------
+# ---- limits -----------------------------------------------------------------------------------------------------
 
 
-async def test_so_many_heartbeats_are_admitted_and_not_one_more() -> None:
+async def test_no_more_heartbeats_are_admitted_than_max_items() -> None:
     intake = intake_of(max_items=3)
     tickets = admit(intake, 3)
     with pytest.raises(Overloaded, match="3 heartbeats"):
-        intake.admit([beat()], 1, nobody)
+        intake.admit([beat()], 1, ignore)
     assert intake.items == 3
     intake.settle(tickets[:1], [WRITTEN])
-    intake.admit([beat()], 1, nobody)
+    intake.admit([beat()], 1, ignore)
     with pytest.raises(Overloaded):
         intake.check()
 
 
-async def test_what_the_writer_took_and_did_not_answer_still_counts() -> None:
+async def test_heartbeats_in_a_transaction_still_count_towards_the_limit() -> None:
     intake = intake_of(max_items=2)
     admit(intake, 2)
-    assert len(intake.take(10)) == 2
+    assert len(intake.next_batch(10)) == 2
     with pytest.raises(Overloaded):
         intake.check()
 
 
-async def test_so_many_bytes_are_admitted_and_over_them_nothing() -> None:
+async def test_nothing_is_admitted_once_max_bytes_are_reached() -> None:
     intake = intake_of(max_bytes=1_000)
     [ticket] = admit(intake, size=999)
     intake.check()
-    # A body's size is known only when it is read: the last one may reach over the bound.
-    intake.admit([beat()], 50, nobody)
+    # The size of a body is known only when it has been read, so the last body may exceed the limit.
+    intake.admit([beat()], 50, ignore)
     assert intake.bytes == 1_049
     with pytest.raises(Overloaded, match="1049 bytes"):
-        intake.admit([beat()], 1, nobody)
+        intake.admit([beat()], 1, ignore)
     intake.settle([ticket], [WRITTEN])
     assert intake.bytes == 50
     intake.check()
@@ -117,145 +122,149 @@ async def test_a_whole_queue_is_checked_as_one() -> None:
         intake.check(5)
 
 
-async def test_a_queue_longer_than_the_bound_is_admitted_where_nothing_waits() -> None:
+async def test_a_queue_longer_than_the_limit_is_admitted_if_nothing_waits() -> None:
     intake = intake_of(max_items=3)
-    asked = intake.ask([beat(number) for number in range(5)], 500)
+    submitted = intake.submit([beat(number) for number in range(5)], 500)
     with pytest.raises(Overloaded, match="5 heartbeats"):
         intake.check()
-    intake.settle(intake.take(2), [WRITTEN] * 5)
-    assert await asked == [WRITTEN] * 5
+    intake.settle(intake.next_batch(2), [WRITTEN] * 5)
+    assert await submitted == [WRITTEN] * 5
 
 
-async def test_a_closed_intake_admits_nothing_and_says_why() -> None:
-    intake = intake_of()
-    intake.closed_because = "The database cannot commit."
+async def test_an_intake_that_refuses_gives_the_reason() -> None:
+    readiness = Readiness()
+    intake = intake_of(readiness=readiness)
+    readiness.block(Source.DATABASE, "The database cannot commit.")
     with pytest.raises(Overloaded, match="cannot commit"):
-        intake.admit([beat()], 1, nobody)
+        intake.admit([beat()], 1, ignore)
     assert intake.items == 0
-    intake.closed_because = ""
+    readiness.clear(Source.DATABASE)
     admit(intake)
 
 
 @pytest.mark.parametrize(("fraction", "seconds"), [(0.0, 2), (0.099, 2), (0.1, 3), (0.5, 7), (0.999_999, 11)])
-async def test_devices_are_asked_back_in_2_to_12_seconds(fraction: float, seconds: int) -> None:
+async def test_retry_after_is_2_to_12_seconds(fraction: float, seconds: int) -> None:
     assert intake_of(fraction=fraction).retry_after_s() == seconds
 
 
-async def test_devices_are_not_asked_back_all_at_once() -> None:
-    intake = Intake(max_items=1, max_bytes=1)
+async def test_retry_after_is_spread() -> None:
+    intake = Intake(Readiness(), max_items=1, max_bytes=1)
     assert len({intake.retry_after_s() for _ in range(500)}) == 10
 
 
 # ---- to the writer and back -------------------------------------------------------------------------------------
 
 
-async def test_tickets_are_taken_in_their_order_and_each_once() -> None:
+async def test_each_ticket_is_returned_once_and_in_order() -> None:
     intake = intake_of()
     tickets = admit(intake, 5)
-    assert intake.take(2) == tickets[:2]
-    assert intake.take(10) == tickets[2:]
-    assert intake.take(10) == []
+    assert intake.next_batch(2) == tickets[:2]
+    assert intake.next_batch(10) == tickets[2:]
+    assert intake.next_batch(10) == []
     assert intake.items == 5
 
 
-async def test_a_ticket_answered_meanwhile_is_not_taken() -> None:
+async def test_a_ticket_that_is_already_settled_is_not_returned() -> None:
     intake = intake_of()
     tickets = admit(intake, 3)
     intake.settle(tickets[1:2], [WRITTEN])
-    assert intake.take(10) == [tickets[0], tickets[2]]
+    assert intake.next_batch(10) == [tickets[0], tickets[2]]
 
 
-async def test_each_ticket_hears_its_own_verdict() -> None:
+async def test_each_ticket_receives_its_own_verdict() -> None:
     intake = intake_of()
-    asked = ask(intake, 3)
-    intake.settle(intake.take(10), [WRITTEN, DEDUPLICATED, REFUSED])
-    assert [await one.future for one in asked] == [[WRITTEN], [DEDUPLICATED], [REFUSED]]
+    submitted = submit(intake, 3)
+    intake.settle(intake.next_batch(10), [WRITTEN, DEDUPLICATED, REFUSED])
+    assert [await one.future for one in submitted] == [[WRITTEN], [DEDUPLICATED], [REFUSED]]
     assert (intake.items, intake.bytes) == (0, 0)
 
 
-async def test_heartbeats_that_came_together_are_admitted_taken_and_answered_together(
+async def test_heartbeats_submitted_together_are_admitted_written_and_settled_together(
     counted: Callable[[], dict[str, int]],
 ) -> None:
     intake = intake_of(max_items=6)
-    first = intake.ask([beat(1), beat(2), beat(3)], 300)
-    second = intake.ask([beat(4), beat(5)], 200)
+    first = intake.submit([beat(1), beat(2), beat(3)], 300)
+    second = intake.submit([beat(4), beat(5)], 200)
     with pytest.raises(Overloaded, match="5 heartbeats"):
-        intake.ask([beat(6), beat(7)], 1)  # one of them would fit: none of them is in
+        intake.submit([beat(6), beat(7)], 1)  # one of the two heartbeats would fit; neither is admitted
     assert (intake.items, intake.bytes) == (5, 500)
-    [taken] = intake.take(4)  # a ticket is not divided …
-    assert len(taken.heartbeats) == 3
-    [other] = intake.take(1)  # … and one that is larger than what is asked for stands alone
-    intake.settle([other, taken], [WRITTEN, REFUSED, DEDUPLICATED, WRITTEN, WRITTEN])
+    [three] = intake.next_batch(4)  # a ticket is not split …
+    assert len(three.heartbeats) == 3
+    [two] = intake.next_batch(1)  # … and a ticket larger than the batch is returned alone
+    intake.settle([two, three], [WRITTEN, REFUSED, DEDUPLICATED, WRITTEN, WRITTEN])
     assert await first == [DEDUPLICATED, WRITTEN, WRITTEN]
     assert await second == [WRITTEN, REFUSED]
     assert (intake.items, intake.bytes) == (0, 0)
     assert counted() == {"written": 3, "deduplicated": 1, "refused": 1}
 
 
-async def test_one_who_cannot_be_told_keeps_the_verdict_from_nobody(counted: Callable[[], dict[str, int]]) -> None:
-    def deaf(_: list[Verdict]) -> None:
+async def test_a_failing_callback_does_not_keep_the_verdicts_from_other_tickets(
+    counted: Callable[[], dict[str, int]],
+) -> None:
+    def fail(_: list[Verdict]) -> None:
         raise RuntimeError("the transport is closed")
 
     intake = intake_of()
-    intake.admit([beat(1)], 100, deaf)
-    told = intake.ask([beat(2)], 100)
-    intake.settle(intake.take(10), [WRITTEN, WRITTEN])
-    assert await told == [WRITTEN]
+    intake.admit([beat(1)], 100, fail)
+    future = intake.submit([beat(2)], 100)
+    intake.settle(intake.next_batch(10), [WRITTEN, WRITTEN])
+    assert await future == [WRITTEN]
     assert intake.items == 0
     assert counted() == {"written": 2}
 
 
 async def test_verdicts_that_do_not_match_their_tickets_are_a_bug() -> None:
     intake = intake_of()
-    with pytest.raises(ValueError, match="do not match"):
+    with pytest.raises(ValueError, match="differs from"):
         intake.settle(admit(intake, 2), [WRITTEN])
 
 
-async def test_of_two_verdicts_the_first_counts_and_is_counted_once(counted: Callable[[], dict[str, int]]) -> None:
+async def test_the_first_of_two_verdicts_counts_and_is_counted_once(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    [asked] = ask(intake, size=70)
-    intake.fail([asked.ticket], "not committed in time")
-    intake.settle([asked.ticket], [WRITTEN])
-    assert await asked.future == [Verdict(Outcome.FAILED, "not committed in time")]
+    [submitted] = submit(intake, size=70)
+    intake.fail([submitted.ticket], "not committed in time")
+    intake.settle([submitted.ticket], [WRITTEN])
+    assert await submitted.future == [Verdict(Outcome.FAILED, "not committed in time")]
     assert (intake.items, intake.bytes) == (0, 0)
     assert counted() == {"failed": 1}
 
 
-async def test_a_handler_that_went_away_leaves_no_ticket_behind(counted: Callable[[], dict[str, int]]) -> None:
+async def test_a_cancelled_handler_leaves_no_ticket(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    asked = ask(intake, 2)
-    asked[0].future.cancel()
-    intake.settle(intake.take(10), [WRITTEN, WRITTEN])
-    assert asked[0].future.cancelled()
-    assert await asked[1].future == [WRITTEN]
+    submitted = submit(intake, 2)
+    submitted[0].future.cancel()
+    intake.settle(intake.next_batch(10), [WRITTEN, WRITTEN])
+    assert submitted[0].future.cancelled()
+    assert await submitted[1].future == [WRITTEN]
     assert intake.items == 0
     assert counted() == {"written": 2}
 
 
-async def test_waiting_ends_with_a_ticket_with_a_wake_and_with_its_time() -> None:
+async def test_a_wait_ends_with_a_ticket_a_wake_or_the_timeout() -> None:
     intake = intake_of()
-    for rouse in (lambda: admit(intake), intake.wake):
-        intake.take(10)
+    for end_wait in (lambda: admit(intake), intake.wake):
+        intake.next_batch(10)
         waiting = asyncio.create_task(intake.wait(3600))
         await asyncio.sleep(0)
         assert not waiting.done()
-        rouse()
+        end_wait()
         await asyncio.wait_for(waiting, SOON_S)
     admit(intake)
-    await asyncio.wait_for(intake.wait(3600), SOON_S)  # something waits: no wait at all
-    intake.take(10)
+    await asyncio.wait_for(intake.wait(3600), SOON_S)  # a ticket is queued, so `wait` returns at once
+    intake.next_batch(10)
     await asyncio.wait_for(intake.wait(0.001), SOON_S)
 
 
-# ---- what is not committed --------------------------------------------------------------------------------------
+# ---- heartbeats that are not committed
+# --------------------------------------------------------------------------------------
 
 
-async def test_what_waited_too_long_is_failed_and_the_rest_is_not() -> None:
+async def test_only_tickets_that_waited_too_long_are_failed() -> None:
     intake = intake_of()
-    old, young = ask(intake, 2)
+    old, young = submit(intake, 2)
     began = old.ticket.admitted_at
     young.ticket.admitted_at = began + 5
-    intake.take(1)  # the old one is in a transaction, the young one is queued: both are somebody's wait
+    intake.next_batch(1)  # the old ticket is in a transaction, the young one is queued; both can expire
     intake.expire(began + 10, 10)
     assert not old.future.done()
     intake.expire(began + 10.001, 10)
@@ -264,25 +273,25 @@ async def test_what_waited_too_long_is_failed_and_the_rest_is_not() -> None:
     assert intake.items == 1
     intake.expire(began + 15.001, 10)
     assert await young.future == [Verdict(Outcome.FAILED, "not committed in time")]
-    assert intake.take(10) == []
+    assert intake.next_batch(10) == []
 
 
-async def test_on_the_way_out_everything_unanswered_is_failed(counted: Callable[[], dict[str, int]]) -> None:
+async def test_every_unanswered_ticket_is_failed_when_the_daemon_stops(counted: Callable[[], dict[str, int]]) -> None:
     intake = intake_of()
-    asked = ask(intake, 3)
-    intake.take(1)
+    submitted = submit(intake, 3)
+    intake.next_batch(1)
     intake.fail_all("the daemon stops")
-    assert [await one.future for one in asked] == [[Verdict(Outcome.FAILED, "the daemon stops")]] * 3
-    assert intake.take(10) == []
+    assert [await one.future for one in submitted] == [[Verdict(Outcome.FAILED, "the daemon stops")]] * 3
+    assert intake.next_batch(10) == []
     assert counted() == {"failed": 3}
 
 
-async def test_it_is_idle_when_everything_admitted_is_answered() -> None:
+async def test_the_intake_is_idle_once_every_admitted_ticket_is_settled() -> None:
     intake = intake_of()
-    await asyncio.wait_for(intake.idle(), SOON_S)
+    await asyncio.wait_for(intake.wait_idle(), SOON_S)
     tickets = admit(intake, 2)
-    idle = asyncio.create_task(intake.idle())
-    intake.settle(intake.take(1), [WRITTEN])
+    idle = asyncio.create_task(intake.wait_idle())
+    intake.settle(intake.next_batch(1), [WRITTEN])
     await asyncio.sleep(0)
     assert not idle.done()
     intake.settle(tickets, [WRITTEN, WRITTEN])
@@ -292,7 +301,7 @@ async def test_it_is_idle_when_everything_admitted_is_answered() -> None:
 # ---- the ledger -------------------------------------------------------------------------------------------------
 
 
-async def test_received_is_written_and_deduplicated_and_refused_and_failed(
+async def test_every_received_heartbeat_is_counted_as_written_deduplicated_refused_or_failed(
     counted: Callable[[], dict[str, int]],
 ) -> None:
     intake = intake_of(max_items=6)
@@ -309,7 +318,7 @@ async def test_received_is_written_and_deduplicated_and_refused_and_failed(
     assert REGISTRY.get_sample_value("nexhb_intake_items") == 0
 
 
-async def test_what_was_received_is_counted_once_however_often_it_is_observed(
+async def test_received_heartbeats_are_counted_once_however_often_they_are_observed(
     counted: Callable[[], dict[str, int]],
 ) -> None:
     intake = intake_of()
@@ -321,7 +330,7 @@ async def test_what_was_received_is_counted_once_however_often_it_is_observed(
     assert counted() == {"ingested": 3}
 
 
-async def test_the_queue_does_not_grow_by_what_is_answered_already() -> None:
+async def test_settled_tickets_do_not_make_the_queue_grow() -> None:
     intake = intake_of(max_items=10)
     now = asyncio.get_running_loop().time()
     for _ in range(3):
@@ -332,42 +341,43 @@ async def test_the_queue_does_not_grow_by_what_is_answered_already() -> None:
     intake.fail_all("the daemon stops")
     assert not intake.has_waiting
     admit(intake, 3)
-    assert len(intake.take(3)) == 3
+    assert len(intake.next_batch(3)) == 3
 
 
-@pytest.mark.parametrize("why", ["closed_because", "held_because", "max_items", "max_bytes"])
-async def test_whether_there_is_room_is_said_as_it_is_checked(why: str) -> None:
-    """`has_room` is what the fast path asks, `check` what aiohttp's way asks."""
-    intake = intake_of(max_items=2, max_bytes=150)
+@pytest.mark.parametrize("limit", ["readiness", "max_items", "max_bytes"])
+async def test_has_room_agrees_with_check(limit: str) -> None:
+    """`has_room` and `check` must agree: the fast path uses the first, and the handlers of aiohttp the second."""
+    readiness = Readiness()
+    intake = intake_of(max_items=2, max_bytes=150, readiness=readiness)
     assert intake.has_room
-    if why.startswith("max"):
-        [ticket] = admit(intake, size=150 if why == "max_bytes" else 1)
-        if why == "max_items":
+    if limit.startswith("max"):
+        [ticket] = admit(intake, size=150 if limit == "max_bytes" else 1)
+        if limit == "max_items":
             admit(intake)
     else:
-        setattr(intake, why, "The database cannot commit.")
-    found = [intake.has_room]
+        readiness.block(Source.DATABASE, "The database cannot commit.")
+    had_room = intake.has_room
     with pytest.raises(Overloaded):
         intake.check()
-    if why.startswith("max"):
+    if limit.startswith("max"):
         intake.settle([ticket], [WRITTEN])
     else:
-        setattr(intake, why, "")
+        readiness.clear(Source.DATABASE)
     intake.check()
-    assert [*found, intake.has_room] == [False, True]
+    assert [had_room, intake.has_room] == [False, True]
 
 
-async def test_a_wait_that_a_ticket_ended_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under load there are thousands of waits in the time that one may last."""
+async def test_a_wait_that_a_ticket_ends_leaves_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under load there are thousands of waits within the timeout of a single wait."""
     intake, loop = intake_of(), asyncio.get_running_loop()
     timers: list[asyncio.TimerHandle] = []
     call_later = loop.call_later
 
-    def noted(*args: Any) -> asyncio.TimerHandle:
+    def record(*args: Any) -> asyncio.TimerHandle:
         timers.append(call_later(*args))
         return timers[-1]
 
-    monkeypatch.setattr(loop, "call_later", noted)
+    monkeypatch.setattr(loop, "call_later", record)
     waiting = asyncio.create_task(intake.wait(3600))
     await asyncio.sleep(0)
     admit(intake)

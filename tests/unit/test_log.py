@@ -1,4 +1,4 @@
-"""A line that cannot be written is lost and counted, and whoever logs goes on."""
+"""A log line that cannot be written is lost and counted, and the caller continues."""
 
 from __future__ import annotations
 
@@ -12,27 +12,17 @@ import orjson
 import pytest
 
 from nexhb import log
+from tests.support.pipes import fill
 
 
 @pytest.fixture
 def pipe() -> tuple[int, int]:
-    """Its reading and its writing end."""
+    """Return the reading and the writing end of a pipe."""
     return os.pipe()
 
 
-def fill(descriptor: int) -> None:
-    """Until not a byte more goes in."""
-    os.set_blocking(descriptor, False)
-    for size in (4096, 1):
-        try:
-            while True:
-                os.write(descriptor, b"-" * size)
-        except BlockingIOError:
-            continue
-
-
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_pipe_that_nobody_reads_costs_lines_and_no_time_and_what_was_lost_is_said(
+def test_a_pipe_without_a_reader_loses_lines_without_delay_and_the_loss_is_logged(
     pipe: tuple[int, int], blocking: bool
 ) -> None:
     reads, writes = pipe
@@ -40,7 +30,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_no_time_and_what_was_lost_is_s
     os.set_blocking(writes, blocking)
     lines = log._Stderr(writes)
     before = log.lines_lost()
-    for number in range(1_000):  # would take 50 s if each waited
+    for number in range(1_000):  # the loop would take 50 s if the caller waited for each line
         lines.write(f"lost {number}")
     assert log.lines_lost() - before == 1_000
     os.read(reads, 2**20)
@@ -54,7 +44,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_no_time_and_what_was_lost_is_s
     os.close(writes)
 
 
-def test_half_a_line_is_not_the_start_of_the_next_one(pipe: tuple[int, int]) -> None:
+def test_a_partial_line_does_not_run_into_the_next_one(pipe: tuple[int, int]) -> None:
     reads, writes = pipe
     lines = log._Stderr(writes)
     lines.write("x" * 2**18)  # more than a pipe holds
@@ -78,14 +68,14 @@ def _closed() -> int:
 
 
 @pytest.mark.parametrize("made", [_closed_pipe, _closed, lambda: os.open("/dev/full", os.O_WRONLY)])
-def test_a_full_disk_a_reader_who_left_and_a_closed_file_cost_the_line(made: Callable[[], int]) -> None:
-    """The exception ended whatever logged, and with it the daemon."""
+def test_a_full_disk_a_closed_pipe_and_a_closed_file_lose_the_line(made: Callable[[], int]) -> None:
+    """Formerly, the exception ended the task that logged, and with it the daemon."""
     before = log.lines_lost()
     log._Stderr(made()).write("lost")
     assert log.lines_lost() == before + 1
 
 
-def test_another_stream_that_is_closed_costs_the_line() -> None:
+def test_another_closed_stream_loses_the_line() -> None:
     stream = io.StringIO()
     stream.close()
     before = log.lines_lost()
@@ -102,7 +92,7 @@ def test_every_value_can_be_logged(value: object) -> None:
 
 
 def run(redirected: str) -> subprocess.CompletedProcess[str]:
-    """A command that prints a lot, as a shell runs it."""
+    """Run a command with much output in a shell."""
     command = f"{sys.executable} -m nexhb config check {redirected}"
     return subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
 
@@ -117,9 +107,7 @@ def run(redirected: str) -> subprocess.CompletedProcess[str]:
         (">&- 2>&- <&-", 0, ""),
     ],
 )
-def test_a_command_whose_output_goes_nowhere_says_so_in_a_sentence_or_nothing(
-    redirected: str, code: int, said: str
-) -> None:
+def test_a_command_whose_output_fails_prints_one_sentence_or_nothing(redirected: str, code: int, said: str) -> None:
     found = run(redirected)
     assert (found.returncode, said in found.stderr) in ((code, True), (0, True))
     assert "Traceback" not in found.stderr

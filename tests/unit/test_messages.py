@@ -43,7 +43,7 @@ def test_each_error_has_a_sentence_of_its_own() -> None:
 
 
 def test_messages_and_help_are_the_same_with_docstrings_removed() -> None:
-    """PYTHONOPTIMIZE=2 took the sentences of all errors, and the help of every command."""
+    """Formerly, PYTHONOPTIMIZE=2 removed the sentences of all errors, and the help of every command."""
 
     def said(level: str) -> list[str]:
         environment = os.environ | {"PYTHONOPTIMIZE": level, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -52,6 +52,6 @@ def test_messages_and_help_are_the_same_with_docstrings_removed() -> None:
         ).stdout.splitlines()
 
     plain, optimised = said(""), said("2")
-    assert plain[-1] == "The input is not usable. detail. nexhb could not go on. 0"
+    assert plain[-1] == "The input is not valid. detail. nexhb could not continue. 0"
     assert optimised == [*plain[:-1], plain[-1][:-1] + "2"]
     assert not [line for line in plain if line.endswith("| None")]

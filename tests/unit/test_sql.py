@@ -1,4 +1,4 @@
-"""sql/: its files are cut into named queries, every name used is there, and every query there is used."""
+"""sql/: files are split into named queries, every name used exists, and every query is used."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import nexhb
-from nexhb import migrate, sql
+from nexhb.heartbeat import CONTENT, MEASURED, Label
+from nexhb.postgres import migrate, sql
 
+COLUMN_NAMES = [column.name for column in CONTENT]
 ROOMS = sorted(path.stem for path in (sql.root() / "queries").glob("*.sql"))
 
 
@@ -23,7 +25,7 @@ def test_a_name_starts_a_query_and_the_next_name_ends_it() -> None:
     assert found == {"one": "SELECT 1", "two_2": "SELECT 2\nFROM t"}
 
 
-def test_comments_are_left_out_and_what_is_indented_is_kept() -> None:
+def test_comments_are_removed_and_indentation_is_kept() -> None:
     found = sql.parse("-- name: one\n-- $1 what\nSELECT $1 -- of this\n  -- still inside\n-- and this not\nFROM t;")
     assert found["one"] == "SELECT $1 -- of this\n  -- still inside\nFROM t"
 
@@ -41,21 +43,56 @@ def test_a_text_without_names_has_no_queries() -> None:
         ("-- name: one", "one"),
     ],
 )
-def test_a_name_that_stands_twice_or_alone_is_an_error(text: str, name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' is named twice or empty"):
+def test_a_duplicate_name_or_one_without_a_query_is_an_error(text: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is defined twice or empty"):
         sql.parse(text)
 
 
-def test_queries_cannot_be_changed() -> None:
+def test_a_list_is_written_out_for_each_column() -> None:
+    queries = sql.parse(
+        "-- name: facts\nSELECT {{facts: f.$column}}, $1 FROM unnest({{facts: $2…::$type[]}}) f;\n"
+        "-- name: content\nSELECT {{measured: has & $section}},\n    {{content: h.$column | nullif(l.$column, '')}};"
+    )
+    assert queries["facts"] == (
+        "SELECT f.alias, f.android_version, f.sdk_int, f.patch_level, f.build_id, f.model, f.manufacturer, $1 "
+        "FROM unnest($2::text[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::text[], $8::text[]) f"
+    )
+    sections, content = queries["content"].splitlines()
+    assert sections == f"SELECT {', '.join(f'has & {column.section}' for column in MEASURED)},"
+    expected = (f"nullif(l.{name}, '')" if name in Label._fields else f"h.{name}" for name in COLUMN_NAMES)
+    assert content == f"    {', '.join(expected)}"
+
+
+def test_an_unknown_list_is_an_error() -> None:
+    with pytest.raises(KeyError, match="contents"):
+        sql.parse("-- name: one\nSELECT {{contents: $column}};")
+
+
+def test_every_list_of_sql_is_written_out() -> None:
+    texts = [text for room in ROOMS for text in sql.queries(room).values()] + [*sql.history_reads().values()]
+    assert [text for text in texts if re.search(r"\{\{|\}\}|\$column\b|\$type|\$section|\$\d+…", text)] == []
+
+
+def test_the_writer_replaces_the_columns_of_a_section_that_is_present_and_a_value_that_is_stated() -> None:
+    """The CASE of each column in upsert_last_status and heal, as PostgreSQL receives it."""
+    case = (
+        "CASE WHEN newer AND (has & 2 <> 0 OR excluded.signal_dbm IS NOT NULL) "
+        "THEN excluded.signal_dbm ELSE s.signal_dbm END"
+    )
+    for room, name in (("writer", "upsert_last_status"), ("reconcile", "heal")):
+        assert case in " ".join(sql.queries(room)[name].split())
+
+
+def test_queries_are_immutable() -> None:
     with pytest.raises(TypeError):
-        sql.queries("db")["ping"] = "SELECT 2"  # type: ignore[index]
+        sql.queries("connections")["ping"] = "SELECT 2"  # type: ignore[index]
 
 
 # ---- names and their use ----------------------------------------------------------------------------------------
 
 
 def _queries_call(node: ast.AST) -> str | None:
-    """The room, where this is `sql.queries("room")`."""
+    """Return the file name if this is `sql.queries("file")`."""
     if (
         isinstance(node, ast.Call)
         and ast.unparse(node.func) == "sql.queries"
@@ -66,7 +103,7 @@ def _queries_call(node: ast.AST) -> str | None:
 
 
 def used() -> Iterator[tuple[str, str, str]]:
-    """Where, room and name of every use in nexhb: `_Q = sql.queries("room")`, `_Q["name"]`, or both at once."""
+    """Yield module, file and name of every use in nexhb: `_Q = sql.queries("file")`, `_Q["name"]`, or both at once."""
     package = Path(nexhb.__file__).parent
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -84,18 +121,26 @@ def used() -> Iterator[tuple[str, str, str]]:
                 yield where, room, str(node.slice.value)
 
 
-def test_every_query_that_is_used_is_there() -> None:
+def test_every_query_used_exists() -> None:
     uses = list(used())
     assert len(uses) > 30
     assert [(where, room, name) for where, room, name in uses if name not in sql.queries(room)] == []
 
 
-def test_every_query_that_is_there_is_used() -> None:
+def test_every_query_is_used() -> None:
     uses = {(room, name) for _, room, name in used()}
     assert [(room, name) for room in ROOMS for name in sql.queries(room) if (room, name) not in uses] == []
 
 
-def test_every_name_in_a_file_is_taken_by_the_parser() -> None:
+def test_a_file_is_named_after_a_module_or_a_package_that_uses_it() -> None:
+    users: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for where, room, _ in used():
+        users[room] |= set(Path(where.partition(":")[0]).with_suffix("").parts)
+    other_names = {"nexmdm_import": "nexmdm", "writer": "ingest"}  # sql/README.md says why
+    assert [room for room in ROOMS if other_names.get(room, room) not in users[room]] == []
+
+
+def test_the_parser_finds_every_name_in_a_file() -> None:
     for path in (sql.root() / "queries").glob("*.sql"):
         named = [
             line for line in path.read_text(encoding="utf-8").splitlines() if re.search(r"(?<![\w:])name:(?!:)", line)
@@ -103,19 +148,19 @@ def test_every_name_in_a_file_is_taken_by_the_parser() -> None:
         assert len(named) == len(sql.queries(path.stem)), path.name
 
 
-def test_the_seeds_queries_have_the_names_of_ours() -> None:
-    assert {name.removeprefix("list_") for name in sql.legacy()} <= set(sql.queries("reads"))
-    assert sql.legacy()
+def test_the_old_systems_queries_have_the_names_of_the_new_ones() -> None:
+    assert {name.removeprefix("list_") for name in sql.history_reads()} <= set(sql.queries("reads"))
+    assert sql.history_reads()
 
 
 def test_the_arguments_of_a_query_are_numbered_without_a_gap() -> None:
     for room in ROOMS:
         for name, text in sql.queries(room).items():
-            highest = next((n for n in range(20, 0, -1) if f"${n}" in text), 0)
-            assert all(f"${n}" in text for n in range(1, highest + 1)), f"{room}.{name}"
+            numbers = {int(number) for number in re.findall(r"\$(\d+)", text)}
+            assert numbers == set(range(1, len(numbers) + 1)), f"{room}.{name}"
 
 
-def test_a_migration_says_why_what_it_locks_and_how_to_prepare() -> None:
-    for migration in migrate.find():
+def test_a_migration_states_its_reason_its_locks_and_how_to_prepare() -> None:
+    for migration in migrate.find_migrations():
         head = migration.text.partition("\n\n")[0]
         assert all(word in head for word in ("-- Why:", "-- Lock:", "-- To prepare:")), migration.name

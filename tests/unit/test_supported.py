@@ -14,7 +14,7 @@ PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_te
 
 
 @pytest.mark.parametrize("version", ["3.15.0", "3.15.0b1", "4.0", "3.14.4", "2.9.9", "", "unknown"])
-def test_a_release_with_other_internals_is_refused_by_name(version: str) -> None:
+def test_an_unsupported_release_is_refused_by_name(version: str) -> None:
     with pytest.raises(UnsupportedLibrary) as refused:
         supported.check("aiohttp", version)
     assert f"aiohttp {version} is installed, nexhb supports 3.14.5 and newer before 3.15." in str(refused.value)
@@ -22,22 +22,22 @@ def test_a_release_with_other_internals_is_refused_by_name(version: str) -> None
 
 
 @pytest.mark.parametrize("version", ["3.14.5", "3.14.6", "3.14.10", "3.14.5+local", "3.14.99.dev1"])
-def test_a_release_of_the_same_minor_is_taken(version: str) -> None:
+def test_a_release_of_the_same_minor_version_is_accepted(version: str) -> None:
     supported.check("aiohttp", version)
 
 
-def test_the_caps_are_those_of_pyproject() -> None:
+def test_the_supported_releases_agree_with_pyproject() -> None:
     declared = PYPROJECT["project"]["dependencies"]
     assert {f"{name}>={first},<{end}" for name, (first, end) in supported.SUPPORTED.items()} <= set(declared)
 
 
 @pytest.mark.parametrize("library", sorted(supported.SUPPORTED))
-def test_every_command_ends_with_that_sentence_where_a_library_is_too_new(library: str) -> None:
+def test_the_daemon_does_not_start_if_a_library_is_too_new(library: str) -> None:
     program = f"import {library}; {library}.__version__ = '99.1'; from nexhb.__main__ import main; main()"
-    found = subprocess.run(
-        [sys.executable, "-c", program, "status"], capture_output=True, text=True, check=False, timeout=60
+    result = subprocess.run(
+        [sys.executable, "-c", program, "serve"], capture_output=True, text=True, check=False, timeout=60
     )
-    assert found.returncode == 1
-    assert found.stderr.startswith("nexhb: ")
-    assert f"{library} 99.1 is installed" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode == 1
+    assert result.stderr.startswith("nexhb: ")
+    assert f"{library} 99.1 is installed" in result.stderr
+    assert "Traceback" not in result.stderr

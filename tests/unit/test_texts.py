@@ -1,4 +1,4 @@
-"""Names of the world's scripts pass; what breaks a line, moves a cursor or turns a line around does not."""
+"""Names in all scripts are allowed; characters that end a line, move the cursor or reverse a line are not."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ NAMES = [
     "渋谷店\u30003号機",  # an ideographic space
     "فروشگاه می\u200cدان",  # noqa: RUF001 - a zero-width non-joiner
     "क\u094d\u200dष",
-    "חנות 7\u200f",  # a mark of the direction
+    "חנות 7\u200f",  # a right-to-left mark
     "Магазин 7",
     "Straße\u00a05",
     "Cafe\u0301",
     "\U0001f3f4\U000e0067\U000e0062\U000e007f",  # a flag, with tags
     "\U0001f469\u200d\U0001f527",
-    "\U0001fae9",  # newer than this Python's tables
+    "\U0001fae9",  # newer than the Unicode tables of this Python
     "\ue000",
 ]
 UNFIT = [
@@ -26,14 +26,14 @@ UNFIT = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_script_passes_as_it_is(name: str) -> None:
+def test_every_script_is_allowed_and_shown_unchanged(name: str) -> None:
     assert unfit(name) == ""
     assert shown(name) == name
     assert quoted(name) == f"'{name}'"
 
 
 @pytest.mark.parametrize("character", UNFIT)
-def test_what_breaks_a_line_is_named_and_shown_as_a_replacement(character: str) -> None:
+def test_a_character_that_is_not_allowed_is_named_and_shown_as_a_replacement(character: str) -> None:
     name = f"Store{character}7"
     assert unfit(name) == f"U+{ord(character):04X}"
     assert shown(name) == "Store\ufffd7"

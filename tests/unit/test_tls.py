@@ -1,4 +1,4 @@
-"""Certificate and key of the daemon: read at the start and again while it runs."""
+"""The daemon's certificate and key are read at the start and again while it runs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from nexhb.config import Server
+from nexhb.config import ServerSettings
 from nexhb.errors import ConfigError
-from nexhb.http import tls
-from tests.tls import anything, certificate
+from nexhb.http.transport import tls
+from tests.tls import accept_any_certificate, certificate
 
 
 def served(context: ssl.SSLContext) -> str:
-    """The name in the certificate that a handshake sees; both ends are in memory."""
+    """Return the name in the certificate that a handshake receives; both ends are in memory."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(to_server, to_client, server_side=True)
-    client = anything().wrap_bio(to_client, to_server)
+    client = accept_any_certificate().wrap_bio(to_client, to_server)
     for _ in range(5):
         for end in (client, server):
             try:
@@ -31,10 +31,11 @@ def served(context: ssl.SSLContext) -> str:
     return x509.load_der_x509_certificate(der).subject.rfc4514_string()
 
 
-def test_half_of_a_new_pair_does_not_replace_a_good_one(tmp_path: Path) -> None:
-    """A renewal writes the certificate and the key one after the other."""
+def test_half_of_a_new_pair_does_not_replace_a_valid_one(tmp_path: Path) -> None:
+    """A renewal writes the certificate and the key one after the other, so a reload may read a pair that does not
+    match."""
     cert, key = certificate(tmp_path, "first")
-    settings = Server(tls_cert_file=cert, tls_key_file=key)
+    settings = ServerSettings(tls_cert_file=cert, tls_key_file=key)
     serving = tls.context(settings)
     assert serving is not None
     before = key.read_bytes()
@@ -49,8 +50,8 @@ def test_half_of_a_new_pair_does_not_replace_a_good_one(tmp_path: Path) -> None:
     assert served(serving) == "CN=second"
 
 
-def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tmp_path: Path) -> None:
-    """OpenSSL asks on the terminal, where the start would wait for ever."""
+def test_a_key_with_a_password_is_refused_without_a_prompt(tmp_path: Path) -> None:
+    """Otherwise OpenSSL would prompt on the terminal, and the start would wait forever."""
     cert, key = certificate(tmp_path, "x")
     plain = serialization.load_pem_private_key(key.read_bytes(), None)
     key.write_bytes(
@@ -61,4 +62,4 @@ def test_a_key_with_a_password_is_refused_and_nobody_is_asked_for_it(tmp_path: P
         )
     )
     with pytest.raises(ConfigError, match="the key is encrypted"):
-        tls.context(Server(tls_cert_file=cert, tls_key_file=key))
+        tls.context(ServerSettings(tls_cert_file=cert, tls_key_file=key))

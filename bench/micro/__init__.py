@@ -1,1 +1,0 @@
-"""The figures that decided the schema: `rows` is the history's layout, `status` the indexes of the last status."""

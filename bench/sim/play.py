@@ -1,0 +1,236 @@
+"""Play a script to the real writer and the real watcher, on a real PostgreSQL, with the clock of the script.
+
+A round of the watcher is due every ten seconds. Those in which nothing can change are left out (unless `every_round`):
+a round follows each heartbeat that differs from the last one of its kiosk, each moment at which a kiosk may have become
+silent, and each time at which the watcher wants to look again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from bench.sim.agent import Sent, sent_by
+from bench.sim.rules import silent_at
+from bench.sim.script import CALM, CLOSES, OPENS, ZONE, Kiosk, Script
+from nexhb import availability
+from nexhb.config import WatchSettings
+from nexhb.devices import sites
+from nexhb.heartbeat import DeviceFacts, Heartbeat, Label, bucket_of
+from nexhb.ingest import commit
+from nexhb.ingest.connection import Session
+from nexhb.ingest.intake import Intake
+from nexhb.postgres.connections import Connection, Database, use_packed
+from nexhb.readiness import Readiness
+from nexhb.watching.causes import settles_after
+from nexhb.watching.judging import Rules
+from nexhb.watching.state import Thresholds
+from nexhb.watching.watcher import Watcher
+
+TICK = 10.0
+LONGEST_BATCH = 500.0  # seconds: a longer one would look like a silence
+SAMPLE_EVERY = 600.0
+NEVER = math.inf
+_FACTS = DeviceFacts(None, "13", 33, None, None, "SM-T500", "samsung")
+_LABELS: dict[str, Label] = {}
+
+
+class Want(NamedTuple):
+    """A round is wanted at `at`: `reason` is silence, down (an outage of ours begins) or up (it ends)."""
+
+    at: float
+    reason: str
+
+
+@dataclass
+class Found:
+    """What the watcher found."""
+
+    events: list[Any] = field(default_factory=list)
+    outages: list[Any] = field(default_factory=list)
+    incidents: list[Any] = field(default_factory=list)
+    offline: list[tuple[float, frozenset[int]]] = field(default_factory=list)  # at sampled moments
+    heartbeats: int = 0
+    rounds: int = 0
+
+
+async def play(script: Script, database: Database, *, every_round: bool = False) -> Found:
+    """Play the whole script. Return what is then in the database."""
+    conn = await database.connect(application="sim watch", jit="off", synchronous_commit="off")
+    writer = await database.connect(application="sim writer", jit="off", synchronous_commit="off")
+    try:
+        await use_packed(writer)
+        await _create(conn, script)
+        player = _Player(script, conn, Session(writer, _rules().noteworthy), every_round)
+        await player.play()
+        return await player.found()
+    finally:
+        conn.terminate()
+        writer.terminate()
+
+
+def _rules() -> Rules:
+    watch = WatchSettings()
+    return Rules(Thresholds(timedelta(seconds=600), watch.battery_low_pct, watch.battery_ok_pct))
+
+
+async def _create(conn: Connection, script: Script) -> None:
+    with_hours = {kiosk.site: kiosk.has_hours for kiosk in script.kiosks}
+    for site, has_hours in sorted(with_hours.items()):
+        hours = f"{OPENS:02d}:00-{CLOSES:02d}:00" if has_hours else None
+        await sites.put(conn, sites.Site(site, zone=ZONE, hours=hours))
+    await conn.executemany(
+        "INSERT INTO devices (device_no, device_id, site, created_at) OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3, $4)",
+        [(kiosk.number, kiosk.id, kiosk.site, script.start) for kiosk in script.kiosks],
+    )
+
+
+@dataclass
+class _Player:
+    script: Script
+    conn: Connection
+    session: Session
+    every_round: bool
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(Readiness(), max_items=100_000, max_bytes=1 << 30)
+        self.now = 0.0
+        self.watcher = Watcher(
+            Database("not used"), _rules(), TICK, lambda: self.script.at(self.now), monotonic=lambda: self.now
+        )
+        self.batch: list[Sent] = []
+        self.odd: set[tuple[int, float]] = set()
+        self.renewed_at, self.sampled_at = 0.0, 0.0
+        self.is_down = False
+        self.result = Found()
+
+    async def play(self) -> None:
+        await availability.renew(self.conn, self.script.at(0))
+        due = TICK
+        ours = [Want(at, reason) for span in self.script.ours for at, reason in zip(span, ("down", "up"), strict=True)]
+        streams = [_with_wants(kiosk, self.script, self.every_round) for kiosk in self.script.kiosks]
+        for item, is_odd in heapq.merge(*streams, ((want, True) for want in ours), key=lambda each: each[0].at):
+            while due <= item.at and not self.is_down:
+                due = await self._round(due)
+            if isinstance(item, Want):
+                if item.reason in ("down", "up"):
+                    await self._flush()
+                    await self._renew(item.at, was_down=item.reason == "up")
+                    self.is_down = item.reason == "down"
+                    due = NEVER if self.is_down else _tick(item.at)
+            else:
+                await self._add(item, is_odd)
+            if is_odd and not self.is_down:
+                due = min(due, _tick(item.at))
+        while due <= self.script.end:
+            due = await self._round(due)
+        await self._round(_tick(self.script.end))
+
+    async def _add(self, sent: Sent, is_odd: bool) -> None:
+        """Add a heartbeat to the batch. Each commit contains one odd heartbeat or one post of a kiosk at most, and none
+        that follows it."""
+        first_at = self.batch[0].at if self.batch else sent.at
+        follows = any(number == sent.number and at != sent.at for number, at in self.odd)
+        if follows or sent.at - first_at > LONGEST_BATCH:
+            await self._flush()
+        self.batch.append(sent)
+        if is_odd:
+            self.odd.add((sent.number, sent.at))
+
+    async def _flush(self) -> None:
+        if self.batch:
+            await commit.write(self.session, [_heartbeat(each, self.script) for each in self.batch], self.intake)
+            self.result.heartbeats += len(self.batch)
+        self.batch, self.odd = [], set()
+
+    async def _renew(self, at: float, *, was_down: bool = False) -> None:
+        """Renew the row of the availability. Renewals since the last round are left out."""
+        if not was_down and at - self.renewed_at > 5:
+            await self.conn.execute("UPDATE taking_heartbeats SET renewed_at = $1", self.script.at(at - 5))
+        await availability.renew(self.conn, self.script.at(at))
+        self.renewed_at = at
+
+    async def _round(self, at: float) -> float:
+        """Run a round at `at`. Return when the next one is due."""
+        await self._flush()
+        self.now = at
+        await self._renew(at)
+        await self.watcher.round(self.conn)
+        self.result.rounds += 1
+        if at - self.sampled_at >= SAMPLE_EVERY:
+            rows = await self.conn.fetch("SELECT device_no FROM device_state WHERE presence = 'offline'")
+            self.result.offline.append((at, frozenset(row["device_no"] for row in rows)))
+            self.sampled_at = at
+        if self.every_round:
+            return at + TICK
+        waited = settles_after(timedelta(seconds=60))
+        next_at: datetime | None = await self.conn.fetchval(
+            "SELECT least((SELECT min(due_at) FROM device_state), (SELECT min(settle_at) FROM device_outages),"
+            " (SELECT min(mostly_back_at) + $1 FROM incidents WHERE resolved_at IS NULL))", waited,
+        )  # fmt: skip
+        if next_at is None:
+            return NEVER
+        return max(at + TICK, _tick((next_at - self.script.start).total_seconds()))
+
+    async def found(self) -> Found:
+        result, conn = self.result, self.conn
+        result.events = await conn.fetch("SELECT device_no, kind, since, at FROM device_events ORDER BY event_id")
+        result.outages = await conn.fetch(
+            "SELECT device_no, since, until, cause, settled_at FROM device_outages ORDER BY outage_no"
+        )
+        result.incidents = await conn.fetch(
+            "SELECT kind, scope, site, device_no, opened_at, resolved_at FROM incidents ORDER BY incident_id"
+        )
+        return result
+
+
+def _with_wants(kiosk: Kiosk, script: Script, every_round: bool) -> Iterator[tuple[Sent | Want, bool]]:
+    """Yield what a kiosk sends, whether a round must follow, and the moments at which it may have become silent."""
+    last: Sent | None = None
+    for sent in sent_by(kiosk, script):
+        is_odd = last is None or sent.queued or sent.queued != last.queued or sent[3:9] != last[3:9]
+        if last is not None:
+            is_usual = kiosk.interval > 60 and last.at > CALM and sent.at - last.at < kiosk.interval * 1.3
+            silent = silent_at(last.at, 600, script.ours)
+            if silent < sent.at and not is_usual and not every_round:
+                yield Want(silent, "silence"), True
+                is_odd = True
+        yield sent, is_odd
+        last = sent
+    if last is not None and (silent := silent_at(last.at, 600, script.ours)) < script.end:
+        yield Want(silent, "silence"), True
+
+
+def _tick(at: float) -> float:
+    """Return the first round after `at`."""
+    return (math.floor(at / TICK) + 1) * TICK
+
+
+def _heartbeat(sent: Sent, script: Script) -> Heartbeat:
+    ts = script.at(sent.made)
+    label = _LABELS.setdefault(sent.version, Label(sent.version, "2.1.0", "wifi", "store"))
+    return Heartbeat(
+        device_no=sent.number,
+        device_id=f"kiosk-{sent.number:04d}",
+        ts=ts,
+        received_at=script.at(sent.at),
+        bucket=bucket_of(ts, 10),
+        clock_wrong=sent.clock_wrong,
+        label=label,
+        battery_pct=sent.battery_pct,
+        plugged=sent.plugged,
+        temp_c=31.5,
+        ip=None,
+        signal_dbm=-60,
+        uptime_s=int(sent.made - sent.boot),
+        ram_used_mb=900,
+        unity_running=sent.unity,
+        facts=_FACTS,
+        claimed_device_id=None,
+        queue_depth=None,
+        dropped=(),
+    )

@@ -1,0 +1,1 @@
+"""The checks of `nexhb doctor`, each with a remedy in case it fails."""

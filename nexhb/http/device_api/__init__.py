@@ -1,0 +1,1 @@
+"""The requests of devices: heartbeats, queues of heartbeats, enrolment."""

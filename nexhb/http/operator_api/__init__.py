@@ -1,0 +1,1 @@
+"""Operators' requests: the fleet, jobs, flags, metrics, health."""

@@ -1,0 +1,1 @@
+"""HTTP below the handlers: connections, request heads and bodies, TLS, problem details."""

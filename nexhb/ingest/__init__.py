@@ -1,0 +1,1 @@
+"""The path of a heartbeat from its body to its commit."""

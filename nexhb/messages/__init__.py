@@ -1,0 +1,1 @@
+"""Messages about incidents: which are due, on which routes, and their delivery."""

@@ -1,0 +1,137 @@
+"""Tell routes with `self = true` that nexhb itself cannot accept heartbeats, and that it can again. This works from
+memory, because the database may be what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from nexhb import log
+from nexhb.errors import DeliveryFailed
+from nexhb.messages.channels import Channels
+from nexhb.messages.message import NOT_READY, READY, Message
+from nexhb.messages.routes import Route
+from nexhb.readiness import Readiness
+
+_log = log.get("notify")
+
+TOLD_AFTER = timedelta(minutes=2)
+CHECK_S = 1.0
+LONGEST_RETRY_S = 60.0
+FILE = "outage.json"
+
+
+class _Stored(msgspec.Struct):
+    """The outage that routes were told of, as data_dir keeps it: after a restart, the same routes are told of its end,
+    and a repeated message has the same id."""
+
+    since: datetime
+    routes: list[str]
+
+
+class OwnOutage:
+    """Watches the daemon's readiness. What each route should know follows from the present state: an outage that ends
+    before a route could be told of it is not told."""
+
+    def __init__(self, readiness: Readiness, channels: Channels, data_dir: Path, now: Callable[[], datetime]) -> None:
+        self._readiness = readiness
+        self._routes = [route for route in channels.routes.values() if route.for_nexhb]
+        self._channels = channels
+        self._path = data_dir / FILE
+        self._now = now
+        stored = self._read()
+        self._since = (
+            stored.since if stored else None
+        )  # since when the daemon is not ready; or the outage that was told
+        self._told = set(stored.routes) & {route.name for route in self._routes} if stored else set()
+        self._reason = ""
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        try:
+            while True:
+                self.check()
+                await asyncio.sleep(CHECK_S)
+        finally:
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def check(self) -> None:
+        """Start a message on each route that does not know the present state."""
+        now = self._now()
+        if not self._readiness.is_ready:
+            self._since = self._since or now
+            self._reason = " ".join(self._readiness.reasons()) or self._reason
+        elif not self._told:
+            self._since = None
+        for route in self._routes:
+            if self._is_due(route.name, now) and route.name not in self._tasks and not route.is_quiet(now):
+                task = self._tasks[route.name] = asyncio.create_task(
+                    self._tell(route, is_ready=route.name in self._told)
+                )
+                task.add_done_callback(lambda _, name=route.name: self._tasks.pop(name))  # type: ignore[misc]
+
+    def _is_due(self, route: str, now: datetime) -> bool:
+        """Return whether the route does not know the present state."""
+        is_outage = not self._readiness.is_ready and self._since is not None and now - self._since >= TOLD_AFTER
+        return is_outage if route not in self._told else self._readiness.is_ready
+
+    async def _tell(self, route: Route, *, is_ready: bool) -> None:
+        assert self._since is not None  # noqa: S101 - there is an outage, or there was one
+        message = self._message(route, self._since, is_ready=is_ready)
+
+        def is_outdated(_: RetryCallState) -> bool:
+            return not self._is_due(route.name, self._now())
+
+        attempts = AsyncRetrying(
+            retry=retry_if_exception_type(DeliveryFailed), stop=is_outdated, reraise=True,
+            wait=wait_random_exponential(multiplier=1, max=LONGEST_RETRY_S),
+        )  # fmt: skip
+        try:
+            await attempts(self._channels.send, route, message)
+        except DeliveryFailed as error:
+            _log.warning("notify.failed", route=route.name, id=message.message_id, error=error.detail)
+            return
+        if is_ready:
+            self._told.discard(route.name)
+        else:
+            self._told.add(route.name)
+        self._store()
+
+    def _message(self, route: Route, since: datetime, *, is_ready: bool) -> Message:
+        kind, host = READY if is_ready else NOT_READY, socket.gethostname()
+        digest = hashlib.sha256(f"{host} {since.isoformat()} {route.name} {kind}".encode()).hexdigest()
+        data: dict[str, Any] = {"host": host, "since": since, "severity": "critical", "detail": self._reason}
+        if is_ready:
+            data |= {"resolved_at": self._now(), "severity": "info"}
+        return Message(f"msg_{digest[:32]}", kind, since, data)
+
+    def _read(self) -> _Stored | None:
+        with suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode(self._path.read_bytes(), type=_Stored)
+        return None
+
+    def _store(self) -> None:
+        """Keep what routes were told. A disk that is full only means that a restart may repeat a message."""
+        try:
+            if not self._told or self._since is None:
+                self._path.unlink(missing_ok=True)
+                return
+            temporary = self._path.with_name(f".{FILE}.{os.getpid()}")
+            temporary.write_bytes(msgspec.json.encode(_Stored(self._since, sorted(self._told))))
+            temporary.replace(self._path)
+        except OSError as error:
+            _log.warning("notify.outage_not_kept", error=str(error))

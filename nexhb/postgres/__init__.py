@@ -1,0 +1,1 @@
+"""PostgreSQL: connections and sessions, errors, statements, migrations, and the embedded server."""

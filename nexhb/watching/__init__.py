@@ -1,0 +1,1 @@
+"""What changed, why, and which changes belong together: states, causes, incidents."""
