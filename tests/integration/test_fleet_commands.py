@@ -12,7 +12,6 @@ import pytest
 
 from nexhb import cli
 from nexhb.cli import fleet
-from nexhb.config import WatchSettings
 from nexhb.postgres.connections import Connection
 from tests.conftest import ADMIN_KEY, SOON_S, StartDaemon
 from tests.support import forks
@@ -24,8 +23,7 @@ Run = Callable[..., Awaitable[list[str]]]
 @pytest.fixture
 async def watched(start_daemon: StartDaemon, conn: Connection, now: datetime) -> Watched:
     """A site of three devices, of which two are silent; elsewhere, Unity of `d` is down."""
-    nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), now=now)
-    watched = Watched(nexhb, conn, now)
+    watched = await Watched.start(start_daemon, conn, now)
     await watched.add("a", "b", "c", site="store-42")
     await watched.add("d", "e", "f", "g")
     await watched.minutes(1)

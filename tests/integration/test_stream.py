@@ -25,9 +25,8 @@ ADMIN = {"x-admin": ADMIN_KEY}
 
 @pytest.fixture
 async def watched(start_daemon: StartDaemon, conn: Connection, now: datetime) -> Watched:
-    """A daemon whose own watcher ran once, at its start, and two kiosks, of which one is silent."""
-    nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), now=now)
-    watched = Watched(nexhb, conn, now)
+    """A daemon whose rounds the test runs, and two kiosks, of which one is silent."""
+    watched = await Watched.start(start_daemon, conn, now)
     await watched.add("a", "b", "c")
     await watched.minutes(1)
     await watched.minutes(11, silent=["a"])

@@ -32,8 +32,7 @@ async def test_a_route_is_told_of_an_outage_and_of_its_end(
     start_daemon: StartDaemon, conn: Connection, now: datetime, receiver: Receiver
 ) -> None:
     notify = NotifySettings(routes=[receiver.route()])
-    nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), notify=notify, now=now)
-    watched = Watched(nexhb, conn, now)
+    watched = await Watched.start(start_daemon, conn, now, notify=notify)
     await watched.add("a", "b", "c")
     await watched.minutes(2)
     await watched.minutes(11, silent=["a"])

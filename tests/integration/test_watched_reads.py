@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from nexhb.config import WatchSettings
 from nexhb.devices import registry
 from nexhb.postgres.connections import Connection
 from nexhb.reading import comparison
@@ -18,9 +17,8 @@ from tests.support.watching import MINUTE, Watched
 
 @pytest.fixture
 async def watched(start_daemon: StartDaemon, conn: Connection, now: datetime) -> Watched:
-    """A daemon whose own watcher ran once, at its start, and a fleet without kiosks."""
-    nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), now=now)
-    return Watched(nexhb, conn, now)
+    """A daemon whose rounds the test runs, and a fleet without kiosks."""
+    return await Watched.start(start_daemon, conn, now)
 
 
 async def listed(watched: Watched, which: str, *fields: str) -> list[tuple[Any, ...]]:

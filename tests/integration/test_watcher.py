@@ -10,7 +10,6 @@ import orjson
 import pytest
 
 from nexhb import metrics
-from nexhb.config import WatchSettings
 from nexhb.devices import registry
 from nexhb.errors import StateChanged
 from nexhb.postgres.connections import Connection
@@ -22,9 +21,8 @@ from tests.support.watching import MINUTE, Watched
 
 @pytest.fixture
 async def watched(start_daemon: StartDaemon, conn: Connection, now: datetime) -> Watched:
-    """A daemon whose own watcher ran once, at its start, and a fleet without kiosks."""
-    nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), now=now)
-    return Watched(nexhb, conn, now)
+    """A daemon whose rounds the test runs, and a fleet without kiosks."""
+    return await Watched.start(start_daemon, conn, now)
 
 
 async def test_a_silent_kiosk_is_an_outage_until_it_is_heard_again(watched: Watched) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from nexhb.config import WatchSettings
 from nexhb.messages.routes import routes_of
 from nexhb.messages.telling import Teller
 from nexhb.postgres.connections import Connection
+from nexhb.postgres.locks import Lock
 from nexhb.readiness import Readiness
 from nexhb.watching.judging import watch_rules
 from nexhb.watching.watcher import Watcher
-from tests.conftest import Agent, Nexhb
+from tests.conftest import Agent, Nexhb, StartDaemon
 
 MINUTE = timedelta(minutes=1)
 UPTIME_S = 100_000.0
@@ -50,6 +52,16 @@ class Watched:
             self.nexhb.database, self.rules, 10, clock, monotonic=lambda: clock().timestamp(),
             tell=Teller(routes_of(self.nexhb.settings), Readiness()),
         )  # fmt: skip
+
+    @classmethod
+    async def start(cls, start_daemon: StartDaemon, conn: Connection, now: datetime, **settings: Any) -> Watched:
+        """Start a daemon without kiosks and run the first round. The daemon itself runs no rounds, because `conn` holds
+        the watcher's lock."""
+        assert await conn.fetchval("SELECT pg_try_advisory_lock($1)", int(Lock.WATCH))
+        nexhb = await start_daemon(watch=WatchSettings(interval_seconds=60), now=now, **settings)
+        watched = cls(nexhb, conn, now)
+        await watched.round()
+        return watched
 
     async def add(self, *device_ids: str, site: str | None = None) -> None:
         """Add kiosks to the fleet, and to a site."""

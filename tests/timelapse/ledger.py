@@ -75,21 +75,16 @@ def key_of(row: Row) -> Key:
     return row[-2], row[-1]
 
 
-def _with_kept_version(known: Heartbeat | None, newer: Heartbeat) -> Heartbeat:
-    """Return the status after the heartbeat `newer`; if the heartbeat has no app_version, the status keeps the earlier
-    value."""
-    if known is None or newer.label.agent_version:
-        return newer
-    label = newer.label._replace(agent_version=known.label.agent_version)
-    return msgspec.structs.replace(newer, label=label)
-
-
 class Ledger:
     """Every acknowledged heartbeat, by key, and the newest of each device."""
 
     def __init__(self) -> None:
         self.rows: dict[Key, list[Row]] = {}  # acknowledged as written; see `written_again`
         self.newest: dict[int, Heartbeat] = {}  # including duplicates, which also change a status
+        # The app_version that each device's status may have: a heartbeat without one keeps the earlier version. There
+        # are several after a 503, because that heartbeat may have changed the status or not.
+        self._versions: dict[int, set[str]] = {}
+        self._newest_in_doubt: dict[int, datetime] = {}  # the latest ts that received 503
         self.last_received: dict[int, datetime] = {}  # when each device was last seen
         self.written = self.deduplicated = self.failed = 0
         # Acknowledged as written although they are duplicates: their day was archived, so they were not recognized.
@@ -103,6 +98,9 @@ class Ledger:
         if outcome is Outcome.FAILED:
             self.failed += 1
             self._in_doubt.setdefault(key, []).append(row)
+            in_doubt = self._newest_in_doubt.get(heartbeat.device_no, heartbeat.ts)
+            self._newest_in_doubt[heartbeat.device_no] = max(in_doubt, heartbeat.ts)
+            self._allow_version(heartbeat)
             return
         if outcome is Outcome.WRITTEN:
             self.written += 1
@@ -118,6 +116,30 @@ class Ledger:
             raise BrokenPromise(f"{heartbeat} was rejected.")
         known = self.newest.get(heartbeat.device_no)
         if known is None or is_newer(known, heartbeat):
-            self.newest[heartbeat.device_no] = _with_kept_version(known, heartbeat)
+            self.newest[heartbeat.device_no] = heartbeat
+            self._record_version(heartbeat)
         last = self.last_received.get(heartbeat.device_no, heartbeat.received_at)
         self.last_received[heartbeat.device_no] = max(last, heartbeat.received_at)
+
+    def _record_version(self, heartbeat: Heartbeat) -> None:
+        number, version = heartbeat.device_no, heartbeat.label.agent_version
+        in_doubt = self._newest_in_doubt.get(number)
+        if in_doubt is not None and heartbeat.ts <= in_doubt:
+            self._allow_version(heartbeat)
+            return
+        self._newest_in_doubt.pop(number, None)
+        if version:
+            self._versions[number] = {version}
+
+    def _allow_version(self, heartbeat: Heartbeat) -> None:
+        if heartbeat.label.agent_version:
+            self._versions.setdefault(heartbeat.device_no, {""}).add(heartbeat.label.agent_version)
+
+    def statuses(self, device_no: int) -> list[Row]:
+        """Return the rows that the status of this device may equal."""
+        newest = self.newest[device_no]
+        versions = {newest.label.agent_version} if newest.label.agent_version else self._versions.get(device_no, {""})
+        return [
+            row_of(msgspec.structs.replace(newest, label=newest.label._replace(agent_version=version)))
+            for version in sorted(versions)
+        ]
