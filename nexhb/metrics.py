@@ -210,6 +210,11 @@ site_devices = Gauge(
     "nexhb_site_devices", "Devices of each site by state; absent if there are more than 1,000 sites", ["site", "state"]
 )
 incidents_open = Gauge("nexhb_incidents_open", "Open incidents by scope", ["scope"])
+site_incidents_open = Gauge(
+    "nexhb_site_incidents_open",
+    "1 for each site that is down as a whole, by what is wrong; absent if there are more than 1,000 such sites",
+    ["site", "kind"],
+)
 watch_rounds = Counter("nexhb_watch_rounds", "Rounds of the watcher that this daemon completed")
 watch_failures = Counter("nexhb_watch_failures", "Devices that a round could not judge because of an unexpected error")
 watch_last_round = Gauge(

@@ -32,6 +32,18 @@ async def update_metrics(conn: Connection) -> None:
         for site in named:
             for state in STATES:
                 metrics.site_devices.labels(site=site, state=state).set(by_site[site, state])
-    opened = {row["scope"]: row["incidents"] for row in await conn.fetch(_Q["open_incidents_by_scope"])}
+    await _update_incidents(conn)
+
+
+async def _update_incidents(conn: Connection) -> None:
+    rows = await conn.fetch(_Q["incident_counts"])
+    opened = Counter[str]()
+    for row in rows:
+        opened[row["scope"]] += row["incidents"]
     for scope in SCOPES:
-        metrics.incidents_open.labels(scope=scope).set(opened.get(scope, 0))
+        metrics.incidents_open.labels(scope=scope).set(opened[scope])
+    of_sites = [row for row in rows if row["site"] is not None]
+    metrics.site_incidents_open.clear()  # a site that is no longer down has no series
+    if len(of_sites) <= MAX_SITES:
+        for row in of_sites:
+            metrics.site_incidents_open.labels(site=row["site"], kind=row["kind"]).set(1)

@@ -439,5 +439,7 @@ FROM device_state s JOIN devices d USING (device_no)
 WHERE d.revoked_at IS NULL
 GROUP BY d.site, s.presence;
 
--- name: open_incidents_by_scope
-SELECT scope, count(*) AS incidents FROM incidents WHERE resolved_at IS NULL GROUP BY scope;
+-- name: incident_counts
+-- The number of open incidents by scope, kind and, if a whole site has the fault, site.
+SELECT scope, kind, CASE WHEN scope = 'site' THEN site END AS site, count(*) AS incidents
+FROM incidents WHERE resolved_at IS NULL GROUP BY 1, 2, 3;

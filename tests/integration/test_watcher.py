@@ -263,6 +263,22 @@ async def test_metrics_count_the_fleet_the_sites_and_the_open_incidents(watched:
     assert metrics.incidents_open.labels(scope="device")._value.get() == 1
 
 
+async def test_metrics_name_each_site_that_is_down_until_it_is_back(watched: Watched) -> None:
+    await watched.add("a", "b", "c", site="store-42")
+    await watched.add("d", "e", "f", site="store-43")
+    await watched.minutes(2)
+    await watched.minutes(12, silent=["a", "b", "d"])
+    await counts.update_metrics(watched.conn)
+    [family] = metrics.site_incidents_open.collect()
+    assert [(sample.labels, sample.value) for sample in family.samples] == [
+        ({"site": "store-42", "kind": "offline"}, 1)
+    ]
+    await watched.minutes(2)
+    await counts.update_metrics(watched.conn)
+    [family] = metrics.site_incidents_open.collect()
+    assert family.samples == []
+
+
 async def test_old_events_outages_and_incidents_are_deleted(watched: Watched) -> None:
     await watched.add("a", "b", "c")
     await watched.minutes(2)

@@ -1,5 +1,5 @@
 """Every alert fires, clears, links to a section of the runbook, and uses metrics that a daemon exports. So does every
-panel of the dashboard."""
+panel of the dashboards."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ HOUSE = Path(__file__).parents[2]
 RECORDED = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
 TEST_FILES = sorted(FOLDER.glob("*.test.yml"))
 TESTS: list[dict[str, Any]] = [test for file in TEST_FILES for test in yaml.safe_load(file.read_text())["tests"]]
-DASHBOARD: dict[str, Any] = json.loads((HOUSE / "packaging" / "grafana" / "nexhb.json").read_text())
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+DASHBOARDS: dict[str, dict[str, Any]] = {
+    file.stem: json.loads(file.read_text()) for file in sorted((HOUSE / "packaging" / "grafana").glob("*.json"))
+}
+PANELS = [panel for board in DASHBOARDS.values() for panel in board["panels"] if panel["type"] != "row"]
+every_dashboard = pytest.mark.parametrize("name", DASHBOARDS)
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------
@@ -212,23 +215,32 @@ async def test_a_name_label_or_value_that_is_not_exported_is_detected(exports: E
     assert list(exports.lacking('nexhb_write_retries_total{kind="lost"}')) == []  # declared, but too rare for a sample
 
 
-# ---- the dashboard --------------------------------------------------------------------------------------------------
+# ---- the dashboards -------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_is_for_grafana_10_and_uses_the_selected_prometheus() -> None:
-    assert DASHBOARD["schemaVersion"] >= 37
-    variables = {one["name"]: one for one in DASHBOARD["templating"]["list"]}
+@every_dashboard
+def test_a_dashboard_is_for_grafana_10_and_uses_the_selected_prometheus(name: str) -> None:
+    board = DASHBOARDS[name]
+    assert board["schemaVersion"] >= 37
+    variables = {one["name"]: one for one in board["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
-    for panel in PANELS:
-        assert panel["title"]
-        for asked in (panel, *panel["targets"]):
-            assert asked["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in board["panels"]:
+        if panel["type"] != "row":
+            assert panel["title"]
+            for queried in (panel, *panel["targets"]):
+                assert queried["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
 
 
-def test_no_panel_overlaps_another() -> None:
+def test_dashboards_can_be_imported_side_by_side() -> None:
+    for key in ("uid", "title"):
+        assert len({board[key] for board in DASHBOARDS.values()}) == len(DASHBOARDS) == 2
+
+
+@every_dashboard
+def test_no_panel_overlaps_another(name: str) -> None:
     taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
+    for panel in DASHBOARDS[name]["panels"]:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         assert at["x"] + at["w"] <= 24
