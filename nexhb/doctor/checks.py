@@ -32,6 +32,7 @@ CHECKS: dict[str, Check] = {
     "flags": fleet.feature_flags,
     "shared tokens": fleet.shared_tokens,
     "NexMDM": fleet.nexmdm,
+    "opening hours": fleet.opening_hours,
     "messages": fleet.messages,
     "offline after": fleet.offline_after,
 }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
+from nexhb.devices.hours import Hours
 from nexhb.doctor.check import CheckContext, CheckResult, shown_time
+from nexhb.errors import BadInput
 from nexhb.jobs.runner import MAX_CLOCK_DIFFERENCE
 from nexhb.nexmdm import source as sources
 from nexhb.postgres import sql
@@ -110,6 +112,25 @@ async def offline_after(context: CheckContext) -> CheckResult:
         f"offline after {settings.offline_after_seconds} s of silence, at an interval of {settings.interval_seconds} s"
     )
     return CheckResult("offline after", not settings.doubt(), settings.doubt() or detail, settings.remedy())
+
+
+async def opening_hours(context: CheckContext) -> CheckResult:
+    """Check that the hours of all sites and silences can be read."""
+    rows = await context.conn.fetch(_Q["opening_hours"], context.now)
+    unreadable = [row["whose"] for row in rows if not await asyncio.to_thread(_can_be_read, row["hours"], row["zone"])]
+    if not unreadable:
+        return CheckResult("opening hours", True, f"{len(rows)} sites and silences have hours")
+    named = ", ".join(map(shown, unreadable[:MAX_NAMED])) + (", …" if len(unreadable) > MAX_NAMED else "")
+    detail = f"the hours of {named} cannot be read: such a site counts as always open, such a silence as never in force"
+    return CheckResult("opening hours", False, detail, "nexhb sites set SITE --hours …; nexhb silence remove NUMBER")
+
+
+def _can_be_read(hours: str, zone: str) -> bool:
+    try:
+        Hours.parse(hours, zone)
+    except BadInput:
+        return False
+    return True
 
 
 async def messages(context: CheckContext) -> CheckResult:

@@ -45,9 +45,16 @@ async def current(conn: AnyConnection, now: datetime) -> Mapping[str, frozenset[
 
 
 def is_active(row: Any, now: datetime) -> bool:
-    """Return whether a stored silence is in force now."""
-    is_within = row["from"] <= now and (row["until"] is None or now < row["until"])
-    return is_within and (row["hours"] is None or Hours.stored(row["hours"], row["zone"]).is_open(now))
+    """Return whether a stored silence is in force now. A silence whose hours cannot be read silences nothing: `nexhb
+    doctor` reports it."""
+    if now < row["from"] or (row["until"] is not None and row["until"] <= now):
+        return False
+    if row["hours"] is None:
+        return True
+    try:
+        return Hours.parse(row["hours"], row["zone"]).is_open(now)
+    except BadInput:
+        return False
 
 
 async def listed(conn: AnyConnection, ended_after: datetime | None, after: int, limit: int) -> Sequence[dict[str, Any]]:

@@ -116,3 +116,10 @@ SELECT route, count(*) FILTER (WHERE given_up_at IS NULL) AS waiting,
 FROM notifications
 WHERE delivered_at IS NULL AND created_at < $1 AND (given_up_at IS NULL OR given_up_at > $2)
 GROUP BY route ORDER BY route;
+
+-- name: opening_hours
+-- $1 now. The hours of sites, and of silences that have not ended.
+SELECT 'site ' || site AS whose, hours, zone FROM sites WHERE hours IS NOT NULL
+UNION ALL
+SELECT 'silence ' || silence_id, hours, zone FROM silences WHERE hours IS NOT NULL AND (until IS NULL OR until > $1)
+ORDER BY whose;

@@ -54,7 +54,7 @@ async def test_a_healthy_database_passes_every_check(healthy: House) -> None:
     assert set(found) == {
         "database", "clock", "schema", "database copy", "numbers", "days ahead", "detaches", "archive", "archive store",
         "late heartbeats", "nightly", "reconcile", "restore drill", "drift", "locks", "HOT updates", "disk", "flags",
-        "shared tokens", "NexMDM", "messages", "offline after",
+        "shared tokens", "NexMDM", "opening hours", "messages", "offline after",
     }  # fmt: skip
 
 
@@ -335,3 +335,18 @@ async def test_messages_that_are_not_delivered_are_reported_by_route(healthy: Ho
     assert "on-call: 1 wait since" in found.detail
     assert "1 given up: The response is 500." in found.detail
     assert "nexhb notify test" in found.remedy
+
+
+async def test_hours_that_cannot_be_read_are_reported(healthy: House) -> None:
+    await healthy.conn.execute("INSERT INTO sites (site, hours) VALUES ('store-42', 'Mo-Fr 08:00-20:00')")
+    assert (await results(healthy))["opening hours"].passed
+    await healthy.conn.execute("INSERT INTO sites (site, hours) VALUES ('store-43', 'whenever')")
+    await healthy.conn.execute(
+        'INSERT INTO silences (scope, "from", until, hours, zone, reason, created_by, created_at) '
+        "VALUES ('fleet', $1, $2, 'Mo-', 'UTC', 'nights', 'ada', $1), ('fleet', $1, NULL, 'Mo', 'UTC', 'n', 'a', $1), "
+        "('fleet', $1, NULL, 'Mo 99:00', 'UTC', 'nights', 'ada', $1)",
+        CHECKED_AT - timedelta(days=2), CHECKED_AT - timedelta(days=1),
+    )  # fmt: skip
+    found = (await results(healthy))["opening hours"]
+    assert not found.passed
+    assert "the hours of silence 3, site store-43 cannot be read" in found.detail

@@ -259,6 +259,14 @@ async def test_a_silence_may_recur_and_be_removed(teller: Teller) -> None:
     assert await teller.tell() == [("a", "opened", two)]
 
 
+async def test_a_silence_whose_hours_cannot_be_read_silences_nothing(teller: Teller) -> None:
+    teller.route("a")
+    await teller.silence("fleet", None, hours="12:00-13:00")
+    await teller.conn.execute("UPDATE silences SET hours = 'whenever'")
+    one = await teller.open(await teller.device("k1"))
+    assert await teller.tell() == [("a", "opened", one)]
+
+
 async def test_quiet_hours_hold_back_one_route_only(teller: Teller) -> None:
     teller.route("day", quiet_hours="22:00-06:00", quiet_zone="Europe/Berlin")
     teller.route("night")
