@@ -117,7 +117,17 @@ written AS (
           AND newer_content(s.last_ts, s.received_at, s.uptime_s, s.clock_wrong, excluded.last_ts,
                             excluded.received_at, excluded.uptime_s, excluded.clock_wrong)
        OR (excluded.last_ts = s.last_ts AND excluded.status = 'revoked' AND s.status <> 'revoked')
-    RETURNING 1
+    RETURNING device_no, s.status, xmax = 0 AS is_first, heard_at, last_ts, received_at, clock_wrong, uptime_s,
+              battery_pct, plugged, unity_running, agent_version, unity_pkg_version
+),
+-- The next heartbeat is compared with the repaired status, so only this statement can tell the watcher of the change: 64
+-- for a first status, otherwise everything that may have changed (see upsert_last_status in writer.sql).
+noted AS (
+    INSERT INTO device_changes (device_no, changes, heard_at, ts, received_at, clock_wrong, uptime_s, battery_pct,
+                                plugged, unity_running, agent_version, unity_pkg_version)
+    SELECT device_no, CASE WHEN is_first THEN 64 ELSE 1 + 2 + 4 + 8 + 32 END, heard_at, last_ts, received_at,
+           clock_wrong, uptime_s, battery_pct, plugged, unity_running, agent_version, unity_pkg_version
+    FROM written WHERE status = 'ok' ORDER BY device_no
 )
 SELECT count(*) AS checked,
        count(*) FILTER (WHERE behind OR unrevoked) AS wrong,

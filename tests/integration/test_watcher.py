@@ -12,6 +12,7 @@ import pytest
 from nexhb import metrics
 from nexhb.devices import registry
 from nexhb.errors import StateChanged
+from nexhb.jobs.reconcile import reconcile
 from nexhb.postgres.connections import Connection
 from nexhb.watching import counts, judging, retention, rounds
 from nexhb.watching.judging import Judgement, Subject
@@ -251,6 +252,31 @@ async def test_a_shared_token_is_an_incident_until_it_is_no_longer_seen(watched:
     await watched.minutes(60)
     assert len(await watched.events()) == 1
     assert await watched.incidents() == [("token_shared", "device", None, None, 1, True)]
+
+
+async def test_what_a_reconciliation_repairs_is_judged(watched: Watched) -> None:
+    """A repair noted no change, and the next heartbeat was compared with the repaired status: the watcher did not learn
+    that Unity had stopped, or that a device was heard again."""
+    await watched.add("a", "b", "c")
+    await watched.minutes(2)
+    await watched.minutes(12, silent=["b"])
+    await watched.conn.execute("CREATE TEMP TABLE before AS SELECT * FROM device_last_status")
+    watched.now += MINUTE
+    watched.nexhb.clock.fixed = watched.now
+    watched.kiosks["a"].changes = {"unity_process_running": False}
+    for kiosk in watched.kiosks.values():
+        assert (await kiosk.agent.send(watched.now, **kiosk.body(watched.now))).status == 200
+    await watched.conn.execute("DELETE FROM device_changes")
+    await watched.conn.execute(
+        "UPDATE device_last_status s SET heard_at = b.heard_at, last_ts = b.last_ts, received_at = b.received_at, "
+        "unity_running = b.unity_running FROM before b WHERE b.device_no = s.device_no"
+    )
+    repaired = await reconcile(watched.conn, watched.now, max_rows=100)
+    assert repaired.updated == 3
+    await watched.minutes(1)
+    assert [event for event in await watched.events() if event[1] != "offline"] == [
+        ("a", "unity_down", None), ("b", "online", "unknown"),
+    ]  # fmt: skip
 
 
 async def test_metrics_count_the_fleet_the_sites_and_the_open_incidents(watched: Watched) -> None:
