@@ -26,7 +26,7 @@ from nexhb.http.transport.connections import Connections
 from nexhb.http.unavailability import Unavailability
 from nexhb.ingest.intake import Intake
 from nexhb.ingest.writer import Writer
-from nexhb.jobs.registry import Jobs
+from nexhb.jobs.registry import Jobs, uptime_rules
 from nexhb.jobs.schedule import Schedule
 from nexhb.messages import channels
 from nexhb.messages.channels import Channels
@@ -47,6 +47,7 @@ from nexhb.reading.events import EventReads
 from nexhb.reading.following import Follower
 from nexhb.reading.pools import open_readers
 from nexhb.watching.judging import watch_rules
+from nexhb.watching.uptime_reads import UptimeReads
 from nexhb.watching.watcher import Watcher
 
 _log = log.get("daemon")
@@ -128,7 +129,8 @@ async def running(
         )  # fmt: skip
         operator_api = OperatorApi(
             settings, now, AdminKey(admin_key, wrong_keys), changes, channels=routes, reads=reads,
-            history_reads=history_reads, events=EventReads(reads), follower=_start_follower(tasks, database),
+            history_reads=history_reads, events=EventReads(reads),
+            uptime=UptimeReads(reads, uptime_rules(settings)), follower=_start_follower(tasks, database),
             perf_diff=perf_diff, flags=store, troubles=troubles, jobs=jobs, readiness=readiness, tracker=tracker,
             adoption=adoption, intake=intake, next_heartbeat_s=partial(admission.next_heartbeat_s, device_api),
         )  # fmt: skip

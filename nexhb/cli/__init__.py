@@ -42,6 +42,7 @@ COMMANDS = {
     "history": "fleet",
     "offline": "fleet",
     "unity-down": "fleet",
+    "uptime": "uptime",
     "nightly": "jobs",
     "reconcile": "jobs",
     "import-legacy": "legacy",

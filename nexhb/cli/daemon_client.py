@@ -9,9 +9,10 @@ import asyncio
 import base64
 import json
 import ssl
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +22,8 @@ from nexhb.errors import BadInput, NexhbError
 from nexhb.threads import in_daemon_thread
 
 TIMEOUT_S = 10.0  # the limit for each request, from connecting to the last byte of the response
+DOWNLOAD_TIMEOUT_S = 60.0  # the limit for each piece of a long response
+PIECE_BYTES = 2**16
 PORT_UNKNOWN = "server.port is 0, so the port is not known here"
 _END = "-----END CERTIFICATE-----\n"
 
@@ -43,6 +46,43 @@ async def call(settings: Settings, method: str, path: str, body: object = None, 
     Raise DaemonUnreachable, BadInput if the daemon says that the request is not valid, and RequestRefused for any other
     error.
     """
+    data = None if body is None else json.dumps(body).encode()
+    with _with_key(settings, timeout_s) as (connection, headers):
+        async with asyncio.timeout(timeout_s):
+            status, raw = await in_daemon_thread(lambda: _send(connection, method, path, data, headers))
+    return _answer(settings, status, raw)
+
+
+async def download(
+    settings: Settings, path: str, write: Callable[[bytes], object], *, timeout_s: float = DOWNLOAD_TIMEOUT_S
+) -> None:
+    """Pass the response to a GET request on to `write`, piece by piece. `timeout_s` limits the wait for each piece. The
+    exceptions are those of `call`, and the OSError of `write`; a response that breaks off raises DaemonUnreachable."""
+    failures: list[OSError] = []  # of `write`: not raised where errors of the connection are expected
+
+    def copy(connection: HTTPConnection, headers: dict[str, str]) -> tuple[int, bytes]:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        if response.status >= 400:
+            return response.status, response.read()
+        while not failures and (piece := response.read(PIECE_BYTES)):
+            try:
+                write(piece)
+            except OSError as error:
+                failures.append(error)
+        return response.status, b""
+
+    with _with_key(settings, timeout_s) as (connection, headers):
+        status, raw = await in_daemon_thread(lambda: copy(connection, headers))
+    if failures:
+        raise failures[0]
+    _answer(settings, status, raw)
+
+
+@contextmanager
+def _with_key(settings: Settings, timeout_s: float) -> Iterator[tuple[HTTPConnection, dict[str, str]]]:
+    """Provide a connection to the daemon, not opened yet, and headers with the admin key. Raise DaemonUnreachable in
+    place of errors of the connection."""
     url = settings.server.url(settings.server.port)
     if settings.server.port == 0:
         raise DaemonUnreachable(f"{PORT_UNKNOWN}.")
@@ -50,23 +90,29 @@ async def call(settings: Settings, method: str, path: str, body: object = None, 
     connection, headers = _connection(url, trust)
     connection.timeout = timeout_s
     headers |= {"x-admin": keys.read(settings) or "", "Content-Type": "application/json"}
-    data = None if body is None else json.dumps(body).encode()
     try:
         with closing(connection):
-            async with asyncio.timeout(timeout_s):
-                status, raw = await in_daemon_thread(lambda: _send(connection, method, path, data, headers))
+            yield connection, headers
     except TimeoutError:
         raise DaemonUnreachable(f"{url}: no response within {timeout_s:g} s.") from None
+    except IncompleteRead as error:
+        raise DaemonUnreachable(f"{url}: the response broke off, and is not complete.") from error
     except (HTTPException, OSError, ValueError) as error:
         hint = "`nexhb serve` runs it."
         raise DaemonUnreachable(f"{url}: {error or type(error).__name__}.", hint=hint) from error
+
+
+def _answer(settings: Settings, status: int, raw: bytes) -> Any:
     try:
         answer = json.loads(raw) if raw else None
     except ValueError:
+        url = settings.server.url(settings.server.port)
         raise RequestRefused(f"{url} is not nexhb: its response is not JSON.", status) from None
     if status < 400:
         return answer
     detail = str(answer.get("detail", status)) if isinstance(answer, dict) else str(status)
+    if status == 400 and isinstance(answer, dict) and answer.get("errors"):
+        detail = "; ".join(f"{each['path']} {each['message']}" for each in answer["errors"]) + "."
     if status in (400, 422):
         raise BadInput(detail.removeprefix(f"{BadInput.sentence} "))
     raise RequestRefused(detail, status)

@@ -16,7 +16,7 @@ from nexhb.heartbeat import FieldError
 from nexhb.http.device_api import enrolment, heartbeats, queues
 from nexhb.http.device_api.authentication import DEVICE
 from nexhb.http.device_api.context import DEVICE_API, DeviceApi
-from nexhb.http.operator_api import devices, fleet, messages, ops, sites, stream, watched
+from nexhb.http.operator_api import devices, fleet, messages, ops, sites, stream, uptime, watched
 from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
 from nexhb.http.transport.http_connection import HttpConnection
 from nexhb.http.transport.problem import Problem
@@ -64,6 +64,13 @@ ROUTES = (
         ("from", "to", "site", "kind", "device", "order", "limit", "after"),
     ),
     Route("GET", "/v1/incidents", watched.get_incidents, "admin", ("state", "site", "limit", "after")),
+    Route(
+        "GET",
+        "/v1/uptime",
+        uptime.get_uptime,
+        "admin",
+        ("from", "to", "by", *AMONG, "device", "format", "limit", "after"),
+    ),
     Route("POST", "/v1/incidents/{incident_id}/ack", messages.post_ack, "admin"),
     Route("GET", "/v1/silences", messages.get_silences, "admin", ("limit", "after", "all")),
     Route("POST", "/v1/silences", messages.post_silence, "admin"),

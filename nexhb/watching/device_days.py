@@ -125,7 +125,7 @@ async def _make(
     await months.ensure(conn, day)
     after, count = 0, 0
     while chunk := await conn.fetch(_Q["devices"], after, CHUNK_DEVICES, midnight(day), only):
-        devices = await _placed(conn, day, chunk)
+        devices = await placed(conn, day, chunk)
         parts = await compute(conn, source, devices, rules, now)
         first, after = after + 1, devices[-1].device_no
         async with conn.transaction():
@@ -138,7 +138,7 @@ async def _make(
     return count
 
 
-async def _placed(conn: AnyConnection, day: date, rows: Iterable[Any]) -> list[Device]:
+async def placed(conn: AnyConnection, day: date, rows: Iterable[Any]) -> list[Device]:
     """Return the devices with their places: as when the day was made first, otherwise the present ones."""
     rows = list(rows)
     kept = await places.of_day(conn, day, [row["device_no"] for row in rows])

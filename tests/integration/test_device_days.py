@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 from random import Random
 
@@ -16,6 +15,7 @@ from nexhb.watching.device_days import DayTable, Device, UptimeRules
 from nexhb.watching.places import Place
 from nexhb.watching.uptime import Circumstances, Range
 from tests.support.nightly import NOW, OLD, House
+from tests.support.stored_heartbeats import moment, store
 from tests.support.uptime_truth import DAY, HOUR, Sent, history, true_parts, usual
 
 YESTERDAY = NOW.date() - timedelta(days=1)
@@ -32,44 +32,6 @@ async def add_device(conn: Connection, device_id: str, site: str | None = None) 
         site,
     )
     return number
-
-
-async def store(conn: Connection, device_no: int, sent: Sequence[Sent]) -> None:
-    """Store the heartbeats as the writer does, with the ledger."""
-    await conn.execute(
-        "INSERT INTO heartbeat_labels (agent_version, unity_pkg_version, network_type, ssid)"
-        " VALUES ('1', '', '', '') ON CONFLICT DO NOTHING"
-    )
-    await conn.copy_records_to_table(
-        "device_heartbeats",
-        records=[
-            (
-                _time(one.at), _time(one.received), device_no, int(one.at) - 1_577_836_800, 1, one.uptime_s,
-                one.battery, one.unity, False,
-            )
-            for one in sent
-        ],
-        columns=("ts", "received_at", "device_no", "bucket", "label_no", "uptime_s", "battery_pct", "unity_running",
-                 "clock_wrong"),
-    )  # fmt: skip
-    await conn.execute(
-        """INSERT INTO ingest_ledger AS l SELECT day, 0, count(*), 0
-           FROM (SELECT (to_timestamp(at) AT TIME ZONE 'UTC')::date AS day FROM unnest($1::float8[]) at) d GROUP BY day
-           ON CONFLICT (day, slot) DO UPDATE SET written = l.written + excluded.written""",
-        [one.at for one in sent],
-    )
-    if sent:
-        await conn.execute(
-            """INSERT INTO device_last_status (device_no, device_id, last_ts, received_at, heard_at)
-               SELECT device_no, device_id, $2, $2, $2 FROM devices WHERE device_no = $1
-               ON CONFLICT (device_no) DO UPDATE SET heard_at = $2""",
-            device_no,
-            _time(max(one.received for one in sent)),
-        )
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 def regular(start_h: float, end_h: float, *, booted_h: float = -240, received_h: float | None = None) -> list[Sent]:
@@ -97,7 +59,7 @@ async def minutes(conn: Connection, day: date = YESTERDAY) -> dict[str, dict[str
 async def test_a_night_makes_the_uptimes_of_yesterday(house: House) -> None:
     conn = house.conn
     await conn.execute("INSERT INTO sites (site, zone, hours) VALUES ('day', 'Europe/Berlin', '08:00-20:00')")
-    await conn.execute("INSERT INTO blackouts VALUES ($1, $2)", _time(START + 15 * HOUR), _time(START + 15.25 * HOUR))
+    await conn.execute("INSERT INTO blackouts VALUES ($1, $2)", moment(START + 15 * HOUR), moment(START + 15.25 * HOUR))
     fleet = {
         "up": regular(-1, 27),
         "line down": [*regular(-1, 10), *regular(10, 12, received_h=12), *regular(12, 27)],
@@ -156,7 +118,7 @@ async def test_postgresql_and_python_agree_with_the_rules_applied_to_each_moment
     for number, each in sent.items():
         await store(house.conn, number, each)
     await house.conn.execute(
-        "INSERT INTO blackouts VALUES ($1, $2)", _time(START - 20 * HOUR), _time(START - 19 * HOUR)
+        "INSERT INTO blackouts VALUES ($1, $2)", moment(START - 20 * HOUR), moment(START - 19 * HOUR)
     )
     devices = [Device(number, CREATED, None, place) for number in sent]
     day = YESTERDAY - timedelta(days=1)

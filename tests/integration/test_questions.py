@@ -66,6 +66,7 @@ ANSWERS = {
     "What changed in the last hour?": same("crashed"),
     "Which one flaps?": same("flaps"),
     "Whose clock is wrong?": same("wrong-clock"),
+    "What was a site's uptime last week?": Answer("store-42\t", '"site":"store-42","share":'),
     "Can I be told?": Answer("delivered", ""),
     "Can a store be silent until eight?": Answer("site store-42", ""),
 }

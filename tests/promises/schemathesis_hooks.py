@@ -22,6 +22,9 @@ schemathesis.openapi.format("silenced", st.sampled_from(["store-1", "outdoor", "
 schemathesis.openapi.format("future", st.just(f"{datetime.now(UTC) + timedelta(days=30):%Y-%m-%dT%H:%M:%S}+02:00"))
 schemathesis.openapi.format("past", st.just("2020-01-01T00:00:00Z"))
 schemathesis.openapi.format("site", st.sampled_from(["store-1", "store-2"]))  # test_openapi.py creates them
+_DAYS = st.integers(1, 300).map(lambda days: f"{datetime.now(UTC).date() - timedelta(days=days)}")
+schemathesis.openapi.format("day_of_last_year", _DAYS | _DAYS.map("{}T12:00:00Z".format))
+schemathesis.openapi.format("later_day", st.sampled_from(["2099-12-31", "2099-01-01T00:00:00+01:00"]))
 schemathesis.openapi.format("zone", st.sampled_from(["UTC", "Europe/Berlin", "America/New_York"]))
 schemathesis.openapi.format("hours", st.sampled_from(["24/7", "Mo-Fr 08:00-20:00; Sa off", "22:00-06:00"]))
 schemathesis.openapi.format("tag", st.from_regex(r"[a-z0-9._-]{1,50}", fullmatch=True))

@@ -22,6 +22,7 @@ from nexhb.heartbeat import bucket_of
 from nexhb.postgres import sql
 from nexhb.postgres.connections import Connection, Database
 from nexhb.reading import queries
+from nexhb.watching import months
 from tests.conftest import TEMPLATE, scratch
 from tests.support.clock import START
 
@@ -206,6 +207,56 @@ async def test_reading_the_newest_heartbeats_of_a_day_reads_only_these_rows(flee
     noon = bucket_of(start + timedelta(hours=12), 10)
     behind = await plan_of(fleet, QUERIES["history"], 7, start, end, 10, noon)
     assert (behind.rows, behind.buffers < 60) == (10, True)
+
+
+# ---- uptimes ----------------------------------------------------------------------------------------------------
+
+UPTIMES = sql.queries("uptime_reads")
+MONTHS = [date(2026, month, 1) for month in (3, 4, 5, 6)]
+
+
+@pytest.fixture
+async def uptimes(fleet: Connection) -> Connection:
+    """Return a connection to a database with the uptimes of 400 devices in four months: 48,800 rows."""
+    for month in MONTHS:
+        await months.ensure(fleet, month)
+    await fleet.execute("INSERT INTO day_places (site) VALUES ('a'), ('b')")
+    await fleet.execute(
+        """INSERT INTO device_days
+        SELECT n, day, 1 + n % 2, 0, 0, 14400, 0, 0, 0, 14400, 0, 0, 50, false
+        FROM generate_series($1::date, $2::date, interval '1 day') day, generate_series(1, 400) n""",
+        MONTHS[0], date(2026, 6, 30),
+    )  # fmt: skip
+    await fleet.execute("ANALYZE device_days")
+    return fleet
+
+
+async def test_uptimes_of_a_month_touch_only_its_table(uptimes: Connection) -> None:
+    arguments = [date(2026, 4, 10), date(2026, 4, 20), [], None, None]
+    literals = ["'2026-04-10'", "'2026-04-20'", "'{}'", "NULL", "NULL"]
+    plans = [
+        await plan_of(uptimes, UPTIMES["by_place"], *arguments),
+        await settled_plan_of(uptimes, UPTIMES["by_place"], "date, date, date[], int[], int[]", literals),
+        await plan_of(uptimes, UPTIMES["devices_at"], *arguments[:2], [1]),
+    ]
+    for plan in plans:
+        assert {name for name in plan.touched if name.startswith("device_days")} == {"device_days_202604"}
+        assert plan.pulled("device_days") <= 4_000
+
+
+async def test_uptimes_of_a_page_of_devices_are_probed_by_day_and_device(uptimes: Connection) -> None:
+    days = [date(2026, 4, 29) + timedelta(days=n) for n in range(4)]
+    literal = f"'{{{','.join(map(str, days))}}}'"
+    for plan in (
+        await plan_of(uptimes, UPTIMES["by_device"], days, [7, 8, 9], None),
+        await settled_plan_of(uptimes, UPTIMES["by_device"], "date[], int[], int[]", [literal, "'{7,8,9}'", "NULL"]),
+    ):
+        assert plan.rows == 3
+        assert {name for name in plan.touched if name.startswith("device_days")} == {
+            "device_days_202604", "device_days_202605",
+        }  # fmt: skip
+        assert "Seq Scan" not in plan.scans("device_days")
+        assert plan.pulled("device_days") <= 3 * len(days)
 
 
 # ---- the last status --------------------------------------------------------------------------------------------

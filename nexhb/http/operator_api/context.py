@@ -23,6 +23,7 @@ from nexhb.reading.events import EventReads
 from nexhb.reading.flags import FlagStore
 from nexhb.reading.following import Follower
 from nexhb.reading.reads import PooledReader, Reads
+from nexhb.watching.uptime_reads import UptimeReads
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class OperatorApi:
     reads: Reads
     history_reads: PooledReader
     events: EventReads
+    uptime: UptimeReads
     follower: Follower
     perf_diff: PerfDiff
     flags: FlagStore
