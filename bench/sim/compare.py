@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from bench.sim import rules
 from bench.sim.play import Found
-from bench.sim.rules import Event, Incident, Known
 from bench.sim.script import Script
+from tests.support import messages_truth
+from tests.support import watching_truth as rules
+from tests.support.watching_truth import Event, Incident, Known
 
 CAUSES_RIGHT = 0.95
 EDGE = 10.0  # a change so close before the end need not be found
@@ -19,13 +20,15 @@ EDGE = 10.0  # a change so close before the end need not be found
 def differences(script: Script, found: Found) -> list[str]:
     """Return each difference in a sentence."""
     known = {kiosk.number: rules.of_kiosk(kiosk, script) for kiosk in script.kiosks}
+    pairs, wrong = _incidents(script, rules.incidents(script, known), found)
     return [
         *_events(script, known, found),
         *_presence(script, known, found),
         *_causes(script, known, found),
-        *_incidents(script, rules.incidents(script, known), found),
+        *wrong,
+        *messages_truth.differences(script, pairs, found.messages, found.received),
     ]
-    # Messages and uptime are compared here once they are recorded: `notifications` and `device_days`.
+    # Uptime is compared here once it is recorded: `device_days`.
 
 
 def _events(script: Script, known: dict[int, Known], found: Found) -> list[str]:
@@ -87,13 +90,17 @@ def _causes(script: Script, known: dict[int, Known], found: Found) -> list[str]:
     ]
 
 
-def _incidents(script: Script, right: Sequence[Incident], found: Found) -> list[str]:
+def _incidents(script: Script, right: Sequence[Incident], found: Found) -> tuple[dict[int, Incident], list[str]]:
+    """Return which incident each incident_id is, with the times at which it was found; and the differences."""
     left = list(found.incidents)
+    pairs: dict[int, Incident] = {}
     wrong = []
     for one in right:
         match = next((row for row in left if _is_same(script, one, row)), None)
         if match is not None:
             left.remove(match)
+            pairs[match["incident_id"]] = one
+            one.opened, one.resolved = (_seconds(script, match[name]) for name in ("opened_at", "resolved_at"))
         elif one.opened < script.end - EDGE - one.slack:
             wrong.append(
                 f"{_time(script, one.opened)} {one.scope} {one.site} {one.number or ''}: no incident {one.kind} until"
@@ -105,7 +112,7 @@ def _incidents(script: Script, right: Sequence[Incident], found: Found) -> list[
             f"{_time(script, opened)} {row['scope']} {row['site']} {row['device_no'] or ''}: the incident {row['kind']}"
             f" until {_time(script, resolved)} is invented."
         )
-    return wrong
+    return pairs, wrong
 
 
 def _is_same(script: Script, one: Incident, row: Any) -> bool:

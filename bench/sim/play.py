@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
+from bench.sim import telling
 from bench.sim.agent import Sent, sent_by
-from bench.sim.rules import silent_at
-from bench.sim.script import CALM, CLOSES, OPENS, ZONE, Kiosk, Script
+from bench.sim.script import CALM, CLOSES, OPENS, ROUTES, ZONE, Kiosk, Script
+from bench.sim.telling import Voice
 from nexhb import availability
 from nexhb.config import WatchSettings
 from nexhb.devices import sites
@@ -30,17 +31,21 @@ from nexhb.watching.causes import settles_after
 from nexhb.watching.judging import Rules
 from nexhb.watching.state import Thresholds
 from nexhb.watching.watcher import Watcher
+from tests.support.watching_truth import silent_at
 
 TICK = 10.0
 LONGEST_BATCH = 500.0  # seconds: a longer one would look like a silence
 SAMPLE_EVERY = 600.0
 NEVER = math.inf
+TOLD_AFTER = 125.0  # of an outage of ours: the daemon tells of it after two minutes
 _FACTS = DeviceFacts(None, "13", 33, None, None, "SM-T500", "samsung")
+_REMINDERS = [(route.name, timedelta(seconds=route.reminder)) for route in ROUTES if route.reminder]
 _LABELS: dict[str, Label] = {}
 
 
 class Want(NamedTuple):
-    """A round is wanted at `at`: `reason` is silence, down (an outage of ours begins) or up (it ends)."""
+    """A round is wanted at `at`: `reason` is silence, down (an outage of ours begins), told (routes are told of it), up
+    (it ends), or moment (something in the script begins or ends)."""
 
     at: float
     reason: str
@@ -54,6 +59,8 @@ class Found:
     outages: list[Any] = field(default_factory=list)
     incidents: list[Any] = field(default_factory=list)
     offline: list[tuple[float, frozenset[int]]] = field(default_factory=list)  # at sampled moments
+    messages: list[Any] = field(default_factory=list)  # the outbox
+    received: list[Any] = field(default_factory=list)  # by the receiver
     heartbeats: int = 0
     rounds: int = 0
 
@@ -65,9 +72,11 @@ async def play(script: Script, database: Database, *, every_round: bool = False)
     try:
         await use_packed(writer)
         await _create(conn, script)
-        player = _Player(script, conn, Session(writer, _rules().noteworthy), every_round)
-        await player.play()
-        return await player.found()
+        clock = _Clock(script)
+        async with telling.speaking(database, clock) as voice:
+            player = _Player(script, conn, Session(writer, _rules().noteworthy), every_round, clock, voice)
+            await player.play()
+            return await player.found()
     finally:
         conn.terminate()
         writer.terminate()
@@ -84,9 +93,25 @@ async def _create(conn: Connection, script: Script) -> None:
         hours = f"{OPENS:02d}:00-{CLOSES:02d}:00" if has_hours else None
         await sites.put(conn, sites.Site(site, zone=ZONE, hours=hours))
     await conn.executemany(
-        "INSERT INTO devices (device_no, device_id, site, created_at) OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3, $4)",
-        [(kiosk.number, kiosk.id, kiosk.site, script.start) for kiosk in script.kiosks],
+        "INSERT INTO devices (device_no, device_id, site, tags, created_at) OVERRIDING SYSTEM VALUE"
+        " VALUES ($1, $2, $3, $4, $5)",
+        [(kiosk.number, kiosk.id, kiosk.site, kiosk.tags, script.start) for kiosk in script.kiosks],
     )
+    await conn.executemany(
+        telling.ADD_SILENCE,
+        [(each.scope, each.value, script.at(each.start), script.at(each.end)) for each in script.silences],
+    )
+
+
+@dataclass
+class _Clock:
+    """The clock of the script."""
+
+    script: Script
+    t: float = 0.0
+
+    def __call__(self) -> datetime:
+        return self.script.at(self.t)
 
 
 @dataclass
@@ -95,12 +120,13 @@ class _Player:
     conn: Connection
     session: Session
     every_round: bool
+    clock: _Clock
+    voice: Voice
 
     def __post_init__(self) -> None:
         self.intake = Intake(Readiness(), max_items=100_000, max_bytes=1 << 30)
-        self.now = 0.0
         self.watcher = Watcher(
-            Database("not used"), _rules(), TICK, lambda: self.script.at(self.now), monotonic=lambda: self.now
+            Database("not used"), _rules(), TICK, self.clock, monotonic=lambda: self.clock.t, tell=self.voice.teller
         )
         self.batch: list[Sent] = []
         self.odd: set[tuple[int, float]] = set()
@@ -111,17 +137,19 @@ class _Player:
     async def play(self) -> None:
         await availability.renew(self.conn, self.script.at(0))
         due = TICK
-        ours = [Want(at, reason) for span in self.script.ours for at, reason in zip(span, ("down", "up"), strict=True)]
+        ours = sorted(
+            Want(at, reason)
+            for down, up in self.script.ours
+            for at, reason in ((down, "down"), (down + TOLD_AFTER, "told"), (up, "up"))
+        )
         streams = [_with_wants(kiosk, self.script, self.every_round) for kiosk in self.script.kiosks]
-        for item, is_odd in heapq.merge(*streams, ((want, True) for want in ours), key=lambda each: each[0].at):
+        wants = sorted([*ours, *(Want(at, "moment") for at in _moments(self.script))])
+        for item, is_odd in heapq.merge(*streams, ((want, True) for want in wants), key=lambda each: each[0].at):
             while due <= item.at and not self.is_down:
                 due = await self._round(due)
             if isinstance(item, Want):
-                if item.reason in ("down", "up"):
-                    await self._flush()
-                    await self._renew(item.at, was_down=item.reason == "up")
-                    self.is_down = item.reason == "down"
-                    due = NEVER if self.is_down else _tick(item.at)
+                if item.reason in ("down", "told", "up"):
+                    due = await self._outage(item)
             else:
                 await self._add(item, is_odd)
             if is_odd and not self.is_down:
@@ -129,6 +157,17 @@ class _Player:
         while due <= self.script.end:
             due = await self._round(due)
         await self._round(_tick(self.script.end))
+
+    async def _outage(self, want: Want) -> float:
+        """Let an outage of ours begin or end. Return when the next round is due."""
+        self.clock.t = want.at
+        if want.reason != "told":
+            await self._flush()
+            await self._renew(want.at, was_down=want.reason == "up")
+        self.is_down = want.reason != "up"
+        told = 0 if want.reason == "down" else sum(route.for_nexhb for route in ROUTES)
+        await self.voice.outage(is_down=self.is_down, told=told)
+        return NEVER if self.is_down else _tick(want.at)
 
     async def _add(self, sent: Sent, is_odd: bool) -> None:
         """Add a heartbeat to the batch. Each commit contains one odd heartbeat or one post of a kiosk at most, and none
@@ -157,9 +196,11 @@ class _Player:
     async def _round(self, at: float) -> float:
         """Run a round at `at`. Return when the next one is due."""
         await self._flush()
-        self.now = at
+        self.clock.t = at
         await self._renew(at)
+        self.voice.set_disk(self.script)
         await self.watcher.round(self.conn)
+        await self.voice.delivered(self.conn)
         self.result.rounds += 1
         if at - self.sampled_at >= SAMPLE_EVERY:
             rows = await self.conn.fetch("SELECT device_no FROM device_state WHERE presence = 'offline'")
@@ -170,11 +211,14 @@ class _Player:
         waited = settles_after(timedelta(seconds=60))
         next_at: datetime | None = await self.conn.fetchval(
             "SELECT least((SELECT min(due_at) FROM device_state), (SELECT min(settle_at) FROM device_outages),"
-            " (SELECT min(mostly_back_at) + $1 FROM incidents WHERE resolved_at IS NULL))", waited,
+            " (SELECT min(mostly_back_at) + $1 FROM incidents WHERE resolved_at IS NULL),"
+            " (SELECT min(t.reminded_at + r.every) FROM incident_routes t JOIN unnest($2::text[], $3::interval[])"
+            " r (route, every) USING (route) WHERE t.resolved_at IS NULL AND t.reminded_at + r.every > $4))",
+            waited, *zip(*_REMINDERS, strict=True), self.clock(),
         )  # fmt: skip
         if next_at is None:
             return NEVER
-        return max(at + TICK, _tick((next_at - self.script.start).total_seconds()))
+        return max(at + TICK, math.ceil(round((next_at - self.script.start).total_seconds(), 3) / TICK) * TICK)
 
     async def found(self) -> Found:
         result, conn = self.result, self.conn
@@ -183,8 +227,14 @@ class _Player:
             "SELECT device_no, since, until, cause, settled_at FROM device_outages ORDER BY outage_no"
         )
         result.incidents = await conn.fetch(
-            "SELECT kind, scope, site, device_no, opened_at, resolved_at FROM incidents ORDER BY incident_id"
+            "SELECT kind, scope, site, device_no, opened_at, resolved_at, incident_id FROM incidents"
+            " ORDER BY incident_id"
         )
+        result.messages = await conn.fetch(
+            "SELECT id, incident_id, route, kind, payload->>'scope' AS scope, created_at FROM notifications"
+            " ORDER BY notification_no"
+        )
+        result.received = self.voice.receiver.messages
         return result
 
 
@@ -203,6 +253,16 @@ def _with_wants(kiosk: Kiosk, script: Script, every_round: bool) -> Iterator[tup
         last = sent
     if last is not None and (silent := silent_at(last.at, 600, script.ours)) < script.end:
         yield Want(silent, "silence"), True
+
+
+def _moments(script: Script) -> Iterator[float]:
+    """Yield when something in the script begins or ends that no heartbeat shows, but that may make a message due."""
+    for silence in script.silences:
+        yield silence.end
+    for span in script.disk:
+        yield from span
+    for hour in {OPENS, *(route.quiet[1] for route in ROUTES if route.quiet)}:
+        yield from script.each_day_at(hour)
 
 
 def _tick(at: float) -> float:

@@ -9,23 +9,58 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+from zoneinfo import ZoneInfo
 
 MINUTE, HOUR, DAY = 60.0, 3_600.0, 86_400.0
 CALM = 3 * HOUR  # nothing happens in the first hours, so that the intervals of all kiosks are known
 DST = datetime(2026, 3, 29, 12, tzinfo=UTC)  # noon of the day on which daylight saving time begins in Europe
 ZONE, OPENS, CLOSES = "Europe/Berlin", 8, 20  # the hours of those sites that have hours
+_ZONE = ZoneInfo(ZONE)
 
 # What can be true of a kiosk from one moment to another.
 LINE, POWER, FLAT, AGENT, UNITY, CLOCK = "line", "power", "flat", "agent", "unity", "clock"
 
 
-@dataclass(frozen=True, slots=True)
-class Truth:
+class Truth(NamedTuple):
     """What is true of a kiosk for the time `start` ≤ t < `end`."""
 
     kind: str
     start: float
     end: float
+
+
+class Silence(NamedTuple):
+    """Nothing is told about `value` (a site, a tag, a kiosk; None: the fleet) for the time `start` ≤ t < `end`."""
+
+    scope: str
+    value: str | None
+    start: float
+    end: float
+
+
+class Route(NamedTuple):
+    """Who is told what: about incidents of these kinds, of at least this severity, of these sites and with this tag."""
+
+    name: str
+    kinds: tuple[str, ...] = ("offline", "unity_down")
+    severity: str = "info"
+    sites: tuple[str, ...] = ()
+    tag: str = ""
+    quiet: tuple[int, int] | None = None  # from this hour until this hour of the next day, in ZONE
+    reminder: float = 0.0
+    for_nexhb: bool = False
+
+
+TAG = "vip"  # of every 25th kiosk
+ROUTES = (
+    Route("everything", ("offline", "unity_down", "battery_low", "clock_wrong", "token_shared", "flapping")),
+    Route("urgent", severity="critical"),
+    Route("stores", sites=("site-00", "site-01", "site-05"), reminder=30 * MINUTE),
+    Route("night", severity="warning", quiet=(22, 6), reminder=6 * HOUR),
+    Route("vips", tag=TAG),
+    Route("ours", ("token_shared",), for_nexhb=True),
+)
 
 
 @dataclass(slots=True)
@@ -46,6 +81,11 @@ class Kiosk:
         """The device_id."""
         return f"kiosk-{self.number:04d}"
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The tags that an operator gave it."""
+        return (TAG,) if self.number % 25 == 0 else ()
+
     def truth(self, t: float, *kinds: str) -> Truth | None:
         """Return what is true of the kiosk at `t`, of these kinds."""
         return next((each for each in self.truths if each.start <= t < each.end and each.kind in kinds), None)
@@ -60,10 +100,22 @@ class Script:
     end: float
     kiosks: Sequence[Kiosk]
     ours: Sequence[tuple[float, float]]  # when nexhb accepts no heartbeats
+    silences: Sequence[Silence] = ()
+    disk: Sequence[tuple[float, float]] = ()  # when the disk is almost full
 
     def at(self, t: float) -> datetime:
         """Return a moment of the simulation as a time."""
         return self.start + timedelta(seconds=t)
+
+    def each_day_at(self, hour: int) -> list[float]:
+        """Return the times at which this hour begins in ZONE."""
+        hours = (t for t in range(0, int(self.end) + 1, int(HOUR)))
+        return [float(t) for t in hours if local_hour(self.at(t)) == hour]
+
+
+def local_hour(at: datetime) -> int:
+    """Return the hour in ZONE."""
+    return at.astimezone(_ZONE).hour
 
 
 def write(seed: int, days: int, kiosks: int, sites: int) -> Script:
@@ -83,7 +135,32 @@ def write(seed: int, days: int, kiosks: int, sites: int) -> Script:
     _kiosks(rng, fleet, end, days, ours)
     for kiosk in fleet:
         kiosk.truths.sort(key=lambda each: each.start)
-    return Script(seed, start, end, fleet, ours)
+    disk = _moment(rng, end, HOUR, ours)
+    return Script(seed, start, end, fleet, ours, _silences(rng, fleet, end), [(disk, disk + 40 * MINUTE)])
+
+
+def _silences(rng: random.Random, fleet: Sequence[Kiosk], end: float) -> list[Silence]:
+    """Silence some of what happens: all of it, its beginning, or its end; and at random a tag, and the whole fleet."""
+    happens = {("site", each.site, truth) for each in fleet for truth in each.truths if _of_site(fleet, each, truth)}
+    single = [("device", each.id, truth) for each in fleet for truth in each.truths if rng.random() < 0.2]
+    silences = []
+    for nth, (scope, value, truth) in enumerate([*sorted(happens), *single]):
+        length = truth.end - truth.start
+        before, after = rng.uniform(60, 900), rng.uniform(HOUR, 2 * HOUR)
+        start = truth.start + (length * 0.7 + 630 if nth % 4 == 2 else -before)
+        until = truth.start + (length * 0.6 + 650 if nth % 4 == 1 else length + after)
+        if nth % 4 < 3 and start < until:
+            silences.append(Silence(scope, value, start, until))
+    others: tuple[tuple[str, str | None], ...] = (("tag", TAG), ("fleet", None))
+    for kind, name in others * max(1, round(end / DAY / 4)):
+        start = rng.uniform(CALM, end - HOUR)
+        silences.append(Silence(kind, name, start, start + rng.uniform(HOUR, 3 * HOUR)))
+    return silences
+
+
+def _of_site(fleet: Sequence[Kiosk], kiosk: Kiosk, truth: Truth) -> bool:
+    """Return whether something happens to several kiosks of a site at once."""
+    return sum(truth in each.truths for each in fleet if each.site == kiosk.site) > 1
 
 
 def _sites(

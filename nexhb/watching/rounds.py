@@ -187,8 +187,12 @@ async def _record(record: Record, judgements: Mapping[int, Judgement]) -> None:
     ended = [(no, kind) for no, each in judgements.items() for kind in each.ended]
     known = await recording.end_outages(record, flips)
     guesses = await recording.open_outages(record, flips)
-    await recording.leave(record, ended)
+    # An incident about flapping replaces the other incidents of its device before their faults end: nothing is told of
+    # their end, which the flapping makes doubtful.
+    flapping = {fault.device_no for fault in faults if fault.kind == "flapping"}
+    await recording.leave(record, [each for each in ended if each[0] not in flapping])
     opened, assumed = await recording.add_faults(record, faults)
+    await recording.leave(record, [each for each in ended if each[0] in flapping])
     causes = {(no, "online"): cause for no, cause in known.items()}
     causes |= {(no, "offline"): cause for no, cause in {**guesses, **assumed}.items()}
     await recording.add_events(record, flips, causes, opened)

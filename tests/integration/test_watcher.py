@@ -146,6 +146,19 @@ async def test_six_changes_within_an_hour_are_flapping_and_nothing_else(watched:
     assert all(resolved for *_, resolved in await watched.incidents())
 
 
+async def test_flapping_replaces_the_incident_that_is_open_when_it_begins(watched: Watched) -> None:
+    """A kiosk that flaps has no other fault, and so its incident was resolved before the flapping could replace it: the
+    end was told, and a route that does not receive flapping was told nothing of what followed."""
+    await watched.add("a", "b", "c")
+    await watched.minutes(1)
+    for number in range(6):
+        watched.kiosks["a"].changes = {"unity_process_running": number % 2 == 1}
+        await watched.minutes(1)
+    rows = await watched.conn.fetch("SELECT kind, absorbed_into, members FROM incidents ORDER BY incident_id")
+    flapping = ("flapping", None, 1)
+    assert [tuple(row) for row in rows] == [("unity_down", None, 0)] * 2 + [("unity_down", 4, 0), flapping]
+
+
 async def test_hours_that_arrive_late_change_no_state(watched: Watched) -> None:
     await watched.add("a", "b", "c")
     await watched.minutes(2)

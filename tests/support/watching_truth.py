@@ -1,5 +1,5 @@
-"""The rules of docs/decisions/0014-watching.md, applied to the script: which events, outages and incidents there must
-be. This module shares no code with the watcher. Pure."""
+"""The rules of docs/decisions/0014-watching.md, applied to a script of bench/sim: which events, outages and incidents
+there must be. An oracle for nexhb/watching, with which it shares no code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from statistics import median_low
 from zoneinfo import ZoneInfo
 
 from bench.sim.agent import Sent, sent_by
-from bench.sim.script import AGENT, CLOSES, FLAT, HOUR, LINE, OPENS, POWER, ZONE, Kiosk, Script
+from bench.sim.script import AGENT, CLOSES, FLAT, HOUR, LINE, OPENS, POWER, ZONE, Kiosk, Script, local_hour
 
 OFFLINE_AFTER = 600.0
 WAIT = 375.0 + 60.0  # after an outage of ours: the agent's longest pause, and an interval
@@ -22,6 +22,7 @@ RECHECK = 120.0
 LOW, OK = 15, 20  # the charge of the battery
 _ZONE = ZoneInfo(ZONE)
 NEVER = float("inf")
+_COMBINED = ("offline", "unity_down")
 _CAUSES = {LINE: "network", POWER: "power", FLAT: "battery", AGENT: "app"}
 
 Ours = Sequence[tuple[float, float]]
@@ -84,8 +85,12 @@ class Incident:
     slack: float
     resolved: float = NEVER
     members: set[int] = field(default_factory=set)
-    devices: set[int] = field(default_factory=set)
+    devices: dict[int, float] = field(default_factory=dict)  # each kiosk that had the fault, and since when
     mostly_back: float | None = None
+    scopes: list[tuple[float, str, str | None]] = field(default_factory=list)  # since when, scope, site
+    continues: Incident | None = None
+    absorbed_into: Incident | None = None
+    is_quiet: bool = False  # it ended because the watcher adopted the state that it found
 
 
 # ---- silence --------------------------------------------------------------------------------------------------------
@@ -105,7 +110,7 @@ def silent_at(heard: float, limit: float, ours: Ours) -> float:
     return t + left
 
 
-def _next_round(t: float, ours: Ours) -> float:
+def next_round(t: float, ours: Ours) -> float:
     """Return the first round after `t`; there are none in an outage of ours."""
     for down, up in ours:
         if down <= t < up:
@@ -115,7 +120,7 @@ def _next_round(t: float, ours: Ours) -> float:
 
 def is_open(kiosk: Kiosk, t: float, script: Script) -> bool:
     """Return whether the kiosk's site is open."""
-    return not kiosk.has_hours or OPENS <= script.at(t).astimezone(_ZONE).hour < CLOSES
+    return not kiosk.has_hours or OPENS <= local_hour(script.at(t)) < CLOSES
 
 
 def _opening(kiosk: Kiosk, t: float, script: Script) -> float:
@@ -186,15 +191,15 @@ def _silence(kiosk: Kiosk, script: Script, known: Known, gap: tuple[float, float
     heard, until = gap
     distances = [newer - older for older, newer in pairwise(made)]
     limit = max(OFFLINE_AFTER, 2.5 * (median_low(distances) if distances else 60.0))
-    found = _next_round(silent_at(heard, limit, script.ours), script.ours)
+    found = next_round(silent_at(heard, limit, script.ours), script.ours)
     if found >= min(until, script.end + TICK):
         return
     known.events.append(Event(kiosk.number, "offline", heard, found))
     if until < NEVER:
-        known.events.append(Event(kiosk.number, "online", until, _next_round(until, script.ours)))
+        known.events.append(Event(kiosk.number, "online", until, next_round(until, script.ours)))
     known.outages.append(Outage(kiosk.number, heard, until, _cause(kiosk, heard, until, script), found))
     due = _due_offline(kiosk, heard, found, limit, script)
-    known.faults.append(Fault(kiosk.number, kiosk.site, "offline", due, _next_round(until, script.ours)))
+    known.faults.append(Fault(kiosk.number, kiosk.site, "offline", due, next_round(until, script.ours)))
 
 
 def _cause(kiosk: Kiosk, heard: float, until: float, script: Script) -> str:
@@ -222,7 +227,7 @@ class _Content:
         newest = self.newest
         if newest is not None and sent.made < newest.made:
             return
-        found = _next_round(sent.at, self.script.ours)
+        found = next_round(sent.at, self.script.ours)
         if newest is not None and sent.boot > newest.boot:
             self.known.events.append(Event(sent.number, "rebooted", sent.boot, found))
         if sent.unity == (self.down_since is not None):
@@ -246,7 +251,7 @@ class _Content:
                 continue
             self.known.events.append(Event(sent.number, kind if is_so else ends[kind], sent.at, found, slack))
             if is_so:
-                due = _next_round(_opening(self.kiosk, found, self.script) - 1, self.script.ours)
+                due = next_round(_opening(self.kiosk, found, self.script) - 1, self.script.ours)
                 self.open[kind] = Fault(sent.number, self.kiosk.site, kind, max(due, found), NEVER, slack)
             else:
                 self._close(kind, found)
@@ -275,7 +280,7 @@ def _flap(kiosk: Kiosk, known: Known, script: Script) -> None:
     spans: list[tuple[float, float]] = []
     for flip, found in [*flips, (NEVER, NEVER)]:
         if since is not None and recent and flip - recent[-1] >= HOUR:
-            spans.append((since, _next_round(recent[-1] + HOUR - 1, script.ours)))
+            spans.append((since, next_round(recent[-1] + HOUR - 1, script.ours)))
             since = None
         recent = [each for each in recent if found - each < HOUR] + [flip]
         if since is None and len(recent) >= 6 and found < NEVER:
@@ -307,7 +312,7 @@ def incidents(script: Script, known: Mapping[int, Known]) -> list[Incident]:
     starts: dict[float, list[Fault]] = defaultdict(list)
     ends: dict[float, list[Fault]] = defaultdict(list)
     for fault in (fault for each in known.values() for fault in each.faults):
-        due = fault.due if fault.due % TICK == 0 else _next_round(fault.due, script.ours)
+        due = fault.due if fault.due % TICK == 0 else next_round(fault.due, script.ours)
         if due < min(fault.end, script.end):
             starts[due].append(fault)
             ends[fault.end].append(fault)
@@ -320,6 +325,13 @@ def incidents(script: Script, known: Mapping[int, Known]) -> list[Incident]:
             board.add([fault for fault in starts[t] if fault.kind == kind], t)
         following = times[number + 1] if number + 1 < len(times) else script.end
         board.split(following)
+    board.all += [
+        Incident(
+            "disk_low", "ours", None, None, next_round(start, script.ours), 15.0, next_round(end, script.ours),
+            scopes=[(start, "ours", None)],
+        )
+        for start, end in script.disk
+    ]  # fmt: skip
     return board.all
 
 
@@ -333,7 +345,7 @@ class _Board:
 
     def add(self, faults: Sequence[Fault], t: float) -> None:
         kind = faults[0].kind
-        if kind not in ("offline", "unity_down"):
+        if kind not in _COMBINED:
             for fault in faults:
                 self._open(kind, "device", [fault], t)
             return
@@ -363,10 +375,11 @@ class _Board:
             return None
         one = included[0]
         one.scope, one.number, one.site = scope, None, site
+        one.scopes.append((t, scope, site))
         for other in included[1:]:
             one.members |= other.members
-            one.devices |= other.devices
-            other.resolved = t
+            one.devices |= dict.fromkeys(other.members, t)
+            other.resolved, other.absorbed_into = t, one
             self.open.remove(other)
         return one
 
@@ -375,15 +388,24 @@ class _Board:
             self._open(faults[0].kind, scope, faults, t)
             return
         one.members |= {fault.number for fault in faults}
-        one.devices |= one.members
+        one.devices = dict.fromkeys(one.members, t) | one.devices
         self._weigh(one, t)
 
-    def _open(self, kind: str, scope: str, faults: Sequence[Fault], t: float) -> None:
+    def _open(
+        self, kind: str, scope: str, faults: Sequence[Fault], t: float, continues: Incident | None = None
+    ) -> None:
         numbers = {fault.number for fault in faults}
         site = None if scope == "fleet" else faults[0].site
         slack = max(fault.slack for fault in faults)
         number = faults[0].number if scope == "device" else None
-        one = Incident(kind, scope, site, number, t, slack, members=set(numbers), devices=set(numbers))
+        one = Incident(
+            kind, scope, site, number, t, slack, members=set(numbers), devices=dict.fromkeys(numbers, t),
+            scopes=[(t, scope, site)], continues=continues,
+        )  # fmt: skip
+        if kind == "flapping":
+            for other in self.all:
+                if (other.scope, other.number, other.resolved) == ("device", number, t) and other.kind in _COMBINED:
+                    other.absorbed_into = one
         self.all.append(one)
         self.open.append(one)
 
@@ -405,15 +427,15 @@ class _Board:
     def split(self, until: float) -> None:
         """Split the incidents most of whose kiosks have been back for long enough before `until`."""
         for one in [each for each in self.open if each.mostly_back is not None]:
-            assert one.mostly_back is not None  # noqa: S101 - for mypy
+            assert one.mostly_back is not None
             t = one.mostly_back + WAIT
-            t = t if t % TICK == 0 else _next_round(t, self.script.ours)
+            t = t if t % TICK == 0 else next_round(t, self.script.ours)
             if t < until:
                 self.open.remove(one)
                 one.resolved = t
                 for number in sorted(one.members):
                     site = self.kiosks[number].site
-                    self._open(one.kind, "device", [Fault(number, site, one.kind, t, NEVER)], t)
+                    self._open(one.kind, "device", [Fault(number, site, one.kind, t, NEVER)], t, one)
 
     def _is_affected(self, kiosk: Kiosk, kind: str, t: float) -> bool:
         known = self.known[kiosk.number]
