@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
 import sys
 import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+import uvloop
 
 from bench.sim.compare import differences
 from bench.sim.play import Found, play
@@ -36,7 +37,7 @@ def main() -> None:
     folder.chmod(0o711)  # if root runs this, PostgreSQL's own user needs access
     began = time.monotonic()
     try:
-        found = asyncio.run(_play(script, folder, every_round=args.every_round))
+        found = uvloop.run(_play(script, folder, every_round=args.every_round))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     played = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from bench.sim.script import AGENT, CLOCK, FLAT, HOUR, LINE, MINUTE, POWER, UNIT
 QUEUE = 500
 CHUNK = 25  # heartbeats of a queue that are posted at once
 BACK_OFF_S = 375.0  # the longest pause after a 503: 300 s and a quarter
+UNPLUGGED, CHARGES = 2 * HOUR, 96 * MINUTE  # before and after the battery is flat
 NEVER = float("inf")
 
 
@@ -40,8 +42,14 @@ def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
     queue: deque[Sent] = deque(maxlen=QUEUE)
     sends_at = 0.0  # when the queue is sent; NEVER: after the next live heartbeat
     blocked = False  # waiting after a 503
+    random_number, new, interval, latency = rng.random, tuple.__new__, kiosk.interval, kiosk.latency
+    calm_until, content = 0.0, _made(kiosk, 0.0)[3:]
+    edges = _edges(kiosk, script)
     for count in itertools.count(1):
-        made = phase + (count + rng.uniform(-0.1, 0.1)) * kiosk.interval
+        made = phase + (count - 0.1 + 0.2 * random_number()) * interval
+        if made < calm_until:
+            yield new(Sent, (made + latency, kiosk.number, made, *content))
+            continue
         if queue and sends_at <= made:
             _post(queue, sends_at, pending)
             blocked = False
@@ -52,6 +60,10 @@ def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
         if kiosk.truth(made, POWER, FLAT, AGENT):
             continue
         heartbeat = _made(kiosk, made)
+        if not queue and not pending and not blocked and _is_calm(kiosk, script, made):
+            calm_until, content = edges[bisect_right(edges, made)], heartbeat[3:]
+            yield heartbeat
+            continue
         ours = next((up for down, up in script.ours if down <= made + kiosk.latency < up), None)
         line = kiosk.truth(made, LINE)
         if line is not None:
@@ -65,6 +77,22 @@ def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
             heapq.heappush(pending, heartbeat)
             if queue and sends_at == NEVER:
                 sends_at = made + rng.uniform(2, 5)
+
+
+def _edges(kiosk: Kiosk, script: Script) -> list[float]:
+    """Return the times between which the content of heartbeats, and how they are sent, do not change."""
+    edges = {kiosk.updated_at, script.end}
+    for each in kiosk.truths:
+        edges |= {each.start, each.end, each.start - UNPLUGGED, each.end + CHARGES}
+    for down, up in script.ours:
+        edges |= {down - kiosk.latency, up}
+    return [*sorted(edges), script.end]
+
+
+def _is_calm(kiosk: Kiosk, script: Script, made: float) -> bool:
+    """Return whether nothing happens to the kiosk, and heartbeats are accepted."""
+    happens = any(each.start - UNPLUGGED <= made < each.end + CHARGES for each in kiosk.truths)
+    return not happens and not any(down <= made + kiosk.latency < up for down, up in script.ours)
 
 
 def _post(queue: deque[Sent], at: float, pending: list[Sent]) -> None:
@@ -94,8 +122,8 @@ def _made(kiosk: Kiosk, made: float) -> Sent:
 def _battery(kiosk: Kiosk, made: float) -> tuple[int, bool]:
     """Return the charge and whether the kiosk is plugged in: it is unplugged for two hours before it runs flat."""
     for each in kiosk.truths:
-        if each.kind == FLAT and each.start - 2 * HOUR <= made < each.start:
+        if each.kind == FLAT and each.start - UNPLUGGED <= made < each.start:
             return 3 + int((each.start - made) / MINUTE / 6), False
-        if each.kind == FLAT and each.end <= made < each.end + 96 * MINUTE:
+        if each.kind == FLAT and each.end <= made < each.end + CHARGES:
             return 5 + int((made - each.end) / MINUTE), True
     return 100, True

@@ -2,7 +2,9 @@
 
 A round of the watcher is due every ten seconds. Those in which nothing can change are left out (unless `every_round`):
 a round follows each heartbeat that differs from the last one of its kiosk, each moment at which a kiosk may have become
-silent, and each time at which the watcher wants to look again.
+silent, at which a silence or closed hours end, and each time at which the watcher wants to look again.
+
+Heartbeats that say what their kiosk said before wait for the next round that judges silence, at most for LONGEST_BATCH.
 """
 
 from __future__ import annotations
@@ -129,7 +131,9 @@ class _Player:
             Database("not used"), _rules(), TICK, self.clock, monotonic=lambda: self.clock.t, tell=self.voice.teller
         )
         self.batch: list[Sent] = []
-        self.odd: set[tuple[int, float]] = set()
+        self.odd: dict[int, float] = {}  # kiosk → when the odd heartbeat or post in the batch was received
+        self.slow = {kiosk.number for kiosk in self.script.kiosks if kiosk.interval > 60}
+        self.whole_at = 0.0  # when the next round is due that needs every heartbeat
         self.renewed_at, self.sampled_at = 0.0, 0.0
         self.is_down = False
         self.result = Found()
@@ -154,6 +158,8 @@ class _Player:
                 await self._add(item, is_odd)
             if is_odd and not self.is_down:
                 due = min(due, _tick(item.at))
+                if isinstance(item, Want):
+                    self.whole_at = min(self.whole_at, _tick(item.at))
         while due <= self.script.end:
             due = await self._round(due)
         await self._round(_tick(self.script.end))
@@ -172,19 +178,26 @@ class _Player:
     async def _add(self, sent: Sent, is_odd: bool) -> None:
         """Add a heartbeat to the batch. Each commit contains one odd heartbeat or one post of a kiosk at most, and none
         that follows it."""
-        first_at = self.batch[0].at if self.batch else sent.at
-        follows = any(number == sent.number and at != sent.at for number, at in self.odd)
-        if follows or sent.at - first_at > LONGEST_BATCH:
+        if self.batch and sent.at - self.batch[0].at > LONGEST_BATCH:
             await self._flush()
+        elif self.odd.get(sent.number, sent.at) != sent.at:
+            await self._flush(whole=False)
         self.batch.append(sent)
         if is_odd:
-            self.odd.add((sent.number, sent.at))
+            self.odd[sent.number] = sent.at
 
-    async def _flush(self) -> None:
-        if self.batch:
-            await commit.write(self.session, [_heartbeat(each, self.script) for each in self.batch], self.intake)
-            self.result.heartbeats += len(self.batch)
-        self.batch, self.odd = [], set()
+    async def _flush(self, *, whole: bool = True) -> None:
+        """Commit the batch; if not `whole`, only the heartbeats of kiosks with an odd one, or with a long interval."""
+        if whole:
+            batch, self.batch = self.batch, []
+        else:
+            numbers = self.odd.keys() | self.slow
+            batch = [each for each in self.batch if each.number in numbers]
+            self.batch = [each for each in self.batch if each.number not in numbers]
+        self.odd = {}
+        if batch:
+            await commit.write(self.session, [_heartbeat(each, self.script) for each in batch], self.intake)
+            self.result.heartbeats += len(batch)
 
     async def _renew(self, at: float, *, was_down: bool = False) -> None:
         """Renew the row of the availability. Renewals since the last round are left out."""
@@ -195,7 +208,7 @@ class _Player:
 
     async def _round(self, at: float) -> float:
         """Run a round at `at`. Return when the next one is due."""
-        await self._flush()
+        await self._flush(whole=self.every_round or at >= self.whole_at)
         self.clock.t = at
         await self._renew(at)
         self.voice.set_disk(self.script)
@@ -216,9 +229,12 @@ class _Player:
             " r (route, every) USING (route) WHERE t.resolved_at IS NULL AND t.reminded_at + r.every > $4))",
             waited, *zip(*_REMINDERS, strict=True), self.clock(),
         )  # fmt: skip
-        if next_at is None:
-            return NEVER
-        return max(at + TICK, math.ceil(round((next_at - self.script.start).total_seconds(), 3) / TICK) * TICK)
+        self.whole_at = NEVER
+        if next_at is not None:
+            self.whole_at = max(
+                at + TICK, math.ceil(round((next_at - self.script.start).total_seconds(), 3) / TICK) * TICK
+            )
+        return self.whole_at
 
     async def found(self) -> Found:
         result, conn = self.result, self.conn
@@ -242,13 +258,14 @@ def _with_wants(kiosk: Kiosk, script: Script, every_round: bool) -> Iterator[tup
     """Yield what a kiosk sends, whether a round must follow, and the moments at which it may have become silent."""
     last: Sent | None = None
     for sent in sent_by(kiosk, script):
-        is_odd = last is None or sent.queued or sent.queued != last.queued or sent[3:9] != last[3:9]
+        is_odd = last is None or sent.queued or sent[3:] != last[3:]
         if last is not None:
             is_usual = kiosk.interval > 60 and last.at > CALM and sent.at - last.at < kiosk.interval * 1.3
-            silent = silent_at(last.at, 600, script.ours)
-            if silent < sent.at and not is_usual and not every_round:
-                yield Want(silent, "silence"), True
-                is_odd = True
+            if sent.at - last.at > 600 and not is_usual and not every_round:
+                silent = silent_at(last.at, 600, script.ours)
+                if silent < sent.at:
+                    yield Want(silent, "silence"), True
+                    is_odd = True
         yield sent, is_odd
         last = sent
     if last is not None and (silent := silent_at(last.at, 600, script.ours)) < script.end:
