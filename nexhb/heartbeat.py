@@ -52,8 +52,8 @@ class DeviceFacts(NamedTuple):
     manufacturer: str | None
 
 
-# The sections of a heartbeat. A section that is present states all of its fields, because the agent omits nulls; an
-# absent section states nothing.
+# The sections of a heartbeat. The agent omits nulls: a field that is missing from a section that is present is null. An
+# absent section says nothing about its fields.
 BATTERY, NETWORK, MEMORY, SYSTEM, APPS = 1, 2, 4, 8, 16
 ALL_SECTIONS = BATTERY | NETWORK | MEMORY | SYSTEM | APPS
 

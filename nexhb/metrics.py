@@ -212,7 +212,7 @@ site_devices = Gauge(
 incidents_open = Gauge("nexhb_incidents_open", "Open incidents by scope", ["scope"])
 site_incidents_open = Gauge(
     "nexhb_site_incidents_open",
-    "1 for each site that is down as a whole, by what is wrong; absent if there are more than 1,000 such sites",
+    "1 for each site that is down as a whole, by kind of fault; absent if there are more than 1,000 such sites",
     ["site", "kind"],
 )
 watch_rounds = Counter("nexhb_watch_rounds", "Rounds of the watcher that this daemon completed")

@@ -56,7 +56,7 @@ class _OnSchedule(Plan):
 
     devices: int = 2000
     duration_s: float = 60
-    # time after the schedule's end for the agents to empty their queues: the waits between attempts grow to 375 s
+    # time after the schedule's end for the agents to empty their queues
     drain_s: float = 120
 
     async def _sent(self, own: stack.Stack, *, pids: tuple[int, ...] = ()) -> LoadRun:

@@ -28,7 +28,7 @@ _HINTS = {
     "BadDigest": "The file changed in transit, or since it was hashed.",
 }
 
-# Error codes of 400 responses whose cause is not an unsupported header, so that a retry without headers cannot help:
+# Error codes of 400 responses that have another cause than an unsupported header; a retry without headers cannot help:
 # the bytes, the name, the credentials or the clock are wrong.
 _UNRELATED_TO_HEADERS = {
     "AuthorizationHeaderMalformed", "BadDigest", "EntityTooLarge", "EntityTooSmall", "ExpiredToken",

@@ -86,7 +86,8 @@ def readmit(device_id: DeviceId, as_json: cli.Json = False) -> None:
 
 @_commands.command(
     name="set",
-    help="Change the site, the tags or the name of a device. What is not given stays. Asks the running daemon.",
+    help="Change the site, the tags or the name of a device. An option that is not given leaves its value "
+    "unchanged. The command queries the running daemon.",
 )
 def set_device(  # noqa: PLR0917 - typer passes options by name
     device_id: DeviceId,

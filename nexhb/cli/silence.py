@@ -1,4 +1,5 @@
-"""nexhb silence: for how long nothing is told. The commands query the running daemon."""
+"""nexhb silence: add, list and remove silences, during which no messages are sent. The commands query the running
+daemon."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from nexhb.config import parse_duration
 from nexhb.errors import BadInput
 from nexhb.texts import shown
 
-_commands = typer.Typer(no_args_is_help=True, help="Silences: for how long nothing is told about what.")
+_commands = typer.Typer(no_args_is_help=True, help="Silences: periods in which no messages are sent.")
 cli.app.add_typer(_commands, name="silence")
 
 MAX_LISTED = 1_000
 
 
-@_commands.callback(help="Silences: for how long nothing is told about what.")
+@_commands.callback(help="Silences: periods in which no messages are sent.")
 def _group() -> None:
     pass
 
@@ -32,7 +33,7 @@ def _call(method: str, path: str, body: object = None) -> Any:
 
 @_commands.command(
     help="Add a silence: `nexhb silence add --site store-42 --for 2h --reason refit`. At its end, messages are sent "
-    "about what still lasts."
+    "about incidents that are still open."
 )
 def add(
     *,

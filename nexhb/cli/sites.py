@@ -1,4 +1,5 @@
-"""nexhb sites: the places of devices, with their time zones and opening hours. Asks the running daemon."""
+"""nexhb sites: the places of devices, with their time zones and opening hours. The commands query the running
+daemon."""
 
 from __future__ import annotations
 

@@ -520,7 +520,7 @@ Severity = Literal["info", "warning", "critical"]
 
 
 class MatchSettings(Section):
-    """Which incidents a route is told of."""
+    """The incidents that a route receives messages about."""
 
     sites: list[str] = Field(default=[], description="sites; empty: every site, and devices without a site")
     tags: list[str] = Field(default=[], description="tags, of which a device of the incident has one; empty: any")
@@ -536,7 +536,7 @@ class MatchSettings(Section):
 
 
 class RouteSettings(Section):
-    """A route: where messages are sent, and which."""
+    """A route: which messages are sent, and where."""
 
     name: str = Field(
         pattern=r"^[a-z0-9][a-z0-9_-]{0,49}$",
@@ -552,14 +552,17 @@ class RouteSettings(Section):
         description='signs the requests to a webhook (Standard Webhooks): "whsec_" and 24 to 64 bytes as base64; '
         "unset: the credential route_NAME_secret",
     )
-    match: MatchSettings = Field(default=MatchSettings(), description="which incidents this route is told of")
+    match: MatchSettings = Field(
+        default=MatchSettings(), description="which incidents this route receives messages about"
+    )
     self: bool = Field(
         default=False,
         description="true: also send what concerns nexhb itself, such as an outage or a failed nightly run",
     )
     quiet_hours: str | None = Field(
         default=None,
-        description="hours in OpenStreetMap's notation in which nothing is sent; what still lasts is sent at their end",
+        description="hours in OpenStreetMap's notation in which nothing is sent; messages about incidents that are "
+        "still open are sent at their end",
     )
     quiet_zone: str = Field(default="UTC", description="IANA time zone of quiet_hours")
     reminder_seconds: int = Field(

@@ -147,7 +147,11 @@ async def messages(context: CheckContext) -> CheckResult:
         remedy = "nexhb notify test ROUTE; docs/runbook.md#nexhbnotificationsfailing"
         return CheckResult("messages", False, "; ".join(failing), remedy)
     if not routes:
-        return CheckResult("messages", True, "notify.routes has no route: nexhb tells nobody of incidents")
+        return CheckResult("messages", True, "notify.routes has no route: no messages about incidents are sent")
     names = ", ".join(route.name for route in routes)
-    own = "" if any(route.self for route in routes) else "; none has self = true: nobody is told of nexhb's own outages"
+    own = (
+        ""
+        if any(route.self for route in routes)
+        else "; none has self = true: no messages about nexhb's own outages are sent"
+    )
     return CheckResult("messages", True, f"routes: {names}{own}")

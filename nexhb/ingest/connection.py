@@ -71,7 +71,7 @@ class Session:
             self.conn.terminate()
 
     async def leave_transaction(self) -> None:
-        """End a transaction that the last COMMIT began, so that each following statement commits by itself."""
+        """End a transaction that the last COMMIT began, so that each following statement commits on its own."""
         if self._begun:
             self._begun = False
             await self.conn.execute("ROLLBACK")  # the transaction is empty

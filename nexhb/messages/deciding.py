@@ -31,8 +31,8 @@ def due(
     present: Present, told: Told | None, now: datetime, *, matches: bool, held: bool, reminder: timedelta | None
 ) -> str | None:
     """Return the kind of the message that is due, or None. `held`: nothing may be sent now, because of a silence, quiet
-    hours or closed hours. What is held is decided anew after it, so that an incident that opened and was resolved
-    meanwhile is never told."""
+    hours or closed hours. Whether a message is due is decided again afterwards, so no message is ever sent about an
+    incident that opened and was resolved meanwhile."""
     if held:
         return None
     if not present.is_open:

@@ -1,5 +1,5 @@
 """Tell routes with `self = true` that nexhb itself cannot accept heartbeats, and that it can again. This works from
-memory, because the database may be what is missing."""
+memory, because the database itself may be unavailable."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class _Stored(msgspec.Struct):
 
 
 class OwnOutage:
-    """Watches the daemon's readiness. What each route should know follows from the present state: an outage that ends
-    before a route could be told of it is not told."""
+    """Watches the daemon's readiness. Which messages are due follows from the present state: none is sent about an
+    outage that ended before a route could be told of it."""
 
     def __init__(self, readiness: Readiness, channels: Channels, data_dir: Path, now: Callable[[], datetime]) -> None:
         self._readiness = readiness
@@ -50,9 +50,8 @@ class OwnOutage:
         self._path = data_dir / FILE
         self._now = now
         stored = self._read()
-        self._since = (
-            stored.since if stored else None
-        )  # since when the daemon is not ready; or the outage that was told
+        # Since when the daemon is not ready, or the start of the outage that routes were told of.
+        self._since = stored.since if stored else None
         self._told = set(stored.routes) & {route.name for route in self._routes} if stored else set()
         self._reason = ""
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -125,7 +124,7 @@ class OwnOutage:
         return None
 
     def _store(self) -> None:
-        """Keep what routes were told. A disk that is full only means that a restart may repeat a message."""
+        """Store the outage and the routes that were told of it. If the disk is full, a restart may repeat a message."""
         try:
             if not self._told or self._since is None:
                 self._path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ SEVERITIES = ("info", "warning", "critical")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where messages are sent, and which. `secret` is None for a route of Apprise."""
+    """A route: which messages are sent, and where. `secret` is None for a route of Apprise."""
 
     name: str
     url: str

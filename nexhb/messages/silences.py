@@ -1,4 +1,4 @@
-"""Silences: for how long nothing is told about the fleet, a site, a tag or a device."""
+"""Silences: periods in which no messages are sent about the fleet, a site, a tag or a device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Silence:
 
 
 async def current(conn: AnyConnection, now: datetime) -> Mapping[str, frozenset[str]]:
-    """Return what is silenced now: for each scope the values; those of the scope `fleet` are one empty text."""
+    """Return the silenced values by scope. For the scope `fleet`, one empty text means that the fleet is silenced."""
     silenced: dict[str, set[str]] = {scope: set() for scope in SCOPES}
     for row in await conn.fetch(_Q["silences"], now, 0, MAX_SILENCES):
         if is_active(row, now):

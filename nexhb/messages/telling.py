@@ -31,11 +31,12 @@ _Q = sql.queries("messages")
 _log = log.get("notify")
 
 PAGE = 1_000  # incidents in one transaction
-READ_EVERY = timedelta(minutes=10)  # all incidents, whatever is remembered of them
+READ_EVERY = timedelta(minutes=10)  # all incidents are read, also those for which no message was due
 TIDY_EVERY = timedelta(minutes=1)
 GIVEN_UP_AFTER = timedelta(hours=24)
 KEPT = timedelta(days=90)  # after the creation of a message that was delivered or given up
-MAX_MISSED = timedelta(days=1)  # for so long an end is told that came before any record of what routes were told
+# If there is no record of what routes were sent about an incident, its end is reported for this time after it.
+MAX_MISSED = timedelta(days=1)
 
 Silenced = Mapping[str, frozenset[str]]
 ToldRoutes = dict[int, dict[str, Told]]  # incident_id → route → what it was told
@@ -62,8 +63,9 @@ class _About:
 
 
 class Teller:
-    """What the watcher calls at the end of each round. It remembers the incidents of which nothing is due until they
-    change, so that a round does not compare thousands of incidents with every route."""
+    """Puts the messages that are due into the outbox, at the end of each round of the watcher. Remembers the incidents
+    for which no message is due until they change, so that a round does not compare thousands of incidents with every
+    route."""
 
     def __init__(self, routes: Sequence[Route], readiness: Readiness, ping: Ping | None = None) -> None:
         self._routes = routes

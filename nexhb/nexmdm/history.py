@@ -40,8 +40,9 @@ class Pace:
     due: float = 0.0
 
     def wait_s(self, count: int) -> float:
-        """Return how long to wait after `count` rows. Idle time is credited only up to the time that these rows may
-        take; otherwise, a burst of rows after a long idle time would delay ingest."""
+        """Return how long to wait after `count` rows. If the import was idle before, only as much of the idle time
+        counts as `count` rows take at `rate`: otherwise many rows could be read at once after a long pause, and delay
+        ingest."""
         now, takes_s = self.clock(), count / self.rate
         self.due = max(self.due, now - takes_s) + takes_s
         return max(self.due - now, 0.0)

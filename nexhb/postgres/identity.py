@@ -96,8 +96,8 @@ class DatabaseTracker:
     # ---- checking a connection ----------------------------------------------------------------------------------
 
     async def check(self, conn: Connection) -> None:
-        """Compare the database of `conn` with what is known. Raise DatabaseUnavailable for a standby, and for a
-        database without the tables of this version."""
+        """Compare the database of `conn` with the one that this daemon knows. Raise DatabaseUnavailable for a
+        standby, and for a database without the tables of this version."""
         checked = None
         while checked != self._known():
             checked = self._known()
@@ -111,7 +111,7 @@ class DatabaseTracker:
             assert row is not None  # noqa: S101 - the current database always has its row
             if row["in_recovery"]:
                 raise DatabaseUnavailable("This is a standby: it cannot commit.")
-            # If what is known has changed during the query, or because of its result, the check is repeated.
+            # If the known identity has changed during the query, or because of its result, the check is repeated.
             if checked == self._known():
                 missed = self.missing
                 self._evaluate(row)

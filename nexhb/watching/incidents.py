@@ -1,4 +1,4 @@
-"""Decide which faults form one incident: those of a device, of a site, or of the fleet. Pure."""
+"""Decide which faults form one incident: of a device, of a site or of the fleet. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Affected:
         return self.affected > 1 and self.affected * 2 > self.devices and is_spread
 
     def is_site(self, site: str | None) -> bool:
-        """Return whether the fault affects a site: at least two and over half of its devices."""
+        """Return whether the fault affects a site: at least two of its devices, and over half of them."""
         devices, affected = self.by_site.get(site, (0, 0)) if site is not None else (0, 0)
         return affected > 1 and affected * 2 > devices
 

@@ -194,7 +194,7 @@ async def _open(record: Record, decision: Open, continues: int | None = None) ->
 
 
 async def _replace(record: Record, incident_id: int, members: Sequence[int]) -> None:
-    """Let an incident about flapping replace the other incidents of its device: it is told of once."""
+    """Let an incident about flapping replace the other incidents of its device, so that only one message is sent."""
     rows = await record.conn.fetch(_Q["memberships"], members)
     of_device = [r["incident_id"] for r in rows if r["scope"] == incidents.DEVICE and r["kind"] in incidents.COMBINED]
     if of_device:

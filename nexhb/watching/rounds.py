@@ -72,7 +72,8 @@ class Round:
             position = (rows[-1]["heard_at"], rows[-1]["device_no"])
             if len(rows) < GROUP:
                 break
-        # Devices last heard within an exception are not silent yet; a later round has to look at them.
+        # Devices that were last heard in a span of `except_in` do not count as silent yet: a later round has to look at
+        # them.
         return min([silent.before, *(span.start for span in silent.except_in)])
 
     async def tidy(self) -> None:

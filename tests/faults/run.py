@@ -46,7 +46,7 @@ KINDS: tuple[FaultKind, ...] = (
 )
 FIRST_START_S = 60.0  # timeout for the first start of the daemon
 READY_S = 15.0  # limit from the end of all faults until the daemon can commit
-STALLED_S = 15.0  # a device is stuck if none of its queued heartbeats is acknowledged for so long
+STALLED_S = 15.0  # a device is stuck if none of its queued heartbeats is acknowledged within this time
 DRAIN_S = 600.0  # limit until all queues are empty; takes 1 to 5 s on an otherwise idle machine
 NIGHTLY_RUN_S = 30.0  # limit for a nightly run after the end of all faults
 POLL_S = 0.02

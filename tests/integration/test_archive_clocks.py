@@ -101,8 +101,9 @@ async def run(house: House, now: datetime, **changes: object) -> runner.JobRun:
 
 
 async def test_no_day_is_archived_if_the_clock_and_its_database_are_a_year_ahead(house: House) -> None:
-    """Formerly, if the clock of the host, and so that of its embedded PostgreSQL, was a year ahead, both agreed: every
-    day, today included, was archived and dropped, and the last successful run silenced the alerts for a year."""
+    """Formerly, a host's clock that was a year ahead went unnoticed, because the embedded PostgreSQL uses the same
+    clock: every day, today included, was archived and dropped, and the last successful run silenced the alerts for a
+    year."""
     await house.fill(NOW.date())
     assert (await run(house, NOW)).status == "completed"
     await heartbeats_of(house.conn, NOW)

@@ -149,8 +149,8 @@ async def test_rows_added_to_an_archived_day_by_hand_are_not_dropped(house: Hous
 
 
 async def test_a_sealed_day_attached_by_hand_blocks_no_heartbeat(nexhb: Nexhb, conn: Connection, now: datetime) -> None:
-    """Formerly, if a day that the nightly run had sealed was attached again by hand, the seal rejected one heartbeat of
-    that day for 6 s, and then the intake was closed for every device.
+    """Formerly, if a day that the nightly run had sealed was attached again by hand, the seal rejected the next
+    heartbeat of that day: the writer retried it for 6 s, and then closed the intake for every device.
 
     Now the heartbeat is stored as late, and the next nightly run unseals the day.
     """

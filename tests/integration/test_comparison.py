@@ -215,7 +215,7 @@ async def test_a_write_between_the_two_queries_causes_no_mismatch(
 
 
 async def compared(nexhb: Nexhb, count: int, path: str = LIST) -> list[Any]:
-    """Read until that many comparisons are stored."""
+    """Read until `count` comparisons are stored."""
     async with asyncio.timeout(SOON_S):
         while len(rows := await nexhb.rows("SELECT * FROM perf_diff_comparisons ORDER BY comparison_no")) < count:
             await nexhb.get(path)

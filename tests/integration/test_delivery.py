@@ -53,7 +53,7 @@ async def delivering(
 
 
 async def add(conn: Connection, route: str, *kinds: str, incidents: int = 1, age: timedelta = timedelta(0)) -> None:
-    """Add messages of these kinds about so many incidents, in one transaction."""
+    """Create `incidents` incidents, and add a message of each of these kinds about each of them, in one transaction."""
     now = datetime.now(UTC) - age
     async with conn.transaction():
         numbers = [

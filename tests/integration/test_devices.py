@@ -567,7 +567,7 @@ async def test_twenty_thousand_devices_are_imported_by_a_few_statements_beside_a
     with conn.query_logger(lambda logged: statements.append(logged.query)):
         assert await csv_import.import_csv(conn, file) == csv_import.CsvImport(20_000, 20_000, 20_000)
     assert len(statements) < 12
-    # So many changes exceed what a notification can hold, so the daemon reads the whole store again.
+    # The changes exceed what a notification can hold, so the daemon reads the whole store again.
     async with asyncio.timeout(SOON_S):
         while await nexhb.metric("nexhb_devices_known") != 20_000:
             pass

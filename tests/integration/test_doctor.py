@@ -320,7 +320,7 @@ async def test_whether_devices_that_enrol_at_nexmdm_are_known_here_is_reported(
 
 
 async def test_messages_that_are_not_delivered_are_reported_by_route(healthy: House) -> None:
-    assert "tells nobody" in (await results(healthy))["messages"].detail
+    assert "no messages about incidents" in (await results(healthy))["messages"].detail
     await healthy.conn.execute(
         "WITH i AS (INSERT INTO incidents (kind, scope, severity, since, opened_at) "
         "           VALUES ('offline', 'fleet', 'critical', $1, $1) RETURNING incident_id) "

@@ -1,4 +1,4 @@
-"""Every session that nexhb opens has its own settings, whatever defaults the role or the database has."""
+"""Every session that nexhb opens has the settings that nexhb sets, whatever the defaults of role and database are."""
 
 from __future__ import annotations
 

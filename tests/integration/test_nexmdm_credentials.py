@@ -146,7 +146,7 @@ async def has(conn: Connection, token: bytes, minutes: int) -> None:
 
 
 def at(minutes: int) -> datetime:
-    """Return the time that many minutes after the first import."""
+    """Return the time `minutes` minutes after the first import."""
     return NOW - timedelta(days=1) + timedelta(minutes=minutes)
 
 

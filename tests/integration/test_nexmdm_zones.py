@@ -239,7 +239,7 @@ async def test_a_column_with_a_time_zone_is_read_as_it_is(old: Move, table: str)
 
 
 async def in_the_repeated_hour(old: Move, *minutes: int) -> datetime:
-    """Add heartbeats that many minutes after the change to winter time; return the time of the change."""
+    """Add heartbeats at these minutes after the change to winter time; return the time of the change."""
     await written_in(old, NEW_YORK)
     change = change_of(NEW_YORK, old.now, to_winter=True)
     for n in minutes:

@@ -1,4 +1,4 @@
-"""The nightly run creates days in advance, and archives, verifies and drops old days; each step may fail by itself."""
+"""The nightly run creates days in advance, and archives, verifies and drops old days; each step may fail alone."""
 
 from __future__ import annotations
 

@@ -535,7 +535,7 @@ blocks = st.tuples(
 
 
 def one_by_one(body: bytes, max_items: int, ndjson: bool) -> list[Heartbeat | str]:
-    """Parse each item of a queue by itself; return heartbeats and errors."""
+    """Parse each item of a queue separately; return heartbeats and errors."""
 
     def read(item: bytes) -> Heartbeat | str:
         try:

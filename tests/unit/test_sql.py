@@ -103,7 +103,8 @@ def _queries_call(node: ast.AST) -> str | None:
 
 
 def used() -> Iterator[tuple[str, str, str]]:
-    """Yield module, file and name of every use in nexhb: `_Q = sql.queries("file")`, `_Q["name"]`, or both at once."""
+    """Yield the module, the file of sql/ and the name of each query that nexhb uses: `_Q = sql.queries("file")` and
+    `_Q["name"]`, or both in one expression."""
     package = Path(nexhb.__file__).parent
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))

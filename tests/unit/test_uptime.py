@@ -1,4 +1,4 @@
-"""The parts of a device's day: each rule by itself, and all of them against an oracle that looks at each moment."""
+"""The parts of a device's day: each rule separately, and all of them against an oracle that looks at each moment."""
 
 from __future__ import annotations
 

@@ -119,6 +119,6 @@ def _check_text(value: str | UnsetType, field: str, max_chars: int) -> None:
 
 
 def _number(request: web.Request, name: str) -> int | None:
-    """Return the number in the path; None if it is none, so that nothing can have it."""
+    """Return the number in the path, or None if the path has no valid number; nothing has the number None."""
     text = request.match_info[name]
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
