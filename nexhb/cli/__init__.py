@@ -40,6 +40,7 @@ COMMANDS = {
     "fleet": "fleet",
     "get": "fleet",
     "history": "fleet",
+    "incident": "incident",
     "offline": "fleet",
     "unity-down": "fleet",
     "uptime": "uptime",

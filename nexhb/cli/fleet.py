@@ -4,7 +4,9 @@ daemon."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
@@ -26,15 +28,16 @@ FOLLOW_EVERY_S = 1.0
 MAX_PAGE = 1_000
 
 DEVICES = (
-    "device_id", "name", "alias", "site", "tags", "status", "online", "heard_at", "battery_pct", "unity_running",
-    "agent_version", "unity_pkg_version",
+    "device_id", "name", "alias", "site", "tags", "state", "heard_at", "battery_pct", "unity_running",
+    "agent_version", "unity_pkg_version", "silenced",
 )  # fmt: skip
-OFFLINE = ("device_id", "name", "alias", "site", "heard_at", "offline_seconds", "cause", "incident_id")
-UNITY_DOWN = ("device_id", "name", "alias", "site", "heard_at", "online", "since", "incident_id")
-SITES = ("site", "name", "zone", "hours", "open", "devices", "online", "offline", "unity_down")
+OFFLINE = ("device_id", "name", "alias", "site", "heard_at", "offline_seconds", "cause", "incident_id", "silenced")
+UNITY_DOWN = ("device_id", "name", "alias", "site", "heard_at", "state", "since", "incident_id", "silenced")
+SITES = ("site", "name", "zone", "hours", "open", "devices", "online", "offline", "unity_down", "silenced")
 EVENTS = ("event_id", "at", "since", "device_id", "site", "kind", "cause", "incident_id")
 INCIDENTS = (
-    "incident_id", "severity", "kind", "scope", "site", "members", "devices", "cause", "since", "resolved_at", "named",
+    "incident_id", "severity", "kind", "scope", "site", "members", "devices", "cause", "since", "resolved_at",
+    "acked_by", "silenced", "named",
 )  # fmt: skip
 HISTORY = (
     "ts", "received_at", "battery_pct", "plugged", "network_type", "ssid", "signal_dbm", "uptime_s", "unity_running",
@@ -42,10 +45,52 @@ HISTORY = (
 )  # fmt: skip
 
 Site = Annotated[str | None, typer.Option(help="Only this site.")]
-Tag = Annotated[str | None, typer.Option(help="Only devices with this tag.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="The maximum number of lines; default: all.")]
 Last = Annotated[str | None, typer.Option(help="Only the last minutes, hours or days: 30m, 12h or 7d.")]
 DeviceId = Annotated[str, typer.Argument(metavar="ID", help="The device's id.")]
+
+# The options that limit and sort the lists of devices, by the name of their parameter in the request.
+FILTERS: Mapping[str, Any] = {
+    "state": Annotated[
+        str | None,
+        typer.Option(help="online, offline, unknown, unity_down, inactive, never_seen or revoked."),
+    ],
+    "site": Site,
+    "tag": Annotated[str | None, typer.Option(help="Only devices with this tag.")],
+    "q": Annotated[str | None, typer.Option(help="A part of the id, the name or the alias.")],
+    "battery_below": Annotated[int | None, typer.Option(min=1, max=100, help="Only with less battery, in percent.")],
+    "clock_wrong": Annotated[bool | None, typer.Option("--clock-wrong/--clock-right", help="By the clock.")],
+    "limited": Annotated[bool | None, typer.Option("--limited", help="Only devices that the rate limit slows.")],
+    "agent_version": Annotated[str | None, typer.Option(help="Only with this version of the agent.")],
+    "agent_version_below": Annotated[str | None, typer.Option(help="Only with an older version of the agent: 1.0.9.")],
+    "unity_pkg_version": Annotated[str | None, typer.Option(help="Only with this version of the Unity app.")],
+    "unity_pkg_version_below": Annotated[str | None, typer.Option(help="Only with an older version of the Unity app.")],
+    "sort": Annotated[
+        str | None,
+        typer.Option(help="device_id, heard_at (the longest silence first), -heard_at or battery_pct."),
+    ],
+}
+
+
+def _filtered(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with the options of FILTERS, which it receives as keyword arguments."""
+    own = [
+        each
+        for each in inspect.signature(command, eval_str=True).parameters.values()
+        if each.kind is not each.VAR_KEYWORD
+    ]
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in FILTERS.items()
+    ]
+
+    @functools.wraps(command)
+    def filtered(**given: Any) -> None:
+        command(**given)
+
+    filtered.__annotations__ = {each.name: each.annotation for each in (*own, *options)}
+    filtered.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined] # what typer reads
+    return filtered
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -57,22 +102,23 @@ def fleet(as_json: cli.Json = False) -> None:
 
 
 @cli.app.command(help="List the silent devices, the longest silence first, and why they are silent.")
+@_filtered
 def offline(
     minutes: Annotated[
         int | None,
         typer.Option(min=1, max=525_600, help="The minimum silence; default: heartbeat.offline_after_seconds."),
     ] = None,
-    site: Site = None,
-    tag: Tag = None,
     limit: Limit = None,
     as_json: cli.Json = False,
+    **filters: object,
 ) -> None:
-    _list("/v1/devices/offline", "devices", OFFLINE, limit, as_json, minutes=minutes, site=site, tag=tag)
+    _list("/v1/devices/offline", "devices", OFFLINE, limit, as_json, minutes=minutes, **filters)
 
 
 @cli.app.command(name="unity-down", help="List the devices whose Unity app does not run.")
-def unity_down(site: Site = None, tag: Tag = None, limit: Limit = None, as_json: cli.Json = False) -> None:
-    _list("/v1/devices/unity-down", "devices", UNITY_DOWN, limit, as_json, site=site, tag=tag)
+@_filtered
+def unity_down(limit: Limit = None, as_json: cli.Json = False, **filters: object) -> None:
+    _list("/v1/devices/unity-down", "devices", UNITY_DOWN, limit, as_json, **filters)
 
 
 @cli.app.command(help="Show a device and its last status.")
@@ -92,8 +138,9 @@ def history(
 
 
 @_commands.command(name="devices", help="List devices with their last status.")
-def get_devices(site: Site = None, tag: Tag = None, limit: Limit = None, as_json: cli.Json = False) -> None:
-    _list("/v1/devices", "devices", DEVICES, limit, as_json, site=site, tag=tag)
+@_filtered
+def get_devices(limit: Limit = None, as_json: cli.Json = False, **filters: object) -> None:
+    _list("/v1/devices", "devices", DEVICES, limit, as_json, **filters)
 
 
 @_commands.command(name="sites", help="List sites with their devices by state.")

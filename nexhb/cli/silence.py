@@ -54,7 +54,7 @@ def add(
     if len(chosen) + fleet != 1:
         raise BadInput("Exactly one of --fleet, --site, --tag and --device is required.")
     body: dict[str, Any] = {"scope": "fleet"} if fleet else {"scope": chosen[0][0], "value": chosen[0][1]}
-    body |= {"reason": reason, "created_by": f"{_user()}@{socket.gethostname()}"[:100]}
+    body |= {"reason": reason, "created_by": this_user()}
     body |= {"from": start} if start else {}
     if duration is not None:
         if until is not None:
@@ -70,11 +70,13 @@ def add(
         typer.echo(_line(silence))
 
 
-def _user() -> str:
+def this_user() -> str:
+    """Return who runs the command, for the records of the daemon."""
     try:
-        return getpass.getuser()
+        user = getpass.getuser()
     except (KeyError, OSError):  # a user of a container may have no name
-        return "somebody"
+        user = "somebody"
+    return f"{user}@{socket.gethostname()}"[:100]
 
 
 def _length(text: str) -> timedelta:

@@ -45,6 +45,15 @@ class SilenceFilter:
         """`except_in` as PostgreSQL's tstzmultirange."""
         return "{" + ",".join(f"[{span.start.isoformat()},{span.end.isoformat()})" for span in self.except_in) + "}"
 
+    @property
+    def matched(self) -> str:
+        """The times of the last heartbeat that match, as PostgreSQL's tstzmultirange."""
+        spans, start = [], ""
+        for span in sorted(self.except_in, key=lambda span: span.start):
+            spans.append(f"[{start},{span.start.isoformat()})")
+            start = span.end.isoformat()
+        return "{" + ",".join([*spans, f"[{start},{self.before.isoformat()})"]) + "}"
+
 
 @dataclass(frozen=True)
 class Presence:
@@ -79,6 +88,26 @@ class Presence:
             if cutoff < blackout.end:
                 except_in.append(Span(cutoff, blackout.end))
         return _simplified(before, except_in)
+
+    def is_online(self, heard_at: datetime, threshold: timedelta) -> bool:
+        """Return whether a device was heard within `threshold`, whatever the blackouts were."""
+        return self.now - heard_at <= threshold
+
+    def state(self, heard_at: datetime, threshold: timedelta) -> str:
+        """Return whether a device last heard at `heard_at` is online, offline or unknown."""
+        if self.is_online(heard_at, threshold):
+            return "online"
+        return "offline" if self.silence(heard_at) > threshold else "unknown"
+
+    def heard_in(self, state: str, threshold: timedelta) -> str:
+        """Return the times at which the devices in a state were last heard, as PostgreSQL's tstzmultirange."""
+        silent, cutoff = self.silent_for(threshold), self.now - threshold
+        if state == "online":
+            return f"{{[{cutoff.isoformat()},)}}"
+        if state == "offline":
+            return silent.matched
+        between = (Span(silent.before, cutoff),) if silent.before < cutoff else ()
+        return SilenceFilter(cutoff, (*between, *silent.except_in)).multirange
 
     def _cutoff(self, blackouts: int, threshold: timedelta) -> datetime:
         """Return the moment that is `threshold` before now, not counting the first `blackouts` blackouts and the wait

@@ -16,7 +16,18 @@ from nexhb.heartbeat import FieldError
 from nexhb.http.device_api import enrolment, heartbeats, queues
 from nexhb.http.device_api.authentication import DEVICE
 from nexhb.http.device_api.context import DEVICE_API, DeviceApi
-from nexhb.http.operator_api import devices, fleet, messages, ops, sites, stream, uptime, watched
+from nexhb.http.operator_api import (
+    device_filters,
+    devices,
+    fleet,
+    listing,
+    messages,
+    ops,
+    sites,
+    stream,
+    uptime,
+    watched,
+)
 from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
 from nexhb.http.transport.http_connection import HttpConnection
 from nexhb.http.transport.problem import Problem
@@ -38,19 +49,19 @@ class Route(NamedTuple):
     query: tuple[str, ...] = ()
 
 
-AMONG = ("site", "tag")  # the parameters that limit a list of devices
+LISTED = ("limit", "after", "format")  # the parameters of a list that is also available as CSV
 
 ROUTES = (
     Route("POST", "/v1/heartbeat", heartbeats.post_heartbeat, "device"),
     Route("POST", "/v1/heartbeats", queues.post_heartbeats, "device"),
     Route("POST", "/v1/register", enrolment.post_register, "enrolment", ("alias",)),
     Route("GET", "/v1/fleet", fleet.get_fleet, "admin"),
-    Route("GET", "/v1/devices", fleet.get_devices, "admin", ("limit", "after", *AMONG)),
-    Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", "limit", "after", *AMONG)),
-    Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", ("limit", "after", *AMONG)),
+    Route("GET", "/v1/devices", fleet.get_devices, "admin", (*LISTED, *device_filters.NAMES)),
+    Route("GET", "/v1/devices/offline", fleet.get_offline, "admin", ("minutes", *LISTED, *device_filters.NAMES)),
+    Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", (*LISTED, *device_filters.NAMES)),
     Route("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
     Route("PATCH", "/v1/devices/{device_id}", devices.patch_device, "admin"),
-    Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", "limit", "after")),
+    Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", *LISTED)),
     Route("GET", "/v1/sites", sites.get_sites, "admin", ("limit", "after")),
     Route("GET", "/v1/sites/{site}", sites.get_site, "admin"),
     Route("PUT", "/v1/sites/{site}", sites.put_site, "admin"),
@@ -61,15 +72,15 @@ ROUTES = (
         "/v1/events",
         watched.get_events,
         "admin",
-        ("from", "to", "site", "kind", "device", "order", "limit", "after"),
+        ("from", "to", "site", "kind", "device", "order", *LISTED),
     ),
-    Route("GET", "/v1/incidents", watched.get_incidents, "admin", ("state", "site", "limit", "after")),
+    Route("GET", "/v1/incidents", watched.get_incidents, "admin", ("state", "site", *LISTED)),
     Route(
         "GET",
         "/v1/uptime",
         uptime.get_uptime,
         "admin",
-        ("from", "to", "by", *AMONG, "device", "format", "limit", "after"),
+        ("from", "to", "by", "site", "tag", "device", "format", "limit", "after"),
     ),
     Route("POST", "/v1/incidents/{incident_id}/ack", messages.post_ack, "admin"),
     Route("GET", "/v1/silences", messages.get_silences, "admin", ("limit", "after", "all")),
@@ -99,6 +110,7 @@ def make_app(device_api: DeviceApi, operator_api: OperatorApi) -> web.Applicatio
     app[DEVICE_API] = device_api
     app[OPERATOR_API] = operator_api
     app[stream.STREAMS] = Counter()
+    app[listing.RUNNING] = Counter()
     app.on_shutdown.append(stream.end_streams)
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):

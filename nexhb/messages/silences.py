@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -35,13 +35,63 @@ class Silence:
     created_by: str
 
 
-async def current(conn: AnyConnection, now: datetime) -> Mapping[str, frozenset[str]]:
-    """Return the silenced values by scope. For the scope `fleet`, one empty text means that the fleet is silenced."""
-    silenced: dict[str, set[str]] = {scope: set() for scope in SCOPES}
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The silences that are in force: for each scope and value, until when, or True without an end. The value of the
+    scope `fleet` is an empty text."""
+
+    until: Mapping[str, Mapping[str, datetime | bool]]
+
+    def __bool__(self) -> bool:
+        return any(self.until.values())
+
+    def of(
+        self, device_id: str | None = None, site: str | None = None, tags: Iterable[str] = ()
+    ) -> datetime | bool | None:
+        """Return until when a device or a site is silenced: the end of the last of its silences, True if one of them
+        has no end, None if there is none."""
+        values = [("fleet", ""), ("site", site), ("device", device_id), *(("tag", tag) for tag in tags)]
+        ends = [self.until[scope][value] for scope, value in values if value is not None and value in self.until[scope]]
+        return latest(ends)
+
+
+def latest(ends: Sequence[datetime | bool]) -> datetime | bool | None:
+    """Return the last of these ends: True if one of them is True, None if there are none."""
+    times = [end for end in ends if isinstance(end, datetime)]
+    return True if len(times) < len(ends) else max(times, default=None)
+
+
+async def in_force(conn: AnyConnection, now: datetime) -> InForce:
+    """Return the silences that are in force now."""
+    until: dict[str, dict[str, datetime | bool]] = {scope: {} for scope in SCOPES}
     for row in await conn.fetch(_Q["silences"], now, 0, MAX_SILENCES):
         if is_active(row, now):
-            silenced[row["scope"]].add(row["value"] or "")
-    return {scope: frozenset(values) for scope, values in silenced.items()}
+            known = until[row["scope"]]
+            value = row["value"] or ""
+            known[value] = latest([_end(row, now), *([known[value]] if value in known else [])]) or True
+    return InForce(until)
+
+
+def _end(row: Any, now: datetime) -> datetime | bool:
+    """Return when a silence that is in force ends; one that recurs, when its present hours end."""
+    change = None if row["hours"] is None else Hours.stored(row["hours"], row["zone"]).next_change(now)
+    return min((at for at in (row["until"], change) if at is not None), default=True)
+
+
+async def tags_of(conn: AnyConnection, device_ids: Sequence[str], silenced: InForce) -> Mapping[str, Sequence[str]]:
+    """Return the tags of those of these devices that have a silenced tag."""
+    if not silenced.until["tag"]:
+        return {}
+    rows = await conn.fetch(_Q["devices_tagged"], device_ids, sorted(silenced.until["tag"]))
+    return {row["device_id"]: row["tags"] for row in rows}
+
+
+async def whole(conn: AnyConnection, incident_ids: Sequence[int], silenced: InForce) -> set[int]:
+    """Return those of these incidents all of whose devices are silenced by site, tag or device."""
+    values = [sorted(silenced.until[scope]) for scope in ("site", "tag", "device")]
+    if not incident_ids or not any(values):
+        return set()
+    return {row["incident_id"] for row in await conn.fetch(_Q["silenced"], incident_ids, *values)}
 
 
 def is_active(row: Any, now: datetime) -> bool:

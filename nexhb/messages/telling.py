@@ -23,6 +23,7 @@ from nexhb.messages.deciding import Present, Told, due
 from nexhb.messages.message import RESOLVED, WIDENED
 from nexhb.messages.ping import Ping
 from nexhb.messages.routes import Route
+from nexhb.messages.silences import InForce
 from nexhb.postgres import sql
 from nexhb.postgres.connections import AnyConnection, Connection
 from nexhb.readiness import Readiness, Source
@@ -38,7 +39,6 @@ KEPT = timedelta(days=90)  # after the creation of a message that was delivered 
 # If there is no record of what routes were sent about an incident, its end is reported for this time after it.
 MAX_MISSED = timedelta(days=1)
 
-Silenced = Mapping[str, frozenset[str]]
 ToldRoutes = dict[int, dict[str, Told]]  # incident_id → route → what it was told
 
 
@@ -97,7 +97,7 @@ class Teller:
         due = [number for number in rows if not self._is_settled(number, now)]
         if not due:
             return 0
-        silenced = await silences.current(conn, now)
+        silenced = await silences.in_force(conn, now)
         told = 0
         for start in range(0, len(due), PAGE):
             await asyncio.sleep(0)  # heartbeats that have arrived are handled first
@@ -124,14 +124,15 @@ class Teller:
         return look_again is None or look_again > now
 
     async def _page(
-        self, conn: Connection, numbers: Sequence[int], now: datetime, silenced: Silenced
+        self, conn: Connection, numbers: Sequence[int], now: datetime, silenced: InForce
     ) -> tuple[_Outcome, dict[int, datetime | None]]:
         """Return what was written, and when to look again at incidents that are not held by a silence or hours."""
         rows = await conn.fetch(_Q["incidents_to_tell"], numbers)
         told, ended = await _told(conn, numbers)
         inherited = await _inherited(conn, numbers)
         tags = await _tags(conn, rows, self._routes)
-        whole = await _silenced_as_a_whole(conn, rows, silenced)
+        of_several = [row["incident_id"] for row in rows if row["scope"] in ("site", "fleet")]
+        whole = await silences.whole(conn, of_several, silenced)
         outcome, look_again = _Outcome(), dict[int, datetime | None]()
         quiet = {
             route.name: route.quiet.next_change(now) for route in self._routes if route.quiet and route.is_quiet(now)
@@ -198,12 +199,10 @@ def _end_unknown(row: Any, told: Mapping[str, Told], known: Collection[str], out
         ]
 
 
-def _is_held(row: Any, now: datetime, silenced: Silenced) -> bool:
+def _is_held(row: Any, now: datetime, silenced: InForce) -> bool:
     if row["scope"] == "ours":
         return False
-    if silenced["fleet"] or row["site"] in silenced["site"]:
-        return True
-    if row["device_id"] in silenced["device"] or not silenced["tag"].isdisjoint(row["tags"]):
+    if silenced.of(row["device_id"], row["site"], row["tags"]) is not None:
         return True
     return row["hours"] is not None and not Hours.stored(row["hours"], row["zone"]).is_open(now)
 
@@ -254,15 +253,6 @@ async def _tags(conn: Connection, rows: Sequence[Any], routes: Sequence[Route]) 
     if not asked or not numbers:
         return {}
     return {row["incident_id"]: row["tags"] for row in await conn.fetch(_Q["tags_of"], numbers, asked)}
-
-
-async def _silenced_as_a_whole(conn: Connection, rows: Sequence[Any], silenced: Silenced) -> set[int]:
-    """Return the incidents of several devices all of which are silenced."""
-    numbers = [row["incident_id"] for row in rows if row["scope"] in ("site", "fleet")]
-    if not numbers or not (silenced["site"] or silenced["tag"] or silenced["device"]):
-        return set()
-    values = [sorted(silenced[scope]) for scope in ("site", "tag", "device")]
-    return {row["incident_id"] for row in await conn.fetch(_Q["silenced"], numbers, *values)}
 
 
 async def acknowledge(conn: AnyConnection, incident_id: int, now: datetime, by: str) -> dict[str, Any] | None:

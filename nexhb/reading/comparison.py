@@ -38,7 +38,13 @@ _log = log.get("perf_diff")
 
 BUDGET_PERIOD = timedelta(hours=1)
 EXAMPLES = 5
-PRESENCE = {"heard_at", "offline_seconds", "online", "status"}  # columns that depend on the time of the last heartbeat
+PRESENCE = {
+    "heard_at",
+    "offline_seconds",
+    "online",
+    "state",
+    "status",
+}  # columns that depend on the time of the last heartbeat
 IDLE_S = 60.0  # seconds without a query after which the connection is closed
 CHANGED_BY = "perf_diff"
 

@@ -10,7 +10,7 @@ import asyncpg
 
 from nexhb.postgres import sql
 from nexhb.postgres.connections import AnyConnection
-from nexhb.reading.queries import EVERY_DEVICE, DeviceFilter, OfflineQuery, ReadResult, UnityDownQuery
+from nexhb.reading.queries import EVERY_DEVICE, DeviceFilter, ReadResult
 
 _Q = sql.queries("reads")
 
@@ -19,7 +19,7 @@ async def numbers(conn: AnyConnection, among: DeviceFilter) -> list[int] | None:
     """Return the numbers of the devices that a list is limited to; None if it is not limited."""
     if among == EVERY_DEVICE:
         return None
-    found: list[int] = await conn.fetchval(_Q["numbers"], among.sites, among.tag)
+    found: list[int] = await conn.fetchval(_Q["numbers"], among.sites, among.tag, among.limited_since)
     return found
 
 
@@ -34,12 +34,11 @@ async def add_sites(conn: AnyConnection, records: list[asyncpg.Record], rows: li
     return rows
 
 
-async def add_watched(conn: AnyConnection, query: OfflineQuery | UnityDownQuery, result: ReadResult) -> None:
+async def add_watched(conn: AnyConnection, result: ReadResult, *, is_offline: bool) -> None:
     """Set `since`, `incident_id` and, of silent devices, `cause`. They stay None in the rows of devices about which the
     watcher has recorded nothing yet, or whose state it has adopted."""
     if not result.rows:
         return
-    is_offline = isinstance(query, OfflineQuery)
     statement = _Q["ongoing_outages"] if is_offline else _Q["ongoing_unity_down"]
     recorded = {record["device_no"]: record for record in await conn.fetch(statement, result.numbers)}
     for number, row in zip(result.numbers, result.rows, strict=True):

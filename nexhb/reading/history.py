@@ -41,7 +41,7 @@ class HistoryReader:
         until, inactive_before = now + MAX_CLOCK_AHEAD, now - self.retention
         if isinstance(query, DeviceQuery):
             records = await conn.fetch(_Q["device"], query.device_id, until, inactive_before)
-            return ReadResult(len(records), rows.with_online(records, presence, query.online_within))
+            return ReadResult(len(records), rows.with_online(records, presence, query.online_within, "silenced"))
         numbers = await filters.numbers(conn, query.among)
         if isinstance(query, OfflineQuery):
             silent = presence.silent_for(query.silent_for)

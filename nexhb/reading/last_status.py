@@ -48,7 +48,7 @@ class LastStatusReader:
         """Return the result at `presence.now`."""
         if isinstance(query, DeviceQuery):
             records = await conn.fetch(_Q["device"], query.device_id)
-            return ReadResult(len(records), rows.with_online(records, presence, query.online_within))
+            return ReadResult(len(records), rows.with_online(records, presence, query.online_within, "silenced"))
         if isinstance(query, OfflineQuery):
             silent = presence.silent_for(query.silent_for)
             condition = (silent.before, silent.multirange)

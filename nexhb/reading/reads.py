@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from nexhb import availability, metrics
@@ -21,12 +22,21 @@ from nexhb.devices.sites import KnownSite
 from nexhb.errors import DatabaseUnavailable, UnknownDevice, described
 from nexhb.heartbeat import BUCKET_START
 from nexhb.postgres import sql
-from nexhb.postgres.connections import Pool
+from nexhb.postgres.connections import AnyConnection, Pool
 from nexhb.postgres.errors import is_unavailable
-from nexhb.reading import filters, rows
+from nexhb.reading import filtered, filters, rows
 from nexhb.reading.history import HistoryReader
 from nexhb.reading.last_status import LastStatusReader
-from nexhb.reading.queries import EVERY_DEVICE, UNITY_DOWN_WINDOW, DeviceFilter, DeviceQuery, Query, ReadResult
+from nexhb.reading.queries import (
+    EVERY_DEVICE,
+    UNITY_DOWN_WINDOW,
+    DeviceQuery,
+    KeyPosition,
+    OfflineQuery,
+    Query,
+    ReadResult,
+    StatusQuery,
+)
 from nexhb.texts import quoted
 
 _Q = sql.queries("reads")
@@ -59,7 +69,8 @@ class PooledReader:
             presence = await availability.read(conn, now, self._interval)
             result = await self._reader.run(conn, query, presence)
             if not isinstance(query, DeviceQuery) and isinstance(self._reader, LastStatusReader):
-                await filters.add_watched(conn, query, result)  # after the result that perf_diff compares
+                # after the result that perf_diff compares
+                await filters.add_watched(conn, result, is_offline=isinstance(query, OfflineQuery))
         if isinstance(query, DeviceQuery) and not result.rows:
             raise UnknownDevice(f"{quoted(query.device_id)}.")
         return presence, result
@@ -92,22 +103,41 @@ class Reads(PooledReader):
         return presence, {**(row or {}), "offline_by_cause": {cause: by_cause.get(cause, 0) for cause in CAUSES}}
 
     async def devices(
-        self,
-        after: str,
-        limit: int,
-        now: datetime,
-        online_within: timedelta,
-        among: DeviceFilter = EVERY_DEVICE,
-    ) -> tuple[Presence, list[Any]]:
-        """Return a page of status rows in the order of device_id, starting after the id `after`."""
+        self, query: StatusQuery, now: datetime, offline_after: timedelta
+    ) -> tuple[Presence, list[Any], KeyPosition | None]:
+        """Return a page of status rows, and the position of its last row if more rows follow. Devices that have no
+        last status are listed only if the query does not depend on it."""
         async with self.acquired("devices") as conn:
             presence = await availability.read(conn, now, self._interval)
-            if among == EVERY_DEVICE:
-                devices = await conn.fetch(_Q["device_page"], after, limit)
-            else:
-                devices = await conn.fetch(_Q["device_page_among"], after, limit, among.sites, among.tag)
-            statuses = await conn.fetch(_Q["statuses"], [device["device_no"] for device in devices])
-        return presence, rows.devices_with_status(devices, statuses, presence, online_within)
+            if not query.needs_status:
+                devices = await _devices(conn, query)
+                statuses = await conn.fetch(_Q["statuses"], [device["device_no"] for device in devices])
+                found = rows.devices_with_status(devices, statuses, presence, offline_after)
+                return presence, *_page(found, [0] * len(found), query.limit)
+            async with filtered.snapshot(conn):
+                page = await filtered.page(conn, query._replace(limit=query.limit + 1), presence, offline_after)
+                devices = await filtered.rows(conn, _Q["devices_of"], page.numbers)
+                statuses = await conn.fetch(_Q["statuses"], page.numbers)
+        found = rows.devices_with_status(devices, statuses, presence, offline_after)
+        return presence, *_page(found, page.keys, query.limit)
+
+    async def listed(self, query: StatusQuery, now: datetime, offline_after: timedelta) -> tuple[Presence, ReadResult]:
+        """Return a page of the silent devices, or of those whose Unity is down (`query.unity_down`)."""
+        async with self.acquired("filtered") as conn:
+            presence = await availability.read(conn, now, self._interval)
+            async with filtered.snapshot(conn):
+                page = await filtered.page(conn, query._replace(limit=query.limit + 1), presence, offline_after)
+                statement = _Q["unity_down_rows"] if query.unity_down else _Q["offline_rows"]
+                records = await filtered.rows(conn, statement, page.numbers[: query.limit])
+                if query.unity_down:
+                    found = rows.with_online(records, presence, offline_after, *rows.WATCHED)
+                else:
+                    found = rows.with_silence(records, presence)
+                await filters.add_sites(conn, records, found)
+                _, position = _page(found, page.keys, query.limit)
+                result = ReadResult(page.total or 0, found, position, rows.numbers(records))
+                await filters.add_watched(conn, result, is_offline=not query.unity_down)
+        return presence, result
 
     async def sites(self, after: str, limit: int, within: Sequence[str] | None = None) -> list[KnownSite]:
         """Return a page of sites in the order of their ids, starting after the id `after`; only those `within`, unless
@@ -155,6 +185,23 @@ class Reads(PooledReader):
         """Provide a connection for a read, whose latency is recorded under this name."""
         async with _acquired(self._pool, _last_status_latency(query)) as conn:
             yield conn
+
+
+async def _devices(conn: AnyConnection, query: StatusQuery) -> list[asyncpg.Record]:
+    """Return the first `limit` + 1 devices of a query that does not depend on the last status."""
+    after, among, limit = query.after.device_id, query.among, query.limit + 1
+    if among == EVERY_DEVICE:
+        return await conn.fetch(_Q["device_page"], after, limit)
+    is_revoked = {"revoked": True, "never_seen": False}.get(among.state)
+    arguments = (*among.by_number[:3], among.text, is_revoked)
+    if among.state == "never_seen":
+        return await filtered.never_seen(conn, arguments, after, limit)
+    return await conn.fetch(_Q["device_page_among"], after, limit, *arguments)
+
+
+def _page(found: list[Any], keys: list[int], limit: int) -> tuple[list[Any], KeyPosition | None]:
+    has_more = len(keys) > limit
+    return found[:limit], KeyPosition(keys[limit - 1], found[limit - 1].device_id) if has_more else None
 
 
 def _last_status_latency(query: str) -> Callable[[float], None]:

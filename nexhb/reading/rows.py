@@ -34,7 +34,7 @@ def clock_skew_s(last_ts: datetime | None, received_at: datetime, clock_wrong: b
 
 
 NOT_SHOWN = ("device_no", "total")
-WATCHED = ("site", "since", "incident_id")  # attributes of the rows of lists that are read from other tables
+WATCHED = ("site", "since", "incident_id", "silenced")  # attributes of rows of lists that other tables fill in
 
 
 # A list has thousands of rows, and the work on them delays heartbeats. As a dict, a row took 0.7 µs to create and
@@ -66,21 +66,25 @@ def with_silence(records: list[asyncpg.Record], presence: Presence) -> list[Any]
 def with_online(
     records: list[asyncpg.Record], presence: Presence, online_within: timedelta, *computed: str
 ) -> list[Any]:
-    """Return row objects with clock_skew_seconds and online, and with the attributes `computed`, which are None."""
-    return _set_online(_row_objects(records, *computed, "clock_skew_seconds", "online"), presence, online_within)
+    """Return row objects with clock_skew_seconds, online and state, and with the attributes `computed`, which are
+    None."""
+    rows = _row_objects(records, *computed, "clock_skew_seconds", "online", "state")
+    return _set_online(rows, presence, online_within)
 
 
 _STATUS = ("last_ts", "heard_at", "received_at", *(column.name for column in CONTENT), "clock_wrong", "status")
-_LISTED_DEVICE = ("device_id", "name", "alias", "site", "tags", *_STATUS, "clock_skew_seconds", "online")
+LISTED_DEVICE = (
+    "device_id", "name", "alias", "site", "tags", *_STATUS, "clock_skew_seconds", "online", "state", "silenced",
+)  # fmt: skip
 
 
 def devices_with_status(
     devices: list[asyncpg.Record], statuses: list[asyncpg.Record], presence: Presence, online_within: timedelta
 ) -> list[Any]:
-    """Return a row object for each of the devices, with its status, clock_skew_seconds and online."""
+    """Return a row object for each of the devices, with its status, clock_skew_seconds, online and state."""
     by_number = {record["device_no"]: record[1:] for record in statuses}
     never_seen = (*[None] * (len(_STATUS) - 1), "never_seen")
-    make = _row_type(_LISTED_DEVICE)
+    make = _row_type(LISTED_DEVICE)
     rows = [make(*device[1:6], *by_number.get(device["device_no"], never_seen)) for device in devices]
     for device, row in zip(devices, rows, strict=True):
         if device["revoked"]:
@@ -91,5 +95,7 @@ def devices_with_status(
 def _set_online(rows: list[Any], presence: Presence, online_within: timedelta) -> list[Any]:
     for row in rows:
         row.clock_skew_seconds = clock_skew_s(row.last_ts, row.received_at, row.clock_wrong)
-        row.online = row.heard_at is not None and presence.silence(row.heard_at) <= online_within
+        row.online = row.heard_at is not None and presence.is_online(row.heard_at, online_within)
+        status = getattr(row, "status", "ok")  # lists of devices whose status is ok do not have the column
+        row.state = presence.state(row.heard_at, online_within) if status == "ok" else status
     return rows

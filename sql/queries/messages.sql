@@ -158,6 +158,10 @@ DELETE FROM notifications WHERE notification_no IN (
 SELECT silence_id, scope, value, "from", until, hours, zone, reason, created_by, created_at FROM silences
 WHERE ($1::timestamptz IS NULL OR until IS NULL OR until > $1) AND silence_id > $2 ORDER BY silence_id LIMIT $3;
 
+-- name: devices_tagged
+-- $1 device_id[], $2 tag[]. Those of these devices that have one of the tags.
+SELECT device_id, tags FROM devices WHERE device_id = ANY($1::text[]) AND tags && $2::text[];
+
 -- name: count_silences
 -- $1 now.
 SELECT count(*) FROM silences WHERE until IS NULL OR until > $1;

@@ -5,7 +5,7 @@
 -- name: fleet
 -- $1, $2: the condition for offline, as in offline_all; $3: the earliest heard_at of a device that counts as Unity down
 -- (now - 24 h); $4: the earliest heard_at of a device that counts as online, whatever the blackouts were. A device last
--- heard before $4 that is not offline is `unknown`. `unity_down_online` counts all devices that are not offline.
+-- heard before $4 that is not offline is `unknown`.
 SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
        (SELECT count(*) FROM device_last_status
         WHERE status = 'ok' AND heard_at >= $4) AS online,
@@ -18,8 +18,7 @@ SELECT (SELECT count(*) FROM devices WHERE revoked_at IS NULL) AS devices,
        (SELECT count(*) FROM device_last_status
         WHERE status = 'ok' AND unity_running = false AND heard_at >= $3) AS unity_down,
        (SELECT count(*) FROM device_last_status
-        WHERE status = 'ok' AND unity_running = false AND heard_at >= $3
-          AND (heard_at >= $1 OR heard_at <@ $2::text::tstzmultirange)) AS unity_down_online,
+        WHERE status = 'ok' AND unity_running = false AND heard_at >= greatest($3, $4)) AS unity_down_online,
        (SELECT count(*) FROM device_last_status WHERE status = 'inactive') AS inactive,
        (SELECT count(*) FROM devices d WHERE revoked_at IS NULL
           AND NOT EXISTS (SELECT FROM device_last_status s WHERE s.device_no = d.device_no)) AS never_seen;
@@ -41,12 +40,78 @@ ORDER BY device_id
 LIMIT $2;
 
 -- name: device_page_among
--- As device_page; $3, $4: the sites and the tag, as in `numbers`.
+-- As device_page; $3, $4, $5: the sites, the tag and the rate limit, as in `numbers`; $6: a text that device_id, name or
+-- alias contain, '' for any; $7: whether they are revoked, null for both.
 SELECT device_no, device_id, name, alias, site, tags, revoked_at IS NOT NULL AS revoked
-FROM devices
+FROM devices d
 WHERE device_id > $1 AND ($3::text[] IS NULL OR site = ANY($3)) AND ($4::text IS NULL OR $4 = ANY(tags))
+  AND ($5::timestamptz IS NULL OR EXISTS (SELECT 1 FROM device_refusals r WHERE r.device_no = d.device_no
+                                          AND r.status = 429 AND r.refused_at >= $5))
+  AND ($6::text = '' OR strpos(lower(device_id), lower($6)) > 0 OR strpos(lower(name), lower($6)) > 0
+       OR strpos(lower(alias), lower($6)) > 0)
+  AND ($7::bool IS NULL OR (revoked_at IS NOT NULL) = $7)
 ORDER BY device_id
 LIMIT $2;
+
+-- name: seen
+-- $1 device_no[]. Those that have a last status.
+SELECT coalesce(array_agg(device_no), '{}') FROM device_last_status WHERE device_no = ANY($1::int[]);
+
+-- name: devices_of
+-- $1 device_no[].
+SELECT device_no, device_id, name, alias, site, tags, revoked_at IS NOT NULL AS revoked
+FROM devices WHERE device_no = ANY($1::int[]);
+
+-- name: filtered
+-- $1 status; $2 multirange[]: only devices whose heard_at is in each of them; $3: a heard_slot after which no heard_at is
+-- in them; $4: whether Unity must be down; $5 device_no[], null for all; $6: a text as in device_page_among; $7: the battery
+-- must be below this; $8 clock_wrong; $9, $10 versions; $11, $12: versions that the device's must be below, as int[]. $13:
+-- the column to sort by, descending if it begins with `-`; the page starts after the key $14 and the device_id $15; $16
+-- the limit; $17: whether to count the devices of all pages. It runs with plan_cache_mode = force_custom_plan, so that
+-- the conditions for which an argument is null are left out, and the indexes serve the others: a list of silent devices
+-- reads these only. Otherwise the table is read once for a page, without an index, because an index that the columns of
+-- these conditions need would end the HOT updates: 0.2 to 0.6 s with a million devices.
+WITH matching AS NOT MATERIALIZED (
+    SELECT device_no, device_id,
+           CASE $13::text WHEN 'heard_at' THEN (extract(epoch FROM heard_at) * 1000000)::bigint
+                          WHEN '-heard_at' THEN -(extract(epoch FROM heard_at) * 1000000)::bigint
+                          WHEN 'battery_pct' THEN battery_pct::bigint
+                          ELSE 0 END AS key
+    FROM device_last_status
+    WHERE status = $1 AND heard_slot <= $3::int AND heard_at <@ ALL ($2::text[]::tstzmultirange[])
+      AND (NOT $4::bool OR unity_running = false)
+      AND ($5::int[] IS NULL OR device_no = ANY($5))
+      AND ($6::text = '' OR strpos(lower(device_id), lower($6)) > 0 OR strpos(lower(name), lower($6)) > 0
+           OR strpos(lower(alias), lower($6)) > 0)
+      AND ($7::int IS NULL OR battery_pct < $7) AND ($8::bool IS NULL OR clock_wrong = $8)
+      AND ($9::text IS NULL OR agent_version = $9) AND ($10::text IS NULL OR unity_pkg_version = $10)
+      AND ($11::int[] IS NULL
+           OR string_to_array(substring(agent_version FROM '^v?([0-9]{1,9}(?:[.][0-9]{1,9})*)'), '.')::int[] < $11)
+      AND ($12::int[] IS NULL
+           OR string_to_array(substring(unity_pkg_version FROM '^v?([0-9]{1,9}(?:[.][0-9]{1,9})*)'), '.')::int[] < $12)
+      AND ($13::text <> 'battery_pct' OR battery_pct IS NOT NULL)
+)
+SELECT device_no, device_id, key, CASE WHEN $17::bool THEN (SELECT count(*) FROM matching) END AS total
+FROM matching
+WHERE (key, device_id COLLATE "C") > ($14::bigint, $15::text)
+ORDER BY key, device_id COLLATE "C"
+LIMIT $16;
+
+-- name: plan_each
+-- Until the end of the transaction, plan each statement for its arguments.
+SELECT set_config('plan_cache_mode', 'force_custom_plan', true);
+
+-- name: offline_rows
+-- $1 device_no[].
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, agent_version, device_no
+FROM device_last_status WHERE device_no = ANY($1::int[]);
+
+-- name: unity_down_rows
+-- $1 device_no[].
+SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
+       unity_running, unity_pkg_version, agent_version, device_no
+FROM device_last_status WHERE device_no = ANY($1::int[]);
 
 -- name: statuses
 -- $1 device_no[].
@@ -143,9 +208,12 @@ ORDER BY heard_at DESC, device_id COLLATE "C" DESC
 LIMIT $2;
 
 -- name: numbers
--- $1: the sites of the devices, null for all and none; $2: a tag that the devices have, null for any.
-SELECT coalesce(array_agg(device_no), '{}') FROM devices
-WHERE revoked_at IS NULL AND ($1::text[] IS NULL OR site = ANY($1)) AND ($2::text IS NULL OR $2 = ANY(tags));
+-- $1: the sites of the devices, null for all and none; $2: a tag that the devices have, null for any; $3: only devices
+-- that the rate limit has refused since this time, null for all.
+SELECT coalesce(array_agg(device_no), '{}') FROM devices d
+WHERE revoked_at IS NULL AND ($1::text[] IS NULL OR site = ANY($1)) AND ($2::text IS NULL OR $2 = ANY(tags))
+  AND ($3::timestamptz IS NULL OR EXISTS (SELECT 1 FROM device_refusals r WHERE r.device_no = d.device_no
+                                          AND r.status = 429 AND r.refused_at >= $3));
 
 -- name: sites_of
 -- $1 device_no[]. Without a site in the whole fleet, the index on devices.site is empty, and no row is read.

@@ -60,13 +60,40 @@ async def test_commands_show_the_fleet_and_what_happened_to_it(run: Run) -> None
     assert await cells(run, "offline", "--site", "elsewhere") == []
     assert [row[0] for row in await cells(run, "unity-down")] == ["d"]
     assert [row[0] for row in await cells(run, "get", "devices", "--limit", "2")] == ["a", "b"]
-    assert (await cells(run, "get", "sites"))[0][5:] == ["3", "1", "2", "0"]
+    assert (await cells(run, "get", "sites"))[0][5:] == ["3", "1", "2", "0", ""]
     events = await cells(run, "get", "events", "--kind", "offline")
     assert {(row[3], row[5], row[6]) for row in events} == {("a", "offline", "site"), ("b", "offline", "site")}
     assert [row[2:4] for row in await cells(run, "get", "incidents")] == [["offline", "site"], ["unity_down", "device"]]
     assert "unity_running: no" in await run("device", "d")
     assert len(await cells(run, "history", "d", "--limit", "3")) == 3
     assert json.loads((await run("offline", "--json", "--limit", "1"))[0])["devices"][0]["cause"] == "site"
+
+
+async def test_lists_are_limited_and_sorted_by_the_same_options(run: Run) -> None:
+    assert [row[0] for row in await cells(run, "get", "devices", "--state", "offline", "--q", "A")] == ["a"]
+    assert [row[0] for row in await cells(run, "offline", "--battery-below", "50", "--sort", "device_id")] == []
+    assert [row[0] for row in await cells(run, "unity-down", "--clock-right", "--agent-version", "1.0.9")] == ["d"]
+    below = await cells(run, "get", "devices", "--unity-pkg-version-below", "2.2", "--sort", "heard_at", "--limit", "2")
+    assert [row[0] for row in below] == ["a", "b"]
+    assert await cells(run, "unity-down", "--limited") == []
+    [line] = await run("get", "devices", "--state", "asleep", code=cli.EXIT_USAGE)
+    assert "The parameter state is not valid" in line
+
+
+async def test_an_incident_is_acknowledged_and_a_silence_is_shown(run: Run) -> None:
+    number = (await cells(run, "get", "incidents", "--site", "store-42"))[0][0]
+    [line] = await run("incident", "ack", number)
+    assert line.startswith(f"incident {number}: acknowledged at ")
+    by = json.loads((await run("incident", "ack", number, "--json"))[0])["acked_by"]
+    assert line.endswith(f" by {by}")
+    assert "unknown" in (await run("incident", "ack", "999", code=cli.EXIT_FAILED))[0]
+    await run("silence", "add", "--site", "store-42", "--until", "2027-01-01T00:00:00Z", "--reason", "refit")
+    shown = "2027-01-01T00:00:00Z"
+    assert [row[-1] for row in await cells(run, "offline")] == [shown, shown]
+    assert {row[0]: row[-1] for row in await cells(run, "get", "devices")}["d"] == ""
+    assert [row[-1] for row in await cells(run, "get", "sites")] == [shown]
+    assert [row[-2] for row in await cells(run, "get", "incidents")] == [shown, ""]
+    assert f"silenced: {shown}" in await run("device", "a")
 
 
 async def test_a_command_names_what_is_wrong(run: Run) -> None:

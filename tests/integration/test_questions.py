@@ -23,6 +23,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "questions.md"
 pytestmark = pytest.mark.usefixtures("machine_time")
 _ROW = re.compile(r"\| (?P<question>.+?) \| (?P<command>.+?) \| (?P<call>.+?) \|")
 _CODE = re.compile(r"`(.+?)`")
+OLD_VERSION = {"io.unitynodes.unityapp": {"installed": True, "version_name": "2.0.9", "version_code": 1}}
 
 
 class Row(NamedTuple):
@@ -64,9 +65,14 @@ ANSWERS = {
     "Did the app crash?": same("crashed"),
     "Is it an outage of nexhb?": Answer("unknown: 0", '"unknown":0'),
     "What changed in the last hour?": same("crashed"),
+    "Which have an old version?": same("old-version"),
+    "Which batteries are dying?": same("old-battery"),
     "Which one flaps?": same("flaps"),
     "Whose clock is wrong?": same("wrong-clock"),
+    "Who floods?": same("floods"),
     "What was a site's uptime last week?": Answer("store-42\t", '"site":"store-42","share":'),
+    "Can I have it as CSV?": Answer("old-version\t", "old-version,"),
+    "Can Grafana show it?": Answer("offline\tsite", "offline,site"),
     "Can I be told?": Answer("delivered", ""),
     "Can a store be silent until eight?": Answer("site store-42", ""),
 }
@@ -80,16 +86,22 @@ async def fleet(start_daemon: StartDaemon, conn: Connection, now: datetime) -> A
         notify = NotifySettings(routes=[receiver.route()])
         watched = await Watched.start(start_daemon, conn, began, notify=notify)
         await watched.add("till-1", "till-2", "till-3", site="store-42")
-        await watched.add("old-battery", "wrong-clock", "crashed", "flaps", "well-1", "well-2")
+        await watched.add("old-battery", "wrong-clock", "crashed", "flaps", "floods", "old-version")
         await watched.minutes(2)
         watched.kiosks["old-battery"].changes = {"battery": {"pct": 3.0, "charging": False}}
         watched.kiosks["crashed"].changes = {"unity_process_running": False}
+        watched.kiosks["old-version"].changes = {"app_versions": OLD_VERSION}
         for minute in range(12):
             watched.kiosks["flaps"].changes = {"unity_process_running": minute % 2 == 0}
             await watched.minutes(1, silent=["till-1", "till-2", "till-3", "wrong-clock"])
             wrong = {**watched.kiosks["wrong-clock"].body(watched.now), "timestamp_utc": "2020-01-01T00:00:00Z"}
             assert (await watched.kiosks["wrong-clock"].agent.send(watched.now, **wrong)).status == 200
         await watched.round()
+        await conn.execute(
+            """INSERT INTO device_refusals (device_no, refused_at, status, reason)
+            SELECT device_no, $1, 429, 'rate limit' FROM devices WHERE device_id = 'floods'""",
+            watched.now,
+        )
         yield watched.nexhb
 
 

@@ -26,7 +26,7 @@ from tests.support import forks
 Call = Callable[..., Awaitable[tuple[int, Any]]]
 Run = Callable[..., Awaitable[tuple[int, str, str]]]
 BERLIN = {"name": "Berlin, Hauptbahnhof", "zone": "Europe/Berlin", "hours": "Mo-Sa 08:00-20:00; Dec 24-26 off"}
-NONE = {"devices": 0, "online": 0, "offline": 0, "unity_down": 0}
+NONE = {"devices": 0, "online": 0, "offline": 0, "unity_down": 0, "silenced": None}
 ALWAYS = {"name": None, "zone": "UTC", "hours": None, "open": True, **NONE}
 
 

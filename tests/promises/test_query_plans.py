@@ -21,6 +21,7 @@ from nexhb import partitions
 from nexhb.heartbeat import bucket_of
 from nexhb.postgres import sql
 from nexhb.postgres.connections import Connection, Database
+from nexhb.reading import filtered as reading_filtered
 from nexhb.reading import queries
 from nexhb.watching import months
 from tests.conftest import TEMPLATE, scratch
@@ -301,6 +302,35 @@ async def test_a_later_page_of_the_offline_devices_begins_at_its_slot(fleet: Con
     assert "Seq Scan" not in plan.scans("device_last_status")
 
 
+def filtered(query: queries.StatusQuery, heard_in: str, slot: int, numbers: list[int] | None = None) -> list[object]:
+    """Return the arguments of the statement `filtered`."""
+    return ["ok", [heard_in], slot, query.unity_down, numbers, query.among.text, query.among.battery_below,
+            None, None, None, None, None, query.sort, *query.after, query.limit, query.counted]  # fmt: skip
+
+
+async def test_a_filtered_list_uses_the_index_of_its_list_and_reads_the_table_once_otherwise(fleet: Connection) -> None:
+    """Each page of /v1/devices?battery_below= is one scan; the filter of a list of silent devices reads these only."""
+    among = queries.DeviceFilter(battery_below=20)
+    cutoff = NOW - timedelta(minutes=10)
+    before, slot = f"{{(,{cutoff.isoformat()})}}", int(cutoff.timestamp() // 300)
+    async with reading_filtered.snapshot(fleet):
+        whole = queries.StatusQuery(1_000, among, "battery_pct", counted=False)
+        plan = await plan_of(fleet, QUERIES["filtered"], *filtered(whole, "{(,)}", 2**31 - 1))
+        assert (
+            sum(node.get("Relation Name") == "device_last_status" and node["Actual Loops"] for node in plan.nodes) == 1
+        )
+        silent = queries.StatusQuery(1_000, queries.DeviceFilter(text="kiosk"), "device_id", counted=True)
+        plan = await plan_of(fleet, QUERIES["filtered"], *filtered(silent, before, slot))
+        assert (plan.rows, plan.indexes, "Seq Scan" in plan.scans("device_last_status")) == (
+            OFFLINE, {"device_last_status_slot"}, False,
+        )  # fmt: skip
+        down = queries.StatusQuery(1_000, queries.DeviceFilter(text="kiosk"), "device_id", unity_down=True)
+        plan = await plan_of(fleet, QUERIES["filtered"], *filtered(down, "{(,)}", 2**31 - 1))
+        assert (plan.rows, plan.indexes) == (DOWN, {"device_last_status_unity_down"})
+        plan = await plan_of(fleet, QUERIES["filtered"], *filtered(silent, "{(,)}", 2**31 - 1, [5, 6, 7]))
+        assert (plan.rows, plan.indexes) == (3, {"device_last_status_pkey"})
+
+
 @pytest.mark.parametrize("query", ["unity_down_all", "unity_down"])
 async def test_the_list_of_unity_down_uses_its_own_index_and_reads_few_pages(fleet: Connection, query: str) -> None:
     since = NOW - timedelta(hours=24)
@@ -343,9 +373,9 @@ async def test_the_lists_of_a_site_read_only_its_devices(fleet: Connection) -> N
     await fleet.execute("INSERT INTO sites (site) VALUES ('store-1')")
     await fleet.execute("UPDATE devices SET site = 'store-1' WHERE device_no % 202 = 0")
     await fleet.execute("ANALYZE devices")
-    plan = await plan_of(fleet, QUERIES["numbers"], ["store-1"], None)
+    plan = await plan_of(fleet, QUERIES["numbers"], ["store-1"], None, None)
     assert plan.indexes == {"devices_site"}
-    numbers = await fleet.fetchval(QUERIES["numbers"], ["store-1"], None)
+    numbers = await fleet.fetchval(QUERIES["numbers"], ["store-1"], None, None)
     cutoff = NOW - timedelta(minutes=10)
     for query, condition, place in (
         ("offline_among", (cutoff, NO_RANGE), queries.FIRST_POSITION),

@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import random
-import re
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from functools import partial
 from operator import itemgetter
+from typing import cast
 
 import msgspec
 from aiohttp import web
 
-from nexhb.devices import registry
 from nexhb.devices.presence import Presence
+from nexhb.heartbeat import CONTENT
+from nexhb.http.operator_api import device_filters, listing, silenced
 from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
+from nexhb.http.operator_api.listing import Listing, Page
 from nexhb.http.transport import query
 from nexhb.http.transport.problem import Problem, json_response
 from nexhb.reading import rollout
 from nexhb.reading.queries import (
-    DeviceFilter,
+    BY_DEVICE_ID,
+    LATEST_HEARD,
+    LONGEST_SILENT,
     DeviceQuery,
+    KeyPosition,
     OfflineQuery,
     PagePosition,
     Query,
     ReadResult,
+    StatusQuery,
     UnityDownQuery,
 )
+from nexhb.reading.rows import LISTED_DEVICE
 
 MAX_PAGE = 1_000
 MAX_LIST = 10_000
-_PLACE = re.compile(r"((?:19[7-9]|2[01]\d)\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)/(.+)", re.ASCII | re.DOTALL)
+
+_FOUND = (
+    "device_id", "name", "alias", "site", "last_ts", "heard_at", "received_at", "clock_wrong", "clock_skew_seconds",
+    "network_type", "ssid", "ip", "battery_pct", "unity_running", "agent_version",
+)  # fmt: skip
+DEVICES = Listing("devices", LISTED_DEVICE, 100, MAX_PAGE)
+OFFLINE = Listing(
+    "devices", (*_FOUND, "offline_seconds", "since", "cause", "incident_id", "silenced"), MAX_LIST, MAX_LIST
+)
+UNITY_DOWN = Listing(
+    "devices", (*_FOUND, "unity_pkg_version", "online", "state", "since", "incident_id", "silenced"), MAX_LIST, MAX_LIST
+)
+HISTORY = Listing(
+    "heartbeats", ("ts", "received_at", "clock_wrong", *(column.name for column in CONTENT)), 100, MAX_LIST
+)
 
 
 def device_id_of(request: web.Request) -> str:
@@ -58,31 +80,33 @@ async def get_fleet(request: web.Request) -> web.Response:
     return json_response({**_at(presence), **counts})
 
 
-async def get_devices(request: web.Request) -> web.Response:
+async def get_devices(request: web.Request) -> web.StreamResponse:
     """Return a page of status rows. `next` is the `after` of the following page, null on the last page."""
     api = request.app[OPERATOR_API]
-    limit = query.number(request, "limit", 100, 1, MAX_PAGE)
-    after = query.text(request, "after")
-    presence, rows = await api.reads.devices(after, limit + 1, api.now(), _offline_after(api), _among(request))
-    has_more = len(rows) > limit
-    rows = rows[:limit]
-    return json_response({**_at(presence), "devices": rows, "next": rows[-1].device_id if has_more else None})
+    sorted_by, now = device_filters.sort(request, BY_DEVICE_ID), api.now()
+    among = device_filters.chosen(request, now)
+
+    async def fetch(after: str, limit: int) -> Page:
+        wanted = StatusQuery(limit, among, sorted_by, device_filters.after_key(after, sorted_by))
+        presence, found, position = await api.reads.devices(wanted, now, _offline_after(api))
+        await silenced.mark_devices(api, found, now)
+        return Page(found, device_filters.next_key(position, sorted_by), _at(presence))
+
+    return await listing.respond(request, DEVICES, fetch)
 
 
-async def get_offline(request: web.Request) -> web.Response:
+async def get_offline(request: web.Request) -> web.StreamResponse:
     """Return the devices that have been silent for longer than `minutes`."""
     minutes = query.number(request, "minutes", 0, 1, 525_600)
     silent_for = timedelta(minutes=minutes) if minutes else _offline_after(request.app[OPERATOR_API])
-    limit = query.number(request, "limit", MAX_LIST, 1, MAX_LIST)
-    return await _list(request, OfflineQuery(silent_for, limit, _after(request), _among(request)))
+    return await _list(request, OFFLINE, partial(OfflineQuery, silent_for), LONGEST_SILENT)
 
 
-async def get_unity_down(request: web.Request) -> web.Response:
-    """Return the devices that sent a heartbeat within 24 h and whose Unity app does not run. `online` tells which of
+async def get_unity_down(request: web.Request) -> web.StreamResponse:
+    """Return the devices that sent a heartbeat within 24 h and whose Unity app does not run. `state` tells which of
     them are online."""
-    limit = query.number(request, "limit", MAX_LIST, 1, MAX_LIST)
-    online_within = _offline_after(request.app[OPERATOR_API])
-    return await _list(request, UnityDownQuery(online_within, limit, _after(request), _among(request)))
+    make_query = partial(UnityDownQuery, _offline_after(request.app[OPERATOR_API]))
+    return await _list(request, UNITY_DOWN, make_query, LATEST_HEARD)
 
 
 async def get_device(request: web.Request) -> web.Response:
@@ -90,6 +114,7 @@ async def get_device(request: web.Request) -> web.Response:
     api, device_id = request.app[OPERATOR_API], device_id_of(request)
     fleet_query = DeviceQuery(device_id, _offline_after(api))
     _, presence, result = await _read(request, fleet_query, device_id, api.now())
+    await silenced.mark_devices(api, result.rows, presence.now)
     refusal, shared = await api.reads.troubles(device_id)
     # The events of this daemon's last minute are not stored yet.
     recent, recently_shared = api.troubles.last_refusal(device_id), api.troubles.token_shared(device_id)
@@ -98,38 +123,40 @@ async def get_device(request: web.Request) -> web.Response:
     return json_response({**_at(presence), **msgspec.structs.asdict(result.rows[0]), **troubles})
 
 
-def _among(request: web.Request) -> DeviceFilter:
-    """Parse `site` and `tag`, which limit a list. A site that does not exist has no devices."""
-    site, tag = query.text(request, "site"), query.text(request, "tag", registry.MAX_TAG_CHARS)
-    return DeviceFilter((site,) if site else None, tag or None)
-
-
-def _after(request: web.Request) -> PagePosition | None:
-    """Parse `after`, the `next` of the previous page: heard_at and id of the last device on that page."""
-    text = query.text(request, "after", max_length=150)
-    if not text:
-        return None
-    match = _PLACE.fullmatch(text)
-    with suppress(ValueError):
-        if match:
-            return PagePosition(datetime.fromisoformat(match[1]), match[2])
-    raise query.invalid("after", "must be the `next` of the previous page")
-
-
-def _next(result: ReadResult) -> str | None:
-    last = result.next_position
-    return last and f"{last.heard_at.astimezone(UTC):%Y-%m-%dT%H:%M:%S.%fZ}/{last.device_id}"
-
-
-async def _list(request: web.Request, fleet_query: OfflineQuery | UnityDownQuery) -> web.Response:
-    now = request.app[OPERATOR_API].now()
-    # The rollout key of a list is the request, since a list has no device. A client that repeats its x-request-id reads
-    # from the same source again.
+async def _list(
+    request: web.Request, shape: Listing, make_query: Callable[..., OfflineQuery | UnityDownQuery], default_sort: str
+) -> web.StreamResponse:
+    """Return a page of a list. A list that is limited by nothing but site, tag and rate limit, and has its own order,
+    is read by the list's own statements; the others from device_last_status, whatever the flags are."""
+    api = request.app[OPERATOR_API]
+    now = api.now()
+    among, sorted_by = device_filters.chosen(request, now), device_filters.sort(request, default_sort)
+    # The rollout key of a list is the request, since a list has no device. A client that repeats its x-request-id
+    # reads from the same source again.
     key = request.headers.get("x-request-id") or str(random.random())  # noqa: S311 - no secret
-    source, presence, result = await _read(request, fleet_query, key, now)
-    return json_response(
-        {"count": result.count, **_at(presence), "source": source, "devices": result.rows, "next": _next(result)}
-    )
+
+    async def fetch_own(after: str, limit: int) -> Page:
+        fleet_query = make_query(limit, device_filters.after_row(after), among)
+        source, presence, result = await _read(request, fleet_query, key, now)
+        following = device_filters.next_row(cast("PagePosition | None", result.next_position))
+        return await page(source, presence, result, following)
+
+    async def fetch_filtered(after: str, limit: int) -> Page:
+        own = make_query(limit)
+        silent_for = own.silent_for if isinstance(own, OfflineQuery) else None
+        position = device_filters.after_key(after, sorted_by)
+        counted = not listing.is_csv(request)
+        wanted = StatusQuery(limit, among, sorted_by, position, silent_for, silent_for is None, counted)
+        presence, result = await api.reads.listed(wanted, now, _offline_after(api))
+        following = device_filters.next_key(cast("KeyPosition | None", result.next_position), sorted_by)
+        return await page(api.reads.source, presence, result, following)
+
+    async def page(source: str, presence: Presence, result: ReadResult, following: str | None) -> Page:
+        await silenced.mark_devices(api, result.rows, now)
+        return Page(result.rows, following, {"count": result.count, **_at(presence), "source": source})
+
+    is_own = among == among.by_number and sorted_by == default_sort
+    return await listing.respond(request, shape, fetch_own if is_own else fetch_filtered)
 
 
 async def _read(request: web.Request, fleet_query: Query, key: str, now: datetime) -> tuple[str, Presence, ReadResult]:
@@ -143,7 +170,7 @@ async def _read(request: web.Request, fleet_query: Query, key: str, now: datetim
     return reads.source, presence, result
 
 
-async def get_history(request: web.Request) -> web.Response:
+async def get_history(request: web.Request) -> web.StreamResponse:
     """Return the heartbeats of one device with from ≤ ts < to, newest first; by default those of the last 24 hours.
     `next` is the `after` of the following page, null on the last page."""
     api = request.app[OPERATOR_API]
@@ -151,9 +178,10 @@ async def get_history(request: web.Request) -> web.Response:
     # A device's clock may be ahead by up to accept_future, and its heartbeats must be included.
     end = query.moment(request, "to", api.now() + api.settings.ingest.accept_future)
     start = query.moment(request, "from", end - timedelta(hours=24))
-    limit = query.number(request, "limit", 100, 1, MAX_LIST)
-    after = query.number(request, "after", -1, 0, 2**31)
-    rows, following = await api.reads.history(device_id, start, end, limit, None if after < 0 else after)
-    return json_response(
-        {"device_id": device_id, "heartbeats": rows, "next": None if following is None else str(following)}
-    )
+
+    async def fetch(after: str, limit: int) -> Page:
+        bucket = query.integer("after", after, 0, 2**31) if after else None
+        rows, following = await api.reads.history(device_id, start, end, limit, bucket)
+        return Page(rows, None if following is None else str(following), {"device_id": device_id})
+
+    return await listing.respond(request, HISTORY, fetch)

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from nexhb.devices import sites
 from nexhb.devices.sites import Site
+from nexhb.http.operator_api import silenced
 from nexhb.http.operator_api.context import OPERATOR_API
 from nexhb.http.transport import body, query
 from nexhb.http.transport.problem import SERVER, json_response
@@ -25,8 +26,7 @@ async def get_sites(request: web.Request) -> web.Response:
     api = request.app[OPERATOR_API]
     limit = query.number(request, "limit", 100, 1, MAX_PAGE)
     found = await api.reads.sites(query.text(request, "after"), limit + 1)
-    now = api.now()
-    shown = [site.shown(now) for site in found[:limit]]
+    shown = await silenced.shown_sites(api, found[:limit], api.now())
     return json_response({"sites": shown, "next": shown[-1]["site"] if len(found) > limit else None})
 
 
@@ -34,7 +34,8 @@ async def get_site(request: web.Request) -> web.Response:
     """Return one site."""
     api = request.app[OPERATOR_API]
     site = await api.reads.site(request.match_info["site"])
-    return json_response(site.shown(api.now()))
+    [shown] = await silenced.shown_sites(api, [site], api.now())
+    return json_response(shown)
 
 
 async def put_site(request: web.Request) -> web.Response:
@@ -46,7 +47,8 @@ async def put_site(request: web.Request) -> web.Response:
     async with api.changes.connection() as conn:
         is_new = await sites.put(conn, site)
         stored = await sites.get(conn, site.site)
-    return json_response(stored.shown(api.now()), 201 if is_new else 200)
+    [shown] = await silenced.shown_sites(api, [stored], api.now())
+    return json_response(shown, 201 if is_new else 200)
 
 
 async def delete_site(request: web.Request) -> web.Response:

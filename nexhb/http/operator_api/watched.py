@@ -7,8 +7,10 @@ from datetime import timedelta
 
 from aiohttp import web
 
+from nexhb.http.operator_api import listing, silenced
 from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
 from nexhb.http.operator_api.fleet import device_id_of
+from nexhb.http.operator_api.listing import Listing, Page
 from nexhb.http.transport import query
 from nexhb.http.transport.problem import json_response
 from nexhb.reading.events import EventFilter
@@ -18,23 +20,45 @@ KINDS = (
     "rebooted", "app_changed", "token_shared", "flapping",
 )  # fmt: skip
 MAX_PAGE = 1_000
+EVENTS = Listing(
+    "events",
+    ("event_id", "at", "since", "device_id", "site", "kind", "cause", "evidence", "incident_id"),
+    100,
+    MAX_PAGE,
+)
+INCIDENTS = Listing(
+    "incidents",
+    (
+        "incident_id", "kind", "scope", "site", "severity", "cause", "since", "opened_at", "resolved_at", "settled_at",
+        "acked_at", "acked_by", "members", "devices", "continues", "silenced", "named", "evidence",
+    ),
+    100,
+    MAX_PAGE,
+)  # fmt: skip
 MAX_PLACE = 10**12 - 1
 ALL = timedelta(days=3650)
 
 
-async def get_events(request: web.Request) -> web.Response:
+async def get_events(request: web.Request) -> web.StreamResponse:
     """Return a page of events, newest first; with order=asc oldest first, for clients that follow the events. `next` is
     the `after` of the following page; with order=asc it is never null, because more events will come."""
     api = request.app[OPERATOR_API]
-    limit = query.number(request, "limit", 100, 1, MAX_PAGE)
-    after = query.number(request, "after", -1, 0, MAX_PLACE)
     ascending = query.choice(request, "order", ("desc", "asc")) == "asc"
     chosen = event_filter(request, api)
-    rows = await api.events.events(chosen, limit + 1, None if after < 0 else after, ascending=ascending)
-    following = rows[limit - 1]["event_id"] if len(rows) > limit else None
-    if ascending and following is None:
-        following = rows[-1]["event_id"] if rows else max(after, 0)
-    return json_response({"events": rows[:limit], "next": None if following is None else str(following)})
+
+    async def fetch(after: str, limit: int) -> Page:
+        place = _place(after)
+        rows = await api.events.events(chosen, limit + 1, place, ascending=ascending)
+        following = rows[limit - 1]["event_id"] if len(rows) > limit else None
+        if ascending and following is None:
+            following = rows[-1]["event_id"] if rows else place or 0
+        return Page(rows[:limit], None if following is None else str(following))
+
+    return await listing.respond(request, EVENTS, fetch)
+
+
+def _place(after: str) -> int | None:
+    return query.integer("after", after, 0, MAX_PLACE) if after else None
 
 
 def event_filter(request: web.Request, api: OperatorApi) -> EventFilter:
@@ -52,18 +76,20 @@ def event_filter(request: web.Request, api: OperatorApi) -> EventFilter:
     )
 
 
-async def get_incidents(request: web.Request) -> web.Response:
+async def get_incidents(request: web.Request) -> web.StreamResponse:
     """Return a page of incidents, newest first: the open ones, or with state=all also those that are resolved."""
     api = request.app[OPERATOR_API]
-    limit = query.number(request, "limit", 100, 1, MAX_PAGE)
-    after = query.number(request, "after", -1, 0, MAX_PLACE)
     is_open = query.choice(request, "state", ("open", "all")) == "open"
     site = query.text(request, "site")
-    rows = await api.events.incidents(
-        open_only=is_open, limit=limit + 1, after=None if after < 0 else after, sites=[site] if site else None
-    )
-    following = str(rows[limit - 1]["incident_id"]) if len(rows) > limit else None
-    return json_response({"incidents": rows[:limit], "next": following})
+
+    async def fetch(after: str, limit: int) -> Page:
+        rows = await api.events.incidents(
+            open_only=is_open, limit=limit + 1, after=_place(after), sites=[site] if site else None
+        )
+        await silenced.mark_incidents(api, rows[:limit], api.now())
+        return Page(rows[:limit], str(rows[limit - 1]["incident_id"]) if len(rows) > limit else None)
+
+    return await listing.respond(request, INCIDENTS, fetch)
 
 
 async def get_timeline(request: web.Request) -> web.Response:

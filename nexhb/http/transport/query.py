@@ -39,8 +39,11 @@ def check(request: web.Request, known: tuple[str, ...]) -> None:
 def number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
     """Return an integer from `low` to `high`. Raise a 400 Problem that names the parameter."""
     text = request.query.get(name)
-    if text is None:
-        return default
+    return default if text is None else integer(name, text, low, high)
+
+
+def integer(name: str, text: str, low: int, high: int) -> int:
+    """Return the integer of a parameter's text. Raise a 400 Problem that names the parameter."""
     if not (text.isascii() and text.isdigit() and len(text) <= 12 and low <= int(text) <= high):
         raise invalid(name, f"must be an integer from {low} to {high}")
     return int(text)
