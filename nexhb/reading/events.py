@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from nexhb.errors import UnknownDevice
 from nexhb.postgres import sql
@@ -28,6 +28,13 @@ class EventFilter:
     sites: Sequence[str] | None = None
     kinds: Sequence[str] | None = None
     device_id: str | None = None
+
+
+class IncidentPosition(NamedTuple):
+    """A place in the order in which incidents change."""
+
+    changed_at: datetime
+    incident_id: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,36 @@ class EventReads:
             )
         return [_with_evidence(row) for row in rows]
 
-    async def newest(self) -> int:
-        """Return the event_id of the newest event, 0 if there is none."""
+    async def newest(self) -> tuple[int, datetime | None]:
+        """Return the event_id of the newest event, 0 if there is none, and the time of the watcher's last complete
+        round, None if there was none."""
         async with self._acquired("events") as conn:
-            number: int = await conn.fetchval(_Q["newest_event"])
-            return number
+            [row] = await conn.fetch(_Q["newest"])
+            return row["event_id"], row["round_at"]
+
+    async def recorded_at(self, event_id: int) -> datetime | None:
+        """Return when this event, or the last one before it, was recorded."""
+        async with self._acquired("events") as conn:
+            at: datetime | None = await conn.fetchval(_Q["recorded_at"], event_id)
+            return at
+
+    async def changed_incidents(
+        self, chosen: EventFilter, after: IncidentPosition, limit: int
+    ) -> tuple[list[Row], datetime | None]:
+        """Return the incidents that were opened, widened or resolved after a position, in this order, and the time of
+        the watcher's last complete round. Each has `change` and `changed_at`. Raise UnknownDevice."""
+        async with self._acquired("events") as conn:
+            device_no = None
+            if chosen.device_id is not None:
+                device_no = await _device_no(conn, chosen.device_id, chosen.sites)
+            [newest] = await conn.fetch(_Q["newest"])
+            round_at: datetime | None = newest["round_at"]
+            if round_at is None:
+                return [], None
+            rows = await conn.fetch(
+                _Q["changed_incidents"], *after, round_at, chosen.sites, chosen.kinds, device_no, limit
+            )
+        return [_with_evidence(row) for row in rows], round_at
 
     async def incidents(
         self, *, open_only: bool, limit: int, after: int | None, sites: Sequence[str] | None = None

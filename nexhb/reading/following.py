@@ -70,10 +70,11 @@ class Follower:
         try:
             conn.add_termination_listener(lambda _: self._notified.set())
             await conn.add_listener(CHANNEL, lambda *_: self._notified.set())
-            self._conn, newest = conn, -1
+            newest: object = None
+            self._conn = conn
             while self._streams:
                 self._notified.clear()
-                found = await conn.fetchval(_Q["newest_event"])
+                found = await conn.fetchrow(_Q["newest"])
                 if found != newest:
                     newest = found
                     self._wake()

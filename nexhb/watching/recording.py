@@ -181,7 +181,9 @@ async def _open(record: Record, decision: Open, continues: int | None = None) ->
     if scope == incidents.FLEET:
         cause = causes.UNKNOWN
     if decision.widens is not None:
-        await record.conn.execute(_Q["widen_incident"], decision.widens, scope, decision.site, severity, cause)
+        await record.conn.execute(
+            _Q["widen_incident"], decision.widens, scope, decision.site, severity, cause, record.now
+        )
         if decision.absorbs:
             await record.conn.execute(_Q["absorb_incidents"], decision.widens, decision.absorbs, record.now)
         return decision.widens

@@ -19,8 +19,9 @@ INSERT INTO watch (database, rules, adopted_at, round_at) VALUES ($1, $2, $3, $3
 ON CONFLICT (one) DO UPDATE SET database = $1, rules = $2, adopted_at = $3, round_at = $3;
 
 -- name: round_done
--- $1 now.
-UPDATE watch SET round_at = $1;
+-- $1 now. Wakes the streams of all daemons: the incidents that the round changed are complete.
+WITH done AS (UPDATE watch SET round_at = $1 RETURNING 1)
+SELECT pg_notify('nexhb_events', '') FROM done;
 
 -- name: forget_state
 -- Before a state is adopted: what the watcher knew no longer counts. Events and incidents are kept.
@@ -274,8 +275,9 @@ INSERT INTO incidents (kind, scope, site, device_no, severity, cause, since, ope
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING incident_id;
 
 -- name: widen_incident
--- $1 incident_id, $2 scope, $3 site, $4 severity, $5 cause.
-UPDATE incidents SET scope = $2, site = $3, device_no = NULL, severity = $4, cause = $5, mostly_back_at = NULL
+-- $1 incident_id, $2 scope, $3 site, $4 severity, $5 cause, $6 now.
+UPDATE incidents SET scope = $2, site = $3, device_no = NULL, severity = $4, cause = $5, mostly_back_at = NULL,
+                     evidence = evidence || jsonb_build_object('widened_at', $6::timestamptz)
 WHERE incident_id = $1;
 
 -- name: absorb_incidents

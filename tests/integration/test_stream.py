@@ -42,14 +42,31 @@ async def opened(stack: AsyncExitStack, nexhb: Nexhb, query: str = "", **headers
     return response
 
 
+async def message(response: aiohttp.ClientResponse) -> tuple[str, str, dict[str, Any]]:
+    """Return the id, the type and the data of the next message."""
+    async with asyncio.timeout(SOON_S):
+        lines = (await response.content.readuntil(b"\n\n")).decode().removesuffix("\n\n").split("\n")
+    number, kind, data = (line.partition(": ")[2] for line in lines)
+    return number, kind, json.loads(data)
+
+
 async def received(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """Return the next event."""
-    async with asyncio.timeout(SOON_S):
-        message = (await response.content.readuntil(b"\n\n")).decode()
-    number, kind, data = message.removesuffix("\n\n").split("\n")
-    event: dict[str, Any] = json.loads(data.removeprefix("data: "))
-    assert (number, kind) == (f"id: {event['event_id']}", "event: event")
-    return event
+    while True:
+        number, kind, event = await message(response)
+        if kind == "event":
+            assert number == str(event["event_id"])
+            return event
+
+
+async def changes(response: aiohttp.ClientResponse, count: int) -> list[tuple[str, str, str, str]]:
+    """Return what the next messages about incidents tell, and their ids."""
+    found: list[tuple[str, str, str, str]] = []
+    while len(found) < count:
+        number, kind, incident = await message(response)
+        if kind == "incident":
+            found.append((number, incident["change"], incident["scope"], " ".join(incident["named"])))
+    return found
 
 
 async def test_events_of_any_daemon_are_sent_by_notification_and_a_stream_resumes(
@@ -68,6 +85,45 @@ async def test_events_of_any_daemon_are_sent_by_notification_and_a_stream_resume
         assert [(await received(resumed))["kind"] for _ in range(2)] == ["offline", "online"]
         await watched.minutes(11, silent=["b"])
         assert (await received(of_b))["device_id"] == "b"
+
+
+async def test_incidents_are_sent_when_they_are_opened_widened_and_resolved_and_a_stream_resumes_after_any_message(
+    watched: Watched, start_daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "POLL_S", 3600.0)  # only the notification is left
+    other = await start_daemon(watch=WatchSettings(interval_seconds=60), now=watched.now)
+    await watched.add("s1", "s2", "s3", site="store-42")
+    await watched.minutes(1, silent=["a"])
+    async with AsyncExitStack() as stack:
+        live = await opened(stack, other)
+        of_site = await opened(stack, other, "?site=store-42")
+        await watched.minutes(1, silent=["a"])
+        await watched.minutes(11, silent=["a", "s1"])
+        await watched.minutes(4, silent=["a", "s1", "s2"])
+        await watched.minutes(11, silent=["s1", "s2"])
+        found = await changes(live, 3)
+        assert [each[1:] for each in found] == [
+            ("opened", "device", "s1"), ("resolved", "device", "a"), ("widened", "site", "s1 s2"),
+        ]  # fmt: skip
+        assert [each[1:] for each in await changes(of_site, 2)] == [found[0][1:], found[2][1:]]
+        await watched.minutes(1)
+        [last] = await changes(live, 1)
+        assert last[1:] == ("resolved", "site", "s1 s2")
+        for place, each in enumerate(found):
+            resumed = await opened(stack, watched.nexhb, **{"Last-Event-ID": each[0]})
+            [following_change] = await changes(resumed, 1)
+            # Of an incident that has changed since, only the last change is sent.
+            expected = found[1] if place == 0 else last
+            assert following_change[1:] == expected[1:]
+            assert following_change[0].partition("-")[2] == expected[0].partition("-")[2]
+        newest = (await watched.nexhb.get("/v1/events?limit=1"))["events"][0]["event_id"]
+        resumed = await opened(stack, watched.nexhb, **{"Last-Event-ID": str(newest)})
+        assert (await changes(resumed, 1))[0] == last, "the incidents of the last event's round follow it"
+        data = (await watched.nexhb.get("/v1/incidents?state=all&limit=1"))["incidents"][0]
+        resumed = await opened(stack, watched.nexhb, **{"Last-Event-ID": found[2][0]})
+        while (found_message := await message(resumed))[1] != "incident":
+            pass
+        assert found_message[2].keys() - data.keys() == {"change", "absorbed_into"}
 
 
 async def test_a_lost_notification_delays_an_event_by_a_second_at_most(
