@@ -13,7 +13,7 @@ from nexhb.archive.manifest import Manifest
 from nexhb.errors import BadInput
 from nexhb.partitions import midnight
 from nexhb.postgres import sql
-from nexhb.postgres.connections import Connection
+from nexhb.postgres.connections import AnyConnection, Connection
 
 _Q = sql.queries("archive")
 _P = sql.queries("partitions")
@@ -57,6 +57,12 @@ async def list_archives(conn: Connection) -> Sequence[asyncpg.Record]:
 async def current_archives(conn: Connection) -> list[Archived]:
     """Return the archives and supplements, oldest first, except those whose rows were restored to the day's table."""
     return [_archived(row) for row in await conn.fetch(_Q["current"])]
+
+
+async def between(conn: AnyConnection, start: datetime, end: datetime, max_days: int) -> list[Archived]:
+    """Return the archives of the days within start ≤ t < end that the database no longer has, and their supplements,
+    the newest day first."""
+    return [_archived(row) for row in await conn.fetch(_Q["between"], start, end, max_days)]
 
 
 async def record_archive(conn: Connection, manifest: Manifest, sha256: str, url: str, now: datetime) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from nexhb import cli, clock
 from nexhb.cli import tables
-from nexhb.cli.daemon_client import call
+from nexhb.cli.daemon_client import TIMEOUT_S, call
 from nexhb.cli.status import counts
 from nexhb.config import Settings, parse_duration
 from nexhb.errors import BadInput
@@ -25,6 +25,7 @@ _commands = typer.Typer(no_args_is_help=True, help="List devices, sites, events 
 cli.app.add_typer(_commands, name="get")
 
 FOLLOW_EVERY_S = 1.0
+ARCHIVE_TIMEOUT_S = 75.0  # more than the daemon's own limit
 MAX_PAGE = 1_000
 
 DEVICES = (
@@ -131,10 +132,11 @@ def history(
     device_id: DeviceId,
     last: Last = None,
     limit: Annotated[int, typer.Option(min=1, help="The maximum number of lines.")] = 100,
+    archived: Annotated[bool, typer.Option("--archived", help="Also read archived days, at most seven.")] = False,
     as_json: cli.Json = False,
 ) -> None:
     path = f"/v1/devices/{quote(device_id, safe='')}/heartbeats"
-    _list(path, "heartbeats", HISTORY, limit, as_json, **_since(last))
+    _list(path, "heartbeats", HISTORY, limit, as_json, archived=archived or None, **_since(last))
 
 
 @_commands.command(name="devices", help="List devices with their last status.")
@@ -206,7 +208,8 @@ def _read(path: str) -> dict[str, Any]:
 
 
 async def _page(settings: Settings, path: str, parameters: dict[str, str]) -> dict[str, Any]:
-    page: dict[str, Any] = await call(settings, "GET", f"{path}?{urlencode(parameters)}")
+    timeout_s = ARCHIVE_TIMEOUT_S if "archived" in parameters else TIMEOUT_S
+    page: dict[str, Any] = await call(settings, "GET", f"{path}?{urlencode(parameters)}", timeout_s=timeout_s)
     return page
 
 

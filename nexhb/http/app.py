@@ -17,6 +17,7 @@ from nexhb.http.device_api import enrolment, heartbeats, queues
 from nexhb.http.device_api.authentication import DEVICE
 from nexhb.http.device_api.context import DEVICE_API, DeviceApi
 from nexhb.http.operator_api import (
+    archived,
     device_filters,
     devices,
     fleet,
@@ -61,7 +62,7 @@ ROUTES = (
     Route("GET", "/v1/devices/unity-down", fleet.get_unity_down, "admin", (*LISTED, *device_filters.NAMES)),
     Route("GET", "/v1/devices/{device_id}", fleet.get_device, "admin"),
     Route("PATCH", "/v1/devices/{device_id}", devices.patch_device, "admin"),
-    Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", *LISTED)),
+    Route("GET", "/v1/devices/{device_id}/heartbeats", fleet.get_history, "admin", ("from", "to", "archived", *LISTED)),
     Route("GET", "/v1/sites", sites.get_sites, "admin", ("limit", "after")),
     Route("GET", "/v1/sites/{site}", sites.get_site, "admin"),
     Route("PUT", "/v1/sites/{site}", sites.put_site, "admin"),
@@ -111,6 +112,7 @@ def make_app(device_api: DeviceApi, operator_api: OperatorApi) -> web.Applicatio
     app[OPERATOR_API] = operator_api
     app[stream.STREAMS] = Counter()
     app[listing.RUNNING] = Counter()
+    app[archived.READING] = asyncio.Semaphore(archived.MAX_AT_ONCE)
     app.on_shutdown.append(stream.end_streams)
     for route in ROUTES:
         for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):

@@ -163,10 +163,9 @@ class Reads(PooledReader):
 
     async def history(
         self, device_id: str, start: datetime, end: datetime, limit: int, after: int | None = None
-    ) -> tuple[list[Row], int | None]:
-        """Return the device's heartbeats with start ≤ ts < end, newest first, from buckets before `after`. Also
-        return the bucket of the last heartbeat if there are more. Raise UnknownDevice if there is no such
-        device."""
+    ) -> list[tuple[int, Row]]:
+        """Return the first `limit` of the device's heartbeats with start ≤ ts < end, newest first, from buckets before
+        `after`, each with its bucket. Raise UnknownDevice if there is no such device."""
         if after is not None:  # a bucket is at most an hour long, so later partitions need not be read
             end = min(end, BUCKET_START + timedelta(seconds=after + 3600))
         async with self.acquired("history") as conn:
@@ -174,11 +173,9 @@ class Reads(PooledReader):
             if device_no is None:
                 raise UnknownDevice(f"{quoted(device_id)}.")
             below = _LAST_BUCKET if after is None else after
-            heartbeats = [
-                dict(record) for record in await conn.fetch(_Q["history"], device_no, start, end, limit + 1, below)
-            ]
-        buckets = [heartbeat.pop("bucket") for heartbeat in heartbeats]
-        return heartbeats[:limit], buckets[limit - 1] if len(heartbeats) > limit else None
+            records = await conn.fetch(_Q["history"], device_no, start, end, limit, below)
+        heartbeats = [dict(record) for record in records]
+        return [(heartbeat.pop("bucket"), heartbeat) for heartbeat in heartbeats]
 
     @asynccontextmanager
     async def acquired(self, query: str) -> AsyncIterator[PoolConnectionProxy]:

@@ -157,6 +157,20 @@ SELECT p.partition_name, p.range_start, p.range_end, p.state, s.archive_url, s.c
 FROM days p JOIN archive_supplements s USING (partition_name)
 ORDER BY range_start, supplement_no;
 
+-- name: between
+-- $1 from, $2 to, $3 the limit. The archives of the days in this time that the database no longer has, newest day first,
+-- each with its supplements.
+WITH days AS (
+    SELECT * FROM hb_partitions
+    WHERE state IN ('archived', 'dropped') AND archive_url IS NOT NULL AND range_start < $2 AND range_end > $1
+    ORDER BY range_start DESC LIMIT $3
+)
+SELECT partition_name, range_start, range_end, state, archive_url, checksum_sha256, 0::bigint AS supplement_no FROM days
+UNION ALL
+SELECT p.partition_name, p.range_start, p.range_end, p.state, s.archive_url, s.checksum_sha256, s.supplement_no
+FROM days p JOIN archive_supplements s USING (partition_name)
+ORDER BY range_start DESC, supplement_no;
+
 -- name: drilled
 -- $1 archive_url, $2 now.
 UPDATE hb_partitions SET drilled_at = $2, verified_at = $2 WHERE archive_url = $1;

@@ -13,8 +13,8 @@ import msgspec
 from aiohttp import web
 
 from nexhb.devices.presence import Presence
-from nexhb.heartbeat import CONTENT
-from nexhb.http.operator_api import device_filters, listing, silenced
+from nexhb.heartbeat import BUCKET_START, CONTENT
+from nexhb.http.operator_api import archived, device_filters, listing, silenced
 from nexhb.http.operator_api.context import OPERATOR_API, OperatorApi
 from nexhb.http.operator_api.listing import Listing, Page
 from nexhb.http.transport import query
@@ -172,16 +172,24 @@ async def _read(request: web.Request, fleet_query: Query, key: str, now: datetim
 
 async def get_history(request: web.Request) -> web.StreamResponse:
     """Return the heartbeats of one device with from ≤ ts < to, newest first; by default those of the last 24 hours.
-    `next` is the `after` of the following page, null on the last page."""
+    With `archived`, those of archived days, too. `next` is the `after` of the following page, null on the last page."""
     api = request.app[OPERATOR_API]
-    device_id = device_id_of(request)
+    device_id, is_archived = device_id_of(request), query.boolean(request, "archived")
     # A device's clock may be ahead by up to accept_future, and its heartbeats must be included.
     end = query.moment(request, "to", api.now() + api.settings.ingest.accept_future)
     start = query.moment(request, "from", end - timedelta(hours=24))
 
     async def fetch(after: str, limit: int) -> Page:
         bucket = query.integer("after", after, 0, 2**31) if after else None
-        rows, following = await api.reads.history(device_id, start, end, limit, bucket)
-        return Page(rows, None if following is None else str(following), {"device_id": device_id})
+        rows = await api.reads.history(device_id, start, end, limit + 1, bucket)
+        archives = await archived.between(api, start, end)
+        if is_archived and archives:
+            until = end if bucket is None else min(end, BUCKET_START + timedelta(seconds=bucket))
+            wanted = archived.Wanted(device_id, start, until, limit + 1)
+            needed = [each for each in archives if each.start < until]
+            rows = await archived.add_heartbeats(request, wanted, needed, rows)
+        following = str(rows[limit - 1][0]) if len(rows) > limit else None
+        about = {"device_id": device_id, "archived_days": archived.days_of(archives)}
+        return Page([row for _, row in rows[:limit]], following, about)
 
     return await listing.respond(request, HISTORY, fetch)
