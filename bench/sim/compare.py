@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.sim.play import Found
 from bench.sim.script import Script
+from bench.sim.uptime import compare_uptime
 from tests.support import messages_truth
 from tests.support import watching_truth as rules
 from tests.support.watching_truth import Event, Incident, Known
@@ -27,8 +28,8 @@ def differences(script: Script, found: Found) -> list[str]:
         *_causes(script, known, found),
         *wrong,
         *messages_truth.differences(script, pairs, found.messages, found.received),
+        *compare_uptime(script, found.days),
     ]
-    # Uptime is compared here once it is recorded: `device_days`.
 
 
 def _events(script: Script, known: dict[int, Known], found: Found) -> list[str]:

@@ -16,7 +16,7 @@ from nexhb.messages import deciding, telling
 from nexhb.messages.deciding import Present
 from nexhb.messages.message import OPENED, RESOLVED
 from nexhb.postgres.connections import Database
-from nexhb.watching import causes, incidents, state
+from nexhb.watching import causes, device_days, incidents, state, uptime
 
 pytestmark = pytest.mark.usefixtures("no_days")
 
@@ -99,6 +99,8 @@ BROKEN: dict[str, tuple[tuple[int, ...], list[tuple[Any, str, Any]]]] = {
     ),
     "no incident of a site": ((1, 3), [(incidents.Affected, "is_site", lambda *_: False)]),
     "power before battery": ((4,), [(causes, "_cause", _power_before_battery)]),
+    "a power cut counts as a lost line": ((7,), [(uptime, "OFF", uptime.REPLAYED)]),
+    "an outage of ours counts as uptime": ((6,), [(device_days, "_merged", lambda _rows: [])]),
     "a return is not noticed": ((7,), [(state, "heard_again", lambda known, _: (known, []))]),
     "told twice": ((4,), [(telling, "due", _told_in_every_round)]),
     "no recovery": ((4,), [(telling, "due", _no_recovery)]),
@@ -107,7 +109,7 @@ BROKEN: dict[str, tuple[tuple[int, ...], list[tuple[Any, str, Any]]]] = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-async def test_a_watcher_or_teller_that_breaks_a_rule_is_caught(
+async def test_a_rule_that_is_broken_is_caught(
     broken: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     numbers, replacements = BROKEN[broken]

@@ -20,7 +20,7 @@ from nexhb import cli, partitions
 from nexhb.errors import DatabaseUnavailable
 from nexhb.http.operator_api import uptime
 from nexhb.postgres.connections import Connection
-from nexhb.watching import device_days, uptime_reads
+from nexhb.watching import device_days, months, uptime_reads
 from nexhb.watching.device_days import DayTable, UptimeRules
 from nexhb.watching.uptime import Circumstances, DayParts, Range, share
 from nexhb.watching.uptime_reads import UptimePage, UptimeQuery, UptimeReads
@@ -187,6 +187,11 @@ async def test_days_without_rows_are_missing_and_count_as_nothing_else(fleet: Fl
     await fleet.add("gone", ())
     await fleet.conn.execute("UPDATE devices SET revoked_at = $1 WHERE device_id = 'gone'", midnight - 4.5 * DAY)
     await fleet.make(TODAY - 3 * DAY)
+    await months.ensure(fleet.conn, TODAY - 4 * DAY)  # of this day, a run that was killed has left a row
+    columns = ", ".join(device_days.COLUMNS[2:])
+    await fleet.conn.execute(
+        f"INSERT INTO device_days (device_no, day, {columns}) SELECT device_no, day - 1, {columns} FROM device_days"
+    )
 
     rows = await fleet.rows(start=TODAY - 6 * DAY, end=TODAY)
     # Yesterday is computed, although the nightly run has not made it yet.
