@@ -793,7 +793,8 @@ CREATE TABLE incident_routes (
     incident_id bigint NOT NULL REFERENCES incidents ON DELETE CASCADE,
     route       text NOT NULL,                             -- a name in notify.routes
     opened_at   timestamptz NOT NULL,                      -- when the route was told of the opening
-    scope       text NOT NULL,                             -- the widest scope that the route was told of
+    scope       text NOT NULL,                             -- the widest scope that the route was told of; empty: only of a
+                                                           -- fault that this one replaces
     reminded_at timestamptz NOT NULL,                      -- when the route was last told that the incident is open
     resolved_at timestamptz,                               -- when the route was told of the end, or had to be told no more
     PRIMARY KEY (incident_id, route)

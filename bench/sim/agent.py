@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bench.sim.script import AGENT, CLOCK, FLAT, HOUR, LINE, MINUTE, POWER, UNITY, Kiosk, Script
+from bench.sim.script import AGENT, CLOCK, CLONE, FLAT, HOUR, LINE, MINUTE, POWER, UNITY, Kiosk, Script
 
 QUEUE = 500
 CHUNK = 25  # heartbeats of a queue that are posted at once
@@ -32,6 +32,12 @@ class Sent(NamedTuple):
     clock_wrong: bool
     version: str
     queued: bool
+    cloned: bool = False  # by another kiosk with the same token
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What the heartbeat states."""
+        return self[3:10]
 
 
 def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
@@ -74,9 +80,18 @@ def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
             if not blocked and ours is not None:
                 blocked, sends_at = True, ours + rng.uniform(0, BACK_OFF_S)
         else:
-            heapq.heappush(pending, heartbeat)
+            _send(kiosk, heartbeat, pending)
             if queue and sends_at == NEVER:
                 sends_at = made + rng.uniform(2, 5)
+
+
+def _send(kiosk: Kiosk, heartbeat: Sent, pending: list[Sent]) -> None:
+    """Put a heartbeat on its way, and the next one of a kiosk with the same token."""
+    heapq.heappush(pending, heartbeat)
+    if kiosk.truth(heartbeat.made, CLONE):
+        later = kiosk.interval / 2
+        cloned = heartbeat._replace(at=heartbeat.at + later, made=heartbeat.made + later, cloned=True)
+        heapq.heappush(pending, cloned)
 
 
 def _edges(kiosk: Kiosk, script: Script) -> list[float]:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 from bench.sim import telling, uptime
 from bench.sim.agent import Sent, sent_by
-from bench.sim.script import CALM, CLOSES, OPENS, ROUTES, ZONE, Kiosk, Script
+from bench.sim.script import CALM, CLONE, CLOSES, HOUR, OPENS, ROUTES, ZONE, Kiosk, Script
 from bench.sim.telling import Voice
 from nexhb import availability
 from nexhb.config import WatchSettings
 from nexhb.devices import sites
+from nexhb.devices.troubles import Troubles
 from nexhb.heartbeat import DeviceFacts, Heartbeat, Label, bucket_of
 from nexhb.ingest import commit
 from nexhb.ingest.connection import Session
@@ -41,6 +42,7 @@ SAMPLE_EVERY = 600.0
 NEVER = math.inf
 TOLD_AFTER = 125.0  # of an outage of ours: the daemon tells of it after two minutes
 _FACTS = DeviceFacts(None, "13", 33, None, None, "SM-T500", "samsung")
+_FACTS_OF_CLONE = _FACTS._replace(model="SM-T510")
 _REMINDERS = [(route.name, timedelta(seconds=route.reminder)) for route in ROUTES if route.reminder]
 _LABELS: dict[str, Label] = {}
 
@@ -77,7 +79,7 @@ async def play(script: Script, database: Database, *, every_round: bool = False)
         await _create(conn, script)
         clock = _Clock(script)
         async with telling.speaking(database, clock) as voice:
-            player = _Player(script, conn, Session(writer, _rules().noteworthy), every_round, clock, voice)
+            player = _Player(script, database, conn, Session(writer, _rules().noteworthy), every_round, clock, voice)
             await player.play()
             return await player.found()
     finally:
@@ -120,6 +122,7 @@ class _Clock:
 @dataclass
 class _Player:
     script: Script
+    database: Database
     conn: Connection
     session: Session
     every_round: bool
@@ -135,6 +138,8 @@ class _Player:
         self.odd: dict[int, float] = {}  # kiosk → when the odd heartbeat or post in the batch was received
         self.slow = {kiosk.number for kiosk in self.script.kiosks if kiosk.interval > 60}
         self.whole_at = 0.0  # when the next round is due that needs every heartbeat
+        self.looked_at = self.script.start
+        self.troubles = Troubles(self.database, lambda: self.looked_at, 10)
         self.renewed_at, self.sampled_at = 0.0, 0.0
         self.is_down = False
         self.result = Found()
@@ -197,7 +202,11 @@ class _Player:
             self.batch = [each for each in self.batch if each.number not in numbers]
         self.odd = {}
         if batch:
-            await commit.write(self.session, [_heartbeat(each, self.script) for each in batch], self.intake)
+            heartbeats = [_heartbeat(each, self.script) for each in batch]
+            for heartbeat in heartbeats:
+                self.looked_at = heartbeat.received_at
+                self.troubles.look(heartbeat)
+            await commit.write(self.session, heartbeats, self.intake)
             self.result.heartbeats += len(batch)
 
     async def _renew(self, at: float, *, was_down: bool = False) -> None:
@@ -212,6 +221,7 @@ class _Player:
         await self._flush(whole=self.every_round or at >= self.whole_at)
         self.clock.t = at
         await self._renew(at)
+        await self.troubles.flush()
         self.voice.set_disk(self.script)
         await self.watcher.round(self.conn)
         await self.voice.delivered(self.conn)
@@ -261,7 +271,7 @@ def _with_wants(kiosk: Kiosk, script: Script, every_round: bool) -> Iterator[tup
     """Yield what a kiosk sends, whether a round must follow, and the moments at which it may have become silent."""
     last: Sent | None = None
     for sent in sent_by(kiosk, script):
-        is_odd = last is None or sent.queued or sent[3:] != last[3:]
+        is_odd = last is None or sent.queued or sent.content != last.content
         if last is not None:
             is_usual = kiosk.interval > 60 and last.at > CALM and sent.at - last.at < kiosk.interval * 1.3
             if sent.at - last.at > 600 and not is_usual and not every_round:
@@ -281,6 +291,8 @@ def _moments(script: Script) -> Iterator[float]:
         yield silence.end
     for span in script.disk:
         yield from span
+    for clone in (each for kiosk in script.kiosks for each in kiosk.truths if each.kind == CLONE):
+        yield from (at + minute * 60 for at in (clone.start, clone.end + HOUR) for minute in range(-4, 5))
     for hour in {OPENS, *(route.quiet[1] for route in ROUTES if route.quiet)}:
         yield from script.each_day_at(hour)
 
@@ -309,7 +321,7 @@ def _heartbeat(sent: Sent, script: Script) -> Heartbeat:
         uptime_s=int(sent.made - sent.boot),
         ram_used_mb=900,
         unity_running=sent.unity,
-        facts=_FACTS,
+        facts=_FACTS_OF_CLONE if sent.cloned else _FACTS,
         claimed_device_id=None,
         queue_depth=None,
         dropped=(),

@@ -20,6 +20,7 @@ _ZONE = ZoneInfo(ZONE)
 
 # What can be true of a kiosk from one moment to another.
 LINE, POWER, FLAT, AGENT, UNITY, CLOCK = "line", "power", "flat", "agent", "unity", "clock"
+CLONE = "clone"  # another kiosk sends with the same token
 
 
 class Truth(NamedTuple):
@@ -131,6 +132,8 @@ def write(seed: int, days: int, kiosks: int, sites: int) -> Script:
     ]  # fmt: skip
     night = 11.5 * HOUR + (days // 2) * DAY  # before midnight in UTC
     ours = [(4 * HOUR, 4 * HOUR + 15 * MINUTE), (night, night + (8 if days > 2 else 3) * HOUR)]
+    begins = _moment(rng, end, 2 * HOUR, ours)  # of a fault of the network that two thirds of the sites share
+    _happen([kiosk for kiosk in fleet if kiosk.number % sites * 3 < sites * 2], LINE, begins, begins + 40 * MINUTE)
     _sites(rng, fleet, sites, end, ours)
     _kiosks(rng, fleet, end, days, ours)
     for kiosk in fleet:
@@ -184,8 +187,11 @@ def _kiosks(
 ) -> None:
     """Let single kiosks fail in every way, each kind at least once."""
     kinds = (LINE, POWER, FLAT, AGENT, UNITY, CLOCK, "flapping", "late_crash")
-    for n in range(max(len(kinds) * 2, len(fleet) * days // 10)):
+    count = max(len(kinds) * 2, len(fleet) * days // 10)
+    for n in range(count + 1 + days // 4):
         kind, kiosk = kinds[n % len(kinds)], rng.choice(fleet)
+        if n >= count:
+            kind, kiosk = CLONE, rng.choice([each for each in fleet if not each.truths and each.interval < HOUR / 10])
         t, length = _moment(rng, end, 3 * HOUR, ours), rng.uniform(13 * MINUTE, 2.5 * HOUR)
         if kind == "flapping":
             if _is_idle(kiosk, t, t + HOUR):

@@ -7,12 +7,16 @@ from datetime import datetime, timedelta
 
 from nexhb.messages.message import OPENED, REMINDER, RESOLVED, WIDENED
 
+ANOTHER_FAULT = (
+    ""  # the scope of what a route was told, if it was told of a fault that this one replaces, but not of this
+)
 _WIDTH = {"device": 0, "site": 1, "fleet": 2, "ours": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a route was told of an incident: the widest scope, and when it was last told that the incident is open."""
+    """What a route was told of an incident: the widest scope (or ANOTHER_FAULT), and when it was last told that the
+    incident is open."""
 
     scope: str
     reminded_at: datetime
@@ -37,7 +41,7 @@ def due(
         return None
     if not present.is_open:
         return None if told is None else RESOLVED
-    if told is None:
+    if told is None or told.scope == ANOTHER_FAULT:
         return OPENED if matches else None
     if _WIDTH[present.scope] > _WIDTH[told.scope]:
         return WIDENED

@@ -19,7 +19,7 @@ import orjson
 from nexhb import log, metrics
 from nexhb.devices.hours import Hours
 from nexhb.messages import own_incidents, silences
-from nexhb.messages.deciding import Present, Told, due
+from nexhb.messages.deciding import ANOTHER_FAULT, Present, Told, due
 from nexhb.messages.message import RESOLVED, WIDENED
 from nexhb.messages.ping import Ping
 from nexhb.messages.routes import Route
@@ -174,9 +174,10 @@ def _decide(row: Any, route: Route, about: _About, outcome: _Outcome) -> datetim
         kind=row["kind"], scope=row["scope"], severity=row["severity"], site=row["site"], tags=about.tags
     )
     inherited = None
-    if told is None and about.before is not None and (about.is_same_kind or not matches):
+    if told is None and about.before is not None:
         # The route was told of this fault already, as another incident: it is told of its end, too.
-        inherited = told = about.before
+        is_known = about.is_same_kind or not matches
+        inherited = told = about.before if is_known else Told(ANOTHER_FAULT, about.before.reminded_at)
     present = Present(row["scope"], row["resolved_at"] is None, row["acked_at"] is not None)
     kind = due(present, told, about.now, matches=matches, held=about.is_held, reminder=route.reminder)
     if kind is not None:

@@ -196,6 +196,25 @@ async def test_flapping_replaces_an_outage_also_for_routes_that_do_not_hear_of_f
     assert await teller.tell() == [("outages", "resolved", flapping), ("all", "resolved", flapping)]
 
 
+async def test_the_end_of_flapping_in_a_silence_is_told_to_routes_that_know_of_the_outage_before(
+    teller: Teller,
+) -> None:
+    """A route that receives both kinds was told of the outage, and then of nothing: the flapping that had replaced the
+    outage opened and ended during a silence."""
+    teller.route("all", match={"kinds": ["offline", "flapping"]})
+    number = await teller.device("k1")
+    one = await teller.open(number)
+    assert await teller.tell() == [("all", "opened", one)]
+    await teller.silence("device", "k1", minutes=30)
+    flapping = await teller.open(number, kind="flapping")
+    await teller.set(one, absorbed_into=flapping, resolved_at=teller.now)
+    assert await teller.tell() == []
+    await teller.resolve(flapping)
+    assert await teller.tell() == []
+    assert await teller.tell(31) == [("all", "resolved", flapping)]
+    assert await teller.tell() == []
+
+
 async def test_a_quiet_end_is_not_told(teller: Teller) -> None:
     teller.route("a")
     one = await teller.open(await teller.device("k1"))

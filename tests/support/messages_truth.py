@@ -33,6 +33,7 @@ class _Told:
 
     scope: str
     reminded_at: float
+    of_another_fault: bool = False  # which the incident replaces
     is_over: bool = False
 
 
@@ -81,7 +82,7 @@ class Expected:
         for route in ROUTES:
             if not is_held and not self._is_quiet(route, t):
                 self._tell_route(one, route, t, is_ended=is_ended)
-            elif not is_ended and one.continues is not None:
+            else:
                 self._inherit(one, route, t)
         told = [each for route in ROUTES if (each := self.told.get((id(one), route.name)))]
         waits = one.continues is not None and is_held
@@ -90,7 +91,7 @@ class Expected:
     def _tell_route(self, one: Incident, route: Route, t: float, *, is_ended: bool) -> None:
         told = self._inherit(one, route, t)
         key, (scope, _) = (id(one), route.name), _place(one, t)
-        if told is None:
+        if told is None or (told.of_another_fault and not is_ended):
             if not is_ended and self._concerns(one, route, t):
                 self._add(key, Message("opened", scope, t), route)
         elif told.is_over:
@@ -110,14 +111,11 @@ class Expected:
         if key not in self.told:
             earlier = [each for each in (one.continues, *self.absorbed[id(one)]) if each and each.opened <= t]
             earlier = [each for each in earlier if each.absorbed_into is None or each.resolved <= t]
-            known = [
-                told for each in earlier
-                if (told := self.told.get((id(each), route.name)))
-                and (each.kind == one.kind or not self._concerns(one, route, t))
-            ]  # fmt: skip
+            known = [(told, each) for each in earlier if (told := self.told.get((id(each), route.name)))]
             if known:
-                latest = max(known, key=lambda told: told.reminded_at)
-                self.told[key] = _Told(latest.scope, latest.reminded_at)
+                told, other = max(known, key=lambda pair: pair[0].reminded_at)
+                is_new = other.kind != one.kind and self._concerns(one, route, t)
+                self.told[key] = _Told(told.scope, told.reminded_at, is_new)
         return self.told.get(key)
 
     def _add(self, key: tuple[int, str], message: Message, route: Route) -> None:

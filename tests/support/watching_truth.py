@@ -19,6 +19,7 @@ OFFLINE_AFTER = 600.0
 WAIT = 375.0 + 60.0  # after an outage of ours: the agent's longest pause, and an interval
 TICK = 10.0
 RECHECK = 120.0
+SWITCHES = 3  # between two kiosks that share a token
 LOW, OK = 15, 20  # the charge of the battery
 _ZONE = ZoneInfo(ZONE)
 NEVER = float("inf")
@@ -163,7 +164,11 @@ def of_kiosk(kiosk: Kiosk, script: Script) -> Known:
     made: list[float] = []
     heard: float | None = None
     usual = min(1.3 * kiosk.interval, OFFLINE_AFTER)
+    was_cloned, switches = False, list[float]()
     for sent in sent_by(kiosk, script):
+        if sent.cloned != was_cloned:
+            was_cloned = sent.cloned
+            switches.append(sent.at)
         if heard is not None and sent.at - heard <= usual and content.repeats(sent):
             made.append(sent.made)
             heard = sent.at
@@ -179,6 +184,7 @@ def of_kiosk(kiosk: Kiosk, script: Script) -> Known:
         known.gaps.append((heard, NEVER))
         _silence(kiosk, script, known, (heard, NEVER), made[-11:])
     content.end()
+    _share(kiosk, known, switches, script)
     _flap(kiosk, known, script)
     known.events.sort(key=lambda event: event.at)
     return known
@@ -231,7 +237,14 @@ class _Content:
     def repeats(self, sent: Sent) -> bool:
         """Return whether a heartbeat states what the newest one states, and make it the newest: a shortcut."""
         newest = self.newest
-        if newest is None or self.was_late or sent[3:] != newest[3:] or sent.queued or sent.made <= newest.made:
+        if (
+            newest is None
+            or self.was_late
+            or sent[3:] != newest[3:]
+            or sent.queued
+            or sent.cloned
+            or sent.made <= newest.made
+        ):
             return False
         self.newest = sent
         return True
@@ -280,6 +293,16 @@ class _Content:
             self._close(kind, NEVER)
         if self.down_since is not None:
             self.known.unity_down.append((self.down_since, NEVER))
+
+
+def _share(kiosk: Kiosk, known: Known, switches: Sequence[float], script: Script) -> None:
+    """Add that two kiosks share a token: from the third switch between them until an hour after the last one."""
+    if len(switches) < SWITCHES:
+        return
+    since, slack = switches[SWITCHES - 1], 4 * 60.0
+    found = next_round(since, script.ours)
+    known.events.append(Event(kiosk.number, "token_shared", since, found, 75.0))
+    known.faults.append(Fault(kiosk.number, kiosk.site, "token_shared", found, switches[-1] + HOUR, slack))
 
 
 def _flap(kiosk: Kiosk, known: Known, script: Script) -> None:
