@@ -441,8 +441,8 @@ CREATE TABLE device_state (
 );
 CREATE INDEX device_state_due ON device_state (due_at) WHERE due_at IS NOT NULL;
 
--- What people are told of: a fault of a device, or the same fault of a whole site or the fleet. docs/decisions/0014
--- has the rules. Only one incident of a kind is open for the same device, site or fleet.
+-- Incidents, about which messages are sent: a fault of a device, or the same fault of a whole site or the fleet.
+-- docs/decisions/0014 has the rules. Only one incident of a kind is open for the same device, site or fleet.
 CREATE TABLE incidents (
     incident_id    bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     kind           text NOT NULL
@@ -787,8 +787,8 @@ CREATE TABLE schema_migrations (
     applied_at      timestamptz NOT NULL
 );
 
--- What each route was told of each incident. What is still to be told follows from this and from the incident; messages and
--- this record are written in one transaction. docs/decisions/0015 has the rules.
+-- Which messages each route was sent about each incident. Whether another message is due follows from this record and
+-- from the incident; messages and this record are written in one transaction. docs/decisions/0015 has the rules.
 CREATE TABLE incident_routes (
     incident_id bigint NOT NULL REFERENCES incidents ON DELETE CASCADE,
     route       text NOT NULL,                             -- a name in notify.routes
@@ -796,7 +796,7 @@ CREATE TABLE incident_routes (
     scope       text NOT NULL,                             -- the widest scope that the route was told of; empty: only of a
                                                            -- fault that this one replaces
     reminded_at timestamptz NOT NULL,                      -- when the route was last told that the incident is open
-    resolved_at timestamptz,                               -- when the route was told of the end, or had to be told no more
+    resolved_at timestamptz,                               -- when it was told of the end, or no longer had to be
     PRIMARY KEY (incident_id, route)
 );
 CREATE INDEX incident_routes_unresolved ON incident_routes (incident_id) WHERE resolved_at IS NULL;
@@ -821,7 +821,7 @@ CREATE INDEX notifications_pending ON notifications (route, notification_no)
     WHERE delivered_at IS NULL AND given_up_at IS NULL;
 CREATE INDEX notifications_incident ON notifications (incident_id, route, notification_no);
 
--- For how long nothing is told. With `hours`, the silence recurs in these hours.
+-- Silences: periods in which no messages are sent. With `hours`, the silence recurs in these hours.
 CREATE TABLE silences (
     silence_id  bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     scope       text NOT NULL CHECK (scope IN ('fleet', 'site', 'tag', 'device')),

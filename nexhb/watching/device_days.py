@@ -23,11 +23,11 @@ _Q = sql.queries("device_days")
 
 DAY = timedelta(days=1)
 CHUNK_DEVICES = 10_000  # in one statement and one transaction: 14 million heartbeats, 0.9 GB of temporary files
-PREFETCH_EDGES = 500  # the event loop is free for heartbeats after so many edges, 5 ms
+PREFETCH_EDGES = 500  # after this many edges (5 ms), the event loop is free for heartbeats
 PAUSE_DEVICES = 200
 MARGIN = timedelta(minutes=15)  # heartbeats before the day that are read with it, in addition to the offline threshold
-# How far from the day its neighbours are looked for, step by step: a device of which a step finds a heartbeat is not
-# looked for in the next. After the last step, each step is a day.
+# How far before and after the day the nearest heartbeats are searched for, step by step. A device whose heartbeat was
+# found in one step is left out of the next. After the last step, each step is a day.
 STEPS = (timedelta(minutes=10), timedelta(hours=1), timedelta(hours=4), timedelta(hours=10), DAY)
 COLUMNS = (
     "device_no", "day", "place_no", "closed_tenths", "ours_tenths", "heard_tenths", "replayed_tenths", "off_tenths",
@@ -139,7 +139,8 @@ async def _make(
 
 
 async def placed(conn: AnyConnection, day: date, rows: Iterable[Any]) -> list[Device]:
-    """Return the devices with their places: as when the day was made first, otherwise the present ones."""
+    """Return the devices with their sites and opening hours: those of the time when the day was first made, otherwise
+    the present ones."""
     rows = list(rows)
     kept = await places.of_day(conn, day, [row["device_no"] for row in rows])
     present = await places.current(conn, {row["site"] for row in rows})

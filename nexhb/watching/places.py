@@ -1,4 +1,4 @@
-"""Where a device is on a day: its site, with the opening hours of that day. A day that was made keeps its place."""
+"""The place of a device on a day: its site with the opening hours of that day. A day that is made again keeps it."""
 
 from __future__ import annotations
 

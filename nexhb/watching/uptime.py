@@ -1,7 +1,7 @@
 """Classify the time of one device's day: closed, ours, heard, replayed, off or unknown. Pure.
 
 Times are seconds since the epoch. What a device states is in its own time (ts); everything else is in the database's
-time, and is shifted by the device's skew (received_at - ts, as usual for it) before both are compared. A day is
+time, and is shifted by the device's skew (its usual received_at - ts) before both are compared. A day is
 divided into 14,400 tenths of a minute, so that all parts are integers whose sum is exact.
 """
 
@@ -184,7 +184,7 @@ class _Evidence:
             self._add(self.open_since, now, UNKNOWN)
 
     def _add_silence(self, at: float, uptime_s: int | None, late: bool) -> None:
-        """Add the time between two neighbours: the last heartbeat, and the one at `at`."""
+        """Add the time between two consecutive heartbeats: the last one, and the one at `at`."""
         last_at, boot = self._last_at, None if uptime_s is None else at - uptime_s
         if last_at is None:  # nothing is known of a device before its first heartbeat
             self._add(-inf, at, UNKNOWN)
@@ -209,7 +209,8 @@ class _Evidence:
         )
 
     def _add_alive(self, start: float, end: float, replayed: bool, unity: bool = False) -> None:
-        """Add time in which the device lived: replayed as a whole, or as far as it was before the line was back."""
+        """Add time in which the device was running: as replayed if `replayed`; otherwise as replayed up to the
+        moment when the line was back, and as heard after it."""
         until = end if replayed else min(max(self._line_back, start), end)
         self._add(start, until, REPLAYED, unity)
         self._add(until, end, HEARD, unity)

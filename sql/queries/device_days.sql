@@ -7,11 +7,11 @@
 -- offline threshold in seconds.
 --
 -- Returns the heartbeats that begin a stretch (nexhb/watching/uptime.py) and the last heartbeat of each device: a healthy
--- device has two rows, instead of 1,440. `begins` tells the two kinds apart. Times are seconds since the epoch, and
+-- device has two rows, instead of 1,440. `begins` distinguishes the two kinds. Times are seconds since the epoch, and
 -- …_before is the device's previous heartbeat. Each row repeats what is usual for the device: interval_s is the median
--- distance, and skew_s the median of received_at - ts, if the day has live heartbeats. It has, if some arrived within
--- the offline threshold, or if heartbeats of more than twice that time were late by the same time (a slow clock). The
--- skew is 0 if all heartbeats were replayed, and the least if most were.
+-- distance, and skew_s the median of received_at - ts. The day has live heartbeats if at least one arrived within the
+-- offline threshold, or if heartbeats over more than twice that time were late by the same time (a slow clock). If most
+-- heartbeats were replayed, skew_s is the least received_at - ts; if all were, it is 0.
 WITH history AS (
     SELECT device_no, bucket, ts, received_at, uptime_s, unity_running, battery_pct FROM $table
     WHERE device_no = ANY($1::int[]) AND ts >= $2 AND ts < $3

@@ -1,8 +1,8 @@
 -- Messages about incidents: what each route was told, the outbox, silences.
 
 -- name: incidents_now
--- $1 since when. Open incidents, those that a route was told of but not of their end, and those that continue another and
--- were resolved since $1 without any record of what routes were told; with everything that may make a message due.
+-- $1 since when. Open incidents; those whose opening a route was told of, but not their end; and those that continue
+-- another and were resolved since $1 without any record of what routes were sent; with everything that may make a message due.
 SELECT i.incident_id, i.scope, i.severity, i.members, i.resolved_at, i.acked_at IS NOT NULL AS is_acked,
        i.quiet OR i.absorbed_into IS NOT NULL AS untold
 FROM incidents i WHERE i.resolved_at IS NULL
@@ -135,7 +135,7 @@ UPDATE notifications SET delivered_at = $2, lease_until = NULL WHERE id = $1 AND
 
 -- name: failed
 -- $1 id, $2 the lease under which the attempt was made, $3 due_at, $4 error. If the lease has expired,
--- another daemon may be at it.
+-- another daemon may be sending it.
 UPDATE notifications SET lease_until = NULL, due_at = $3, last_error = $4
 WHERE id = $1 AND lease_until = $2 AND delivered_at IS NULL;
 

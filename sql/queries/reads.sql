@@ -131,7 +131,7 @@ WHERE d.device_id = $1;
 -- Devices that were last seen before $1, but not within $2 (a tstzmultirange as text, from nexhb/devices/presence.py);
 -- $3: the limit. The rows are in the order of the index: the caller sorts a complete list in half the time that
 -- PostgreSQL needs, which copies every row for the sort. The index is on heard_slot (five minutes) and not on heard_at,
--- because the slot changes only with every fifth heartbeat, so that the other updates stay HOT.
+-- because the slot changes only with every fifth heartbeat, so the other updates stay HOT.
 SELECT device_id, name, alias, last_ts, heard_at, received_at, clock_wrong, network_type, ssid, ip, battery_pct,
        unity_running, agent_version, device_no
 FROM device_last_status

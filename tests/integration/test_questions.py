@@ -67,14 +67,14 @@ ANSWERS = {
     "What changed in the last hour?": same("crashed"),
     "Which have an old version?": same("old-version"),
     "Which batteries are dying?": same("old-battery"),
-    "Which one flaps?": same("flaps"),
+    "Which kiosks flap?": same("flaps"),
     "Whose clock is wrong?": same("wrong-clock"),
     "Who floods?": same("floods"),
     "What was a site's uptime last week?": Answer("store-42\t", '"site":"store-42","share":'),
     "Can I have it as CSV?": Answer("old-version\t", "old-version,"),
     "Can Grafana show it?": Answer("offline\tsite", "offline,site"),
-    "Can I be told?": Answer("delivered", ""),
-    "Can a store be silent until eight?": Answer("site store-42", ""),
+    "Can nexhb notify me?": Answer("delivered", ""),
+    "Can I suppress the messages about a store until eight?": Answer("site store-42", ""),
 }
 
 
