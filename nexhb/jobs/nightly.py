@@ -10,13 +10,12 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
-from datetime import date, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-from asyncpg import Record
 
 from nexhb import clock, log, metrics, partitions, retirement
 from nexhb.archive import catalog, late, marker, restore, verify
@@ -24,9 +23,9 @@ from nexhb.archive.export import BUCKET_SECONDS, ArchivedTable, clean_spool, exp
 from nexhb.archive.store import Store
 from nexhb.errors import JobFailed, LockLost, NexhbError
 from nexhb.jobs import plan
+from nexhb.jobs.known_days import read_days, with_uptime_due
 from nexhb.jobs.plan import Day, Step, StepKind
 from nexhb.jobs.runner import MAX_CLOCK_DIFFERENCE, Job, JobResult
-from nexhb.partitions import Partition
 from nexhb.postgres import locks, sql
 from nexhb.postgres.connections import Connection
 from nexhb.postgres.locks import Lock
@@ -100,80 +99,12 @@ def dry_run_job(context: NightlyContext) -> Job:
 
 async def _make_plan(conn: Connection, now: datetime, context: NightlyContext) -> tuple[list[Step], str | None]:
     """Return the steps, and the reason why an operator must confirm the steps; None if no confirmation is required."""
-    days = await _with_uptime_due(conn, await read_days(conn, now), now)
+    days = await with_uptime_due(conn, await read_days(conn, now), now)
     steps = plan.nightly(days, now, context.rules)
     last_run: datetime | None = await conn.fetchval(_Q["last_carried_out"], now + MAX_CLOCK_DIFFERENCE)
     rows = await conn.fetch(_Q["heartbeat_days"], last_run, now)
     evidence = plan.TimeEvidence(last_run, tuple(row["day"] for row in rows))
     return steps, None if context.confirmed else plan.confirmation_reason(days, steps, now, evidence)
-
-
-async def read_days(conn: Connection, now: datetime | None = None) -> list[Day]:
-    """Return every partition in hb_partitions or in PostgreSQL's catalog.
-
-    A count or freeze whose recorded time is later than `now` is ignored: a clock that was ahead recorded it.
-    """
-    attached = {p.name: p for p in await partitions.attached(conn)}
-    late_rows = {row["day"]: row["rows"] for row in await conn.fetch(_P["late"])}
-    days = [
-        _known_day(row, attached.get(row["partition_name"]), late_rows, now)
-        for row in await partitions.recorded(conn)
-        if row["attached"]
-        == (row["partition_name"] in attached)  # otherwise the partition's bounds are unreadable, and it is skipped
-    ]
-    known = {day.name for day in days}
-    days += [
-        Day(p.name, p.start, p.end, "unknown", attached=True, present=True, detach_pending=p.detach_pending)
-        for p in attached.values()
-        if p.name not in known
-    ]
-    return days
-
-
-async def _with_uptime_due(conn: Connection, days: list[Day], now: datetime) -> list[Day]:
-    """Return the days, each with the reason why its uptimes must be made. Only the table of an ended day is read."""
-    ended = {
-        each: day.name
-        for day in days
-        if day.present and day.state != "dropped" and day.end <= now
-        for each in plan.dates(day)
-    }
-    reasons = await device_days.due(conn, list(ended))
-    by_name = {ended[each]: reason for each, reason in reasons.items()}
-    return [replace(day, uptime_due=by_name.get(day.name, "")) for day in days]
-
-
-def _known_day(row: Record, attached: Partition | None, late_rows: dict[date, int], now: datetime | None) -> Day:
-    """Return a recorded day. If the day is attached, its bounds are taken from PostgreSQL's catalog."""
-    start, end = (attached.start, attached.end) if attached else (row["range_start"], row["range_end"])
-    return Day(
-        name=row["partition_name"],
-        start=start,
-        end=end,
-        state=_state(row, attached),
-        attached=attached is not None,
-        present=row["present"],
-        detach_pending=attached is not None and attached.detach_pending,
-        restored=row["restored_at"] is not None,
-        counted_at=None if _is_in_the_future(row["counted_at"], now) else row["counted_at"],
-        frozen=row["frozen_at"] is not None and not _is_in_the_future(row["frozen_at"], now),
-        late=sum(n for day, n in late_rows.items() if start.date() <= day < end.date()),
-    )
-
-
-def _is_in_the_future(moment: datetime | None, now: datetime | None) -> bool:
-    return moment is not None and now is not None and moment > now + MAX_CLOCK_DIFFERENCE
-
-
-def _state(row: Record, attached: Partition | None) -> str:
-    state: str = row["state"]
-    if attached and state != "dropped":
-        same_bounds = (row["range_start"], row["range_end"]) == (attached.start, attached.end)
-        # "unknown": somebody attached the partition by hand.
-        return state if same_bounds and state != "archived" and not attached.sealed else "unknown"
-    if state == "active" and row["archive_url"] and not row["present"]:
-        return "dropped"  # the table was restored, then dropped by hand: only the archive is left
-    return state
 
 
 class NightlyRun:

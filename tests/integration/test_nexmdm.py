@@ -16,7 +16,7 @@ from nexhb.devices import registry
 from nexhb.devices import tokens as device_tokens
 from nexhb.errors import BadInput
 from nexhb.heartbeat import bucket_of
-from nexhb.jobs import nightly, plan
+from nexhb.jobs import plan
 from nexhb.nexmdm import rows
 from nexhb.nexmdm import source as sources
 from nexhb.nexmdm.history import Pace
@@ -267,7 +267,7 @@ async def steps(move: Move, table: str) -> set[plan.StepKind]:
     """Return the kinds of steps that the next nightly run would perform for a day."""
     rules = plan.NightlyRules(90, 1, timedelta(days=7))
     return {
-        step.kind for step in plan.nightly(await nightly.read_days(move.to), move.now, rules) if step.target == table
+        step.kind for step in plan.nightly(await known_days.read_days(move.to), move.now, rules) if step.target == table
     }
 
 

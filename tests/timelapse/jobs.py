@@ -10,7 +10,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from nexhb.archive.store import Store
-from nexhb.jobs import nightly, plan, registry, runner
+from nexhb.jobs import known_days, nightly, plan, registry, runner
 from nexhb.jobs.nightly import NightlyContext
 from nexhb.jobs.plan import Day, NightlyRules, StepKind
 from nexhb.jobs.runner import JobRun
@@ -137,7 +137,7 @@ class TonightsPlan:
 
 async def read_plan(world: World, rules: NightlyRules) -> TonightsPlan:
     """Read tonight's plan."""
-    days = await nightly.read_days(world.conn)
+    days = await known_days.read_days(world.conn)
     steps = plan.nightly(days, world.now, rules)
     to_archive = [step.day for step in steps if step.kind is StepKind.ARCHIVE and step.day]
     with_late = [step.day for step in steps if step.kind is StepKind.LATE and step.day]
