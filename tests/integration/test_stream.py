@@ -43,9 +43,11 @@ async def opened(stack: AsyncExitStack, nexhb: Nexhb, query: str = "", **headers
 
 
 async def message(response: aiohttp.ClientResponse) -> tuple[str, str, dict[str, Any]]:
-    """Return the id, the type and the data of the next message."""
+    """Return the id, the type and the data of the next message; comments are skipped."""
     async with asyncio.timeout(SOON_S):
-        lines = (await response.content.readuntil(b"\n\n")).decode().removesuffix("\n\n").split("\n")
+        while (text := await response.content.readuntil(b"\n\n")).startswith(b":"):
+            pass
+        lines = text.decode().removesuffix("\n\n").split("\n")
     number, kind, data = (line.partition(": ")[2] for line in lines)
     return number, kind, json.loads(data)
 
