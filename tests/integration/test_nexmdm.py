@@ -16,7 +16,7 @@ from nexhb.devices import registry
 from nexhb.devices import tokens as device_tokens
 from nexhb.errors import BadInput
 from nexhb.heartbeat import bucket_of
-from nexhb.jobs import plan
+from nexhb.jobs import known_days, plan
 from nexhb.nexmdm import rows
 from nexhb.nexmdm import source as sources
 from nexhb.nexmdm.history import Pace
