@@ -34,11 +34,6 @@ class Sent(NamedTuple):
     queued: bool
     cloned: bool = False  # by another kiosk with the same token
 
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What the heartbeat states."""
-        return self[3:10]
-
 
 def sent_by(kiosk: Kiosk, script: Script) -> Iterator[Sent]:
     """Yield what nexhb receives from a kiosk, in this order."""

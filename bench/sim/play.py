@@ -9,11 +9,15 @@ Heartbeats that say what their kiosk said before wait for the next round that ju
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 from bench.sim import telling, uptime
@@ -38,6 +42,7 @@ from tests.support.watching_truth import silent_at
 
 TICK = 10.0
 LONGEST_BATCH = 500.0  # seconds: a longer one would look like a silence
+LONGEST_QUEUE = 5_000  # of items that were made ahead
 SAMPLE_EVERY = 600.0
 NEVER = math.inf
 TOLD_AFTER = 125.0  # of an outage of ours: the daemon tells of it after two minutes
@@ -119,6 +124,39 @@ class _Clock:
         return self.script.at(self.t)
 
 
+Item = tuple[Sent | Want, bool, Heartbeat | None]
+
+
+class _Ahead:
+    """Makes what comes next while PostgreSQL works."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items = items
+        self._made: deque[Item] = deque()
+        self._is_over = False
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._made) > LONGEST_QUEUE
+
+    def items(self) -> Iterator[Item]:
+        """Yield every item."""
+        while self._made or self._make():
+            yield self._made.popleft()
+        self._is_over = True
+
+    async def run(self) -> None:
+        """Make items until there are no more."""
+        while not self._is_over and (self._is_full or self._make()):  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.002 if self._is_full else 0)
+
+    def _make(self) -> bool:
+        """Make a few items: a response of PostgreSQL waits so long. Return whether there were any."""
+        before = len(self._made)
+        self._made.extend(islice(self._items, 20))
+        return len(self._made) > before
+
+
 @dataclass
 class _Player:
     script: Script
@@ -134,7 +172,7 @@ class _Player:
         self.watcher = Watcher(
             Database("not used"), _rules(), TICK, self.clock, monotonic=lambda: self.clock.t, tell=self.voice.teller
         )
-        self.batch: list[Sent] = []
+        self.batch: list[tuple[Sent, Heartbeat]] = []
         self.odd: dict[int, float] = {}  # kiosk → when the odd heartbeat or post in the batch was received
         self.slow = {kiosk.number for kiosk in self.script.kiosks if kiosk.interval > 60}
         self.whole_at = 0.0  # when the next round is due that needs every heartbeat
@@ -154,18 +192,23 @@ class _Player:
         )
         streams = [_with_wants(kiosk, self.script, self.every_round) for kiosk in self.script.kiosks]
         wants = sorted([*ours, *(Want(at, "moment") for at in _moments(self.script))])
-        for item, is_odd in heapq.merge(*streams, ((want, True) for want in wants), key=lambda each: each[0].at):
+        in_order = heapq.merge(*streams, ((want, True) for want in wants), key=lambda each: each[0].at)
+        ahead = _Ahead((item, is_odd, _prepared(item, self.script)) for item, is_odd in in_order)
+        making = asyncio.create_task(ahead.run())
+        for item, is_odd, heartbeat in ahead.items():
             while due <= item.at and not self.is_down:
                 due = await self._round(due)
             if isinstance(item, Want):
                 if item.reason in ("down", "told", "up"):
                     due = await self._outage(item)
             else:
-                await self._add(item, is_odd)
+                assert heartbeat is not None  # noqa: S101 - for mypy
+                await self._add(item, heartbeat, is_odd)
             if is_odd and not self.is_down:
                 due = min(due, _tick(item.at))
                 if isinstance(item, Want):
                     self.whole_at = min(self.whole_at, _tick(item.at))
+        await making
         while due <= self.script.end:
             due = await self._round(due)
         await self._round(_tick(self.script.end))
@@ -181,14 +224,14 @@ class _Player:
         await self.voice.outage(is_down=self.is_down, told=told)
         return NEVER if self.is_down else _tick(want.at)
 
-    async def _add(self, sent: Sent, is_odd: bool) -> None:
+    async def _add(self, sent: Sent, heartbeat: Heartbeat, is_odd: bool) -> None:
         """Add a heartbeat to the batch. Each commit contains one odd heartbeat or one post of a kiosk at most, and none
         that follows it."""
-        if self.batch and sent.at - self.batch[0].at > LONGEST_BATCH:
+        if self.batch and sent.at - self.batch[0][0].at > LONGEST_BATCH:
             await self._flush()
         elif self.odd.get(sent.number, sent.at) != sent.at:
             await self._flush(whole=False)
-        self.batch.append(sent)
+        self.batch.append((sent, heartbeat))
         if is_odd:
             self.odd[sent.number] = sent.at
 
@@ -198,11 +241,11 @@ class _Player:
             batch, self.batch = self.batch, []
         else:
             numbers = self.odd.keys() | self.slow
-            batch = [each for each in self.batch if each.number in numbers]
-            self.batch = [each for each in self.batch if each.number not in numbers]
+            batch = [each for each in self.batch if each[0].number in numbers]
+            self.batch = [each for each in self.batch if each[0].number not in numbers]
         self.odd = {}
         if batch:
-            heartbeats = [_heartbeat(each, self.script) for each in batch]
+            heartbeats = [heartbeat for _, heartbeat in batch]
             for heartbeat in heartbeats:
                 self.looked_at = heartbeat.received_at
                 self.troubles.look(heartbeat)
@@ -270,8 +313,10 @@ class _Player:
 def _with_wants(kiosk: Kiosk, script: Script, every_round: bool) -> Iterator[tuple[Sent | Want, bool]]:
     """Yield what a kiosk sends, whether a round must follow, and the moments at which it may have become silent."""
     last: Sent | None = None
+    content: tuple[object, ...] = ()
     for sent in sent_by(kiosk, script):
-        is_odd = last is None or sent.queued or sent.content != last.content
+        before, content = content, sent[3:10]  # with whether it was queued
+        is_odd = before != content or sent.queued
         if last is not None:
             is_usual = kiosk.interval > 60 and last.at > CALM and sent.at - last.at < kiosk.interval * 1.3
             if sent.at - last.at > 600 and not is_usual and not every_round:
@@ -297,32 +342,43 @@ def _moments(script: Script) -> Iterator[float]:
         yield from script.each_day_at(hour)
 
 
+def _prepared(item: Sent | Want, script: Script) -> Heartbeat | None:
+    return _heartbeat(item, script) if isinstance(item, Sent) else None
+
+
 def _tick(at: float) -> float:
     """Return the first round after `at`."""
     return (math.floor(at / TICK) + 1) * TICK
 
 
+@cache
+def _id(number: int) -> str:
+    return f"kiosk-{number:04d}"
+
+
 def _heartbeat(sent: Sent, script: Script) -> Heartbeat:
-    ts = script.at(sent.made)
-    label = _LABELS.setdefault(sent.version, Label(sent.version, "2.1.0", "wifi", "store"))
+    at, number, made, boot, battery_pct, plugged, unity, clock_wrong, version, _, cloned = sent
+    ts, received_at = script.at(made), script.at(at)
+    label = _LABELS.setdefault(version, Label(version, "2.1.0", "wifi", "store"))
+    facts = _FACTS_OF_CLONE if cloned else _FACTS
     return Heartbeat(
-        device_no=sent.number,
-        device_id=f"kiosk-{sent.number:04d}",
-        ts=ts,
-        received_at=script.at(sent.at),
-        bucket=bucket_of(ts, 10),
-        clock_wrong=sent.clock_wrong,
-        label=label,
-        battery_pct=sent.battery_pct,
-        plugged=sent.plugged,
-        temp_c=31.5,
-        ip=None,
-        signal_dbm=-60,
-        uptime_s=int(sent.made - sent.boot),
-        ram_used_mb=900,
-        unity_running=sent.unity,
-        facts=_FACTS_OF_CLONE if sent.cloned else _FACTS,
-        claimed_device_id=None,
-        queue_depth=None,
-        dropped=(),
+        number,
+        _id(number),
+        ts,
+        received_at,
+        bucket_of(ts, 10),
+        clock_wrong,
+        label,
+        battery_pct,
+        plugged,
+        31.5,
+        None,
+        -60,
+        int(made - boot),
+        900,
+        unity,
+        facts,
+        None,
+        None,
+        (),
     )
