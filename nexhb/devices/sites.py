@@ -87,10 +87,11 @@ async def put(conn: Connection, site: Site) -> bool:
 async def get(conn: AnyConnection, site: str, *, within: Sequence[str] | None = None) -> KnownSite:
     """Return a site. Raise UnknownSite if there is no such site, or if it is not one of the sites `within`, unless that
     is None."""
-    record = None if "\0" in site else await conn.fetchrow(_Q["get"], site, within)
-    if record is None:
+    is_visible = "\0" not in site and (within is None or site in within)
+    found = await page(conn, "", 1, within=[site]) if is_visible else []
+    if not found:
         raise unknown(site)
-    return KnownSite(**dict(record))
+    return found[0]
 
 
 async def page(conn: AnyConnection, after: str, limit: int, *, within: Sequence[str] | None = None) -> list[KnownSite]:

@@ -11,23 +11,8 @@ ON CONFLICT (site) DO UPDATE SET
                       THEN now() ELSE s.changed_at END
 RETURNING xmax = 0 AS created;
 
--- name: get
--- $1 site; $2 the sites that the caller may see, null for all.
-SELECT site, name, zone, hours, d.devices, c.online, c.offline, c.unity_down
-FROM sites s
-CROSS JOIN LATERAL (
-    SELECT count(*) AS devices, array_agg(device_no) AS numbers
-    FROM devices WHERE devices.site = s.site AND revoked_at IS NULL
-) d
-CROSS JOIN LATERAL (
-    SELECT count(*) FILTER (WHERE presence = 'online') AS online, count(*) FILTER (WHERE presence = 'offline') AS offline,
-           count(*) FILTER (WHERE unity = 'down') AS unity_down
-    FROM device_state WHERE device_no = ANY(d.numbers)
-) c
-WHERE site = $1 AND ($2::text[] IS NULL OR site = ANY($2));
-
 -- name: page
--- $1: the last site of the previous page ('' to start), $2: the limit; $3 as in `get`.
+-- $1: the last site of the previous page ('' to start), $2: the limit; $3 the only sites to return, null for all.
 SELECT site, name, zone, hours, d.devices, c.online, c.offline, c.unity_down
 FROM sites s
 CROSS JOIN LATERAL (
