@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -14,7 +14,7 @@ from nexhb.devices.presence import Presence
 from nexhb.postgres import sql
 from nexhb.postgres.connections import Connection
 from nexhb.watching import causes, incidents, state
-from nexhb.watching.affected import affected_by
+from nexhb.watching.affected import FleetCounts, affected_by
 from nexhb.watching.causes import First, Gap, Last
 from nexhb.watching.incidents import Fault, Incident, Join, Open
 from nexhb.watching.judging import Rules, Subject
@@ -40,6 +40,7 @@ class Record:
     presence: Presence | None
     now: datetime
     subjects: Mapping[int, Subject] = field(default_factory=dict)
+    counts: FleetCounts = field(default_factory=dict)  # of this round
     events: int = 0
     changed_incidents: list[int] = field(default_factory=list)  # opened, widened or resolved
 
@@ -140,59 +141,89 @@ async def add_faults(record: Record, faults: Sequence[Fault]) -> tuple[IncidentO
     for fault in faults:
         by_kind[fault.kind].append(fault)
     for kind, of_kind in sorted(by_kind.items()):
-        affected = await affected_by(record.conn, of_kind, record.rules, record.presence or Presence(record.now, None))
+        presence = record.presence or Presence(record.now, None)
+        affected = await affected_by(record.conn, of_kind, record.rules, presence, record.counts)
         sites = sorted({fault.site for fault in of_kind if fault.site is not None})
         rows = await record.conn.fetch(_Q["open_incidents"], kind, sites, affected.is_fleet())
-        for decision in incidents.combine(of_kind, affected, [_incident(row) for row in rows]):
-            incident_id, scope = await _carry_out(record, decision, kind)
-            members = [fault.device_no for fault in decision.faults]
-            incident_of |= {(no, kind): incident_id for no in members}
-            if kind == "offline":
-                cause = causes.SITE if scope == incidents.SITE else None
-                await record.conn.execute(_Q["link_outages"], incident_id, members, cause)
-                assumed |= dict.fromkeys(members, cause) if cause else {}
-            if kind == "flapping":
-                await _replace(record, incident_id, members)
+        decisions = incidents.combine(of_kind, affected, [_incident(row) for row in rows])
+        members = await _carry_out(record, decisions)
+        incident_of |= {(each.device_no, kind): each.incident_id for each in members}
+        if kind == "offline":
+            assumed |= {each.device_no: causes.SITE for each in members if each.scope == incidents.SITE}
+            linked = [(each.incident_id, each.device_no, assumed.get(each.device_no)) for each in members]
+            await record.conn.execute(_Q["link_outages"], *zip(*linked, strict=True))
+        if kind == "flapping":
+            for each in members:
+                await _replace(record, each.incident_id, [each.device_no])
     return incident_of, assumed
 
 
-async def _carry_out(record: Record, decision: Open | Join, kind: str) -> tuple[int, str]:
-    """Return the incident that the faults belong to now, and its scope if it was just opened or widened."""
-    numbers = [fault.device_no for fault in decision.faults]
-    scope = ""
-    if isinstance(decision, Join):
-        incident_id = decision.incident_id
-    else:
-        scope = decision.scope
-        incident_id = await _open(record, decision)
-        record.changed_incidents.append(incident_id)
-    row = await record.conn.fetchrow(_Q["add_members"], incident_id, numbers, kind, record.now)
-    assert row is not None  # noqa: S101 - the incident was found or made in this transaction
-    if isinstance(decision, Join):
-        scope = row["scope"]
-        await _set_mostly_back(record, [_incident(row)])
-    return incident_id, scope
+class _Member(NamedTuple):
+    device_no: int
+    incident_id: int
+    scope: str
 
 
-async def _open(record: Record, decision: Open, continues: int | None = None) -> int:
-    scope, severity = decision.scope, incidents.severity(decision.kind, decision.scope)
-    first = min(decision.faults, key=lambda fault: fault.since)
-    cause = causes.SITE if scope == incidents.SITE and decision.kind == "offline" else first.cause
-    if scope == incidents.FLEET:
-        cause = causes.UNKNOWN
-    if decision.widens is not None:
-        await record.conn.execute(
-            _Q["widen_incident"], decision.widens, scope, decision.site, severity, cause, record.now
-        )
-        if decision.absorbs:
-            await record.conn.execute(_Q["absorb_incidents"], decision.widens, decision.absorbs, record.now)
-        return decision.widens
-    device_no = first.device_no if scope == incidents.DEVICE else None
-    number: int = await record.conn.fetchval(
-        _Q["open_incident"], decision.kind, scope, decision.site, device_no, severity, cause, first.since, record.now,
-        continues,
-    )  # fmt: skip
-    return number
+async def _carry_out(
+    record: Record, decisions: Sequence[Open | Join], continues: int | None = None
+) -> Sequence[_Member]:
+    """Open, widen or join incidents, by one statement for all of them where there may be many. Return the incident of
+    each device. `continues`: the incident that the opened ones continue."""
+    opens = [each for each in decisions if isinstance(each, Open)]
+    new = [each for each in opens if each.widens is None]
+    opened = await _open(record, new, continues) if new else {}
+    for wider in opens:
+        if wider.widens is not None:
+            await _widen(record, wider, wider.widens)
+    joined = {each.incident_id for each in decisions if isinstance(each, Join)}
+    of_device: dict[int, int] = {}
+    for each in decisions:
+        incident_id = each.incident_id if isinstance(each, Join) else each.widens or opened[_place(each)]
+        of_device |= dict.fromkeys((fault.device_no for fault in each.faults), incident_id)
+        if incident_id not in joined:
+            record.changed_incidents.append(incident_id)
+    kind = decisions[0].faults[0].kind
+    rows = await record.conn.fetch(_Q["add_members"], list(of_device.values()), list(of_device), kind, record.now)
+    present = {row["incident_id"]: _incident(row) for row in rows}
+    if joined:
+        await _set_mostly_back(record, [present[number] for number in sorted(joined)])
+    return [_Member(no, number, present[number].scope) for no, number in of_device.items()]
+
+
+async def _open(record: Record, new: Sequence[Open], continues: int | None) -> Mapping[tuple[object, ...], int]:
+    """Open incidents, and return their numbers by place."""
+    values = []
+    for each in new:
+        first = min(each.faults, key=lambda fault: fault.since)
+        device_no = first.device_no if each.scope == incidents.DEVICE else None
+        severity = incidents.severity(each.kind, each.scope)
+        values.append((each.scope, each.site, device_no, severity, _cause(each), first.since))
+    columns = zip(*values, strict=True)
+    rows = await record.conn.fetch(_Q["add_incidents"], new[0].kind, *columns, record.now, continues)
+    return {(row["scope"], row["site"], row["device_no"]): row["incident_id"] for row in rows}
+
+
+def _place(opened: Open) -> tuple[object, ...]:
+    device_no = opened.faults[0].device_no if opened.scope == incidents.DEVICE else None
+    return opened.scope, opened.site, device_no
+
+
+async def _widen(record: Record, decision: Open, incident_id: int) -> None:
+    severity = incidents.severity(decision.kind, decision.scope)
+    await record.conn.execute(
+        _Q["widen_incident"], incident_id, decision.scope, decision.site, severity, _cause(decision), record.now
+    )
+    if decision.absorbs:
+        await record.conn.execute(_Q["absorb_incidents"], incident_id, decision.absorbs, record.now)
+
+
+def _cause(opened: Open) -> str | None:
+    """Return the cause that is assumed when an incident is opened or widened."""
+    if opened.scope == incidents.FLEET:
+        return causes.UNKNOWN
+    if opened.scope == incidents.SITE and opened.kind == "offline":
+        return causes.SITE
+    return min(opened.faults, key=lambda fault: fault.since).cause
 
 
 async def _replace(record: Record, incident_id: int, members: Sequence[int]) -> None:
@@ -214,14 +245,12 @@ async def split(record: Record) -> None:
         await record.conn.fetch(_Q["leave"], *zip(*numbers, strict=True), record.now)
         named = [each["device_id"] for each in rest[:MAX_NAMED]]
         await resolve(record, [row["incident_id"]], {"remaining": len(rest), "remaining_devices": named})
-        for each in rest:
-            fault = Fault(each["device_no"], each["site"], kind, each["since"], each["cause"])
-            one = Open(kind, incidents.DEVICE, fault.site, [fault])
-            incident_id = await _open(record, one, row["incident_id"])
-            await record.conn.execute(_Q["add_members"], incident_id, [fault.device_no], kind, record.now)
-            if kind == "offline":
-                await record.conn.execute(_Q["link_outages"], incident_id, [fault.device_no], None)
-            record.changed_incidents.append(incident_id)
+        faults = [Fault(each["device_no"], each["site"], kind, each["since"], each["cause"]) for each in rest]
+        opens = [Open(kind, incidents.DEVICE, fault.site, [fault]) for fault in faults]
+        members = await _carry_out(record, opens, row["incident_id"])
+        if kind == "offline":
+            linked = [(each.incident_id, each.device_no, None) for each in members]
+            await record.conn.execute(_Q["link_outages"], *zip(*linked, strict=True))
 
 
 async def tidy(record: Record) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from nexhb.postgres import sql
 from nexhb.postgres.connections import Connection
 from nexhb.postgres.errors import Kind, classify
 from nexhb.watching import recording, state
+from nexhb.watching.affected import FleetCounts
 from nexhb.watching.judging import Judgement, Noted, Rules, Subject, judge
 from nexhb.watching.recording import Record
 from nexhb.watching.state import Change, Content, DeviceState, Habits
@@ -39,6 +40,7 @@ class Round:
     rules: Rules
     presence: Presence | None
     now: datetime
+    counts: FleetCounts = field(default_factory=dict)
 
     async def judge_changes(self) -> None:
         """Judge the devices whose changes the writer has noted."""
@@ -79,7 +81,7 @@ class Round:
     async def tidy(self) -> None:
         """Do what no change of a device causes."""
         async with self.conn.transaction():
-            record = Record(self.conn, self.rules, self.presence, self.now)
+            record = Record(self.conn, self.rules, self.presence, self.now, counts=self.counts)
             await recording.tidy(record)
             await _announce(record)
 
@@ -109,7 +111,7 @@ class Round:
             }
             await write_states(self.conn, revisions, [each.state for each in judgements.values()])
             by_number = {subject.device_no: subject for subject in subjects}
-            record = Record(self.conn, self.rules, self.presence, self.now, by_number)
+            record = Record(self.conn, self.rules, self.presence, self.now, by_number, self.counts)
             await _record(record, judgements)
             await _announce(record)
             if change_numbers := [each.change_no for changes in noted.values() for each in changes]:

@@ -25,6 +25,9 @@ _log = log.get("watch")
 STATEMENT_TIMEOUT_S = 30.0
 # After this time, every silent device is looked at, whatever earlier rounds have judged.
 FULL_SCAN_EVERY = timedelta(minutes=10)
+# Heartbeats have just written what the watcher reads, so that it is in memory: without the second setting, PostgreSQL
+# would rather read a million rows than ten thousand by their keys. The third leaves the other cores to heartbeats.
+SESSION = {"jit": "off", "random_page_cost": "1.1", "max_parallel_workers_per_gather": "0"}
 CLOCK_MOVED_S = 30.0  # the database's clock against monotonic time, between two rounds
 
 
@@ -55,7 +58,7 @@ class Watcher:
             tcp_keepalives_idle="30",
             tcp_keepalives_interval="10",
             tcp_keepalives_count="3",
-            jit="off",
+            **SESSION,
         )
         self._silent_since: datetime | None = None  # silent devices last heard before this were judged already
         self._full_scan_at: datetime | None = None

@@ -229,21 +229,51 @@ FROM incident_devices m JOIN incidents i USING (incident_id)
 WHERE m.device_no = ANY($1::int[]) AND m.left_at IS NULL;
 
 -- name: open_incidents
--- $1 kind, $2 site[]; $3: whether to return those of every site.
+-- $1 kind, $2 site[]; $3: whether to return those of every site. The conditions are those of the index incidents_open.
+SELECT incident_id, kind, scope, site, device_no, members, devices
+FROM incidents WHERE resolved_at IS NULL AND kind = $1 AND scope = 'fleet'
+UNION ALL
 SELECT incident_id, kind, scope, site, device_no, members, devices
 FROM incidents
-WHERE resolved_at IS NULL AND kind = $1 AND (scope = 'fleet' OR $3 OR site = ANY($2::text[]))
+WHERE NOT $3 AND resolved_at IS NULL AND kind = $1 AND scope = ANY('{device,site}')
+  AND coalesce(site, '') = ANY($2::text[]) AND site IS NOT NULL
+UNION ALL
+SELECT incident_id, kind, scope, site, device_no, members, devices
+FROM incidents WHERE $3 AND resolved_at IS NULL AND kind = $1 AND scope <> 'fleet'
 ORDER BY incident_id;
 
 -- name: devices_of_sites
--- $1 site[]. The active devices of these sites, with the learned interval.
-SELECT d.device_no, d.site, s.interval_s
-FROM devices d LEFT JOIN device_state s USING (device_no)
-WHERE d.site = ANY($1::text[]) AND d.revoked_at IS NULL;
+-- $1 site[]. The active devices of these sites.
+SELECT site, array_agg(device_no) AS numbers
+FROM devices WHERE site = ANY($1::text[]) AND revoked_at IS NULL GROUP BY site;
+
+-- name: unity_down_of
+-- $1 device_no[]. Those of these devices whose Unity app is not running.
+SELECT device_no FROM device_last_status
+WHERE device_no = ANY($1::int[]) AND unity_running = false AND status = 'ok';
+
+-- name: heard_before
+-- $1 device_no[], $2 time. Those of these devices that were last heard before this time.
+SELECT device_no, heard_at FROM device_last_status
+WHERE device_no = ANY($1::int[]) AND heard_at < $2 AND status = 'ok';
+
+-- name: intervals
+-- $1 device_no[]. The intervals that were learned.
+SELECT device_no, interval_s FROM device_state WHERE device_no = ANY($1::int[]) AND interval_s IS NOT NULL;
 
 -- name: heard
 -- $1 device_no[].
-SELECT device_no, heard_at, unity_running FROM device_last_status WHERE device_no = ANY($1::int[]) AND status = 'ok';
+SELECT device_no, heard_at FROM device_last_status WHERE device_no = ANY($1::int[]) AND status = 'ok';
+
+-- name: fleet_rows
+-- About how many rows device_last_status has; less than 1 if that is not known.
+SELECT reltuples FROM pg_class WHERE oid = 'device_last_status'::regclass;
+
+-- name: fleet_overdue_sample
+-- $1, $2: the condition for overdue, as in `silent`. The share of overdue devices in a hundredth of the table's pages:
+-- of 35,000 pages for a million devices, in 3 ms instead of 300.
+SELECT coalesce(avg((heard_at < $1 AND NOT heard_at <@ $2::text::tstzmultirange)::int), 1)::float8
+FROM device_last_status TABLESAMPLE SYSTEM (1) WHERE status = 'ok';
 
 -- name: fleet_overdue
 -- $1, $2: the condition for overdue, as in `silent`.
@@ -252,8 +282,12 @@ SELECT count(*) AS devices,
 FROM device_last_status WHERE status = 'ok';
 
 -- name: fleet_unity_down
-SELECT count(*) AS devices, count(*) FILTER (WHERE unity_running = false) AS affected
-FROM device_last_status WHERE status = 'ok';
+-- Of the devices of the fleet, only twice as many are counted as are affected, and one more: this is enough to know
+-- whether these are over half of them.
+WITH down AS (SELECT count(*) AS affected FROM device_last_status WHERE status = 'ok' AND unity_running = false)
+SELECT affected, (SELECT count(*) FROM (
+    SELECT FROM device_last_status WHERE status = 'ok' LIMIT 2 * (SELECT affected FROM down) + 1) counted) AS devices
+FROM down;
 
 -- name: long_intervals
 -- $1 seconds. Devices with a longer interval.
@@ -268,11 +302,15 @@ SELECT count(*) FROM (
 -- name: uses_sites
 SELECT EXISTS (SELECT FROM devices WHERE site IS NOT NULL);
 
--- name: open_incident
--- $1 kind, $2 scope, $3 site, $4 device_no, $5 severity, $6 cause, $7 since, $8 opened_at, $9: the incident
--- that it continues.
+-- name: add_incidents
+-- $1 kind; $2 scope[], $3 site[], $4 device_no[], $5 severity[], $6 cause[], $7 since[]; $8 opened_at; $9: the incident
+-- that they continue. Opens incidents.
 INSERT INTO incidents (kind, scope, site, device_no, severity, cause, since, opened_at, continues)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) RETURNING incident_id;
+SELECT $1, scope, site, device_no, severity, cause, since, $8, $9
+FROM unnest($2::text[], $3::text[], $4::int[], $5::text[], $6::text[], $7::timestamptz[]) WITH ORDINALITY
+    AS n (scope, site, device_no, severity, cause, since, position)
+ORDER BY position
+RETURNING incident_id, scope, site, device_no;
 
 -- name: widen_incident
 -- $1 incident_id, $2 scope, $3 site, $4 severity, $5 cause, $6 now.
@@ -293,28 +331,30 @@ UPDATE incidents SET members = members + (SELECT count(*) FROM moved), devices =
 WHERE incident_id = $1;
 
 -- name: add_members
--- $1 incident_id, $2 device_no[], $3 kind, $4 now.
+-- $1 incident_id[], $2 device_no[], $3 kind, $4 now. Returns the incidents.
 WITH added AS (
     INSERT INTO incident_devices (incident_id, device_no, kind, joined_at)
-    SELECT $1, device_no, $3, $4 FROM unnest($2::int[]) AS n (device_no)
+    SELECT incident_id, device_no, $3, $4 FROM unnest($1::bigint[], $2::int[]) AS n (incident_id, device_no)
     ON CONFLICT (incident_id, device_no) DO UPDATE SET left_at = NULL
-    RETURNING (xmax = 0) AS first
+    RETURNING incident_id, (xmax = 0) AS first
 )
-UPDATE incidents SET members = members + (SELECT count(*) FROM added),
-                     devices = devices + (SELECT count(*) FILTER (WHERE first) FROM added)
-WHERE incident_id = $1
-RETURNING incident_id, kind, scope, site, device_no, members, devices;
+UPDATE incidents i SET members = i.members + a.added, devices = i.devices + a.first
+FROM (SELECT incident_id, count(*) AS added, count(*) FILTER (WHERE first) AS first FROM added GROUP BY incident_id) a
+WHERE i.incident_id = a.incident_id
+RETURNING i.incident_id, i.kind, i.scope, i.site, i.device_no, i.members, i.devices;
 
 -- name: link_outages
--- $1 incident_id, $2 device_no[], $3: a cause that is assumed from now on, or null. The present outages of these devices
--- belong to the incident, which has their cause if it has none.
+-- $1 incident_id[], $2 device_no[], $3 cause[]: a cause that is assumed from now on, or null. The present outages of these
+-- devices belong to these incidents; an incident without a cause has that of its outages.
 WITH linked AS (
-    UPDATE device_outages SET incident_id = $1, cause = coalesce($3, cause)
-    WHERE device_no = ANY($2::int[]) AND until IS NULL
-    RETURNING cause
+    UPDATE device_outages o SET incident_id = n.incident_id, cause = coalesce(n.cause, o.cause)
+    FROM unnest($1::bigint[], $2::int[], $3::text[]) AS n (incident_id, device_no, cause)
+    WHERE o.device_no = n.device_no AND o.until IS NULL
+    RETURNING o.incident_id, o.cause
 )
-UPDATE incidents SET cause = coalesce(cause, (SELECT mode() WITHIN GROUP (ORDER BY l.cause) FROM linked l))
-WHERE incident_id = $1;
+UPDATE incidents i SET cause = l.cause
+FROM (SELECT incident_id, mode() WITHIN GROUP (ORDER BY cause) AS cause FROM linked GROUP BY incident_id) l
+WHERE i.incident_id = l.incident_id AND i.cause IS NULL;
 
 -- name: leave
 -- $1 device_no[], $2 kind[], $3 now. Returns the incidents that these devices have left.
@@ -361,9 +401,11 @@ LEFT JOIN device_outages o ON o.device_no = m.device_no AND o.until IS NULL AND 
 WHERE m.incident_id = $1 AND m.left_at IS NULL ORDER BY m.device_no;
 
 -- name: revoked_members
--- Devices that were revoked while they belong to an open incident.
-SELECT m.device_no, m.kind FROM incident_devices m JOIN devices d USING (device_no)
-WHERE m.left_at IS NULL AND d.revoked_at IS NOT NULL;
+-- Devices that were revoked while they belong to an open incident. By an array, because a join would read all devices.
+SELECT m.device_no, m.kind FROM incident_devices m
+WHERE m.left_at IS NULL AND m.device_no = ANY(ARRAY(
+    SELECT device_no FROM devices WHERE revoked_at IS NOT NULL
+      AND device_no = ANY(ARRAY(SELECT device_no FROM incident_devices WHERE left_at IS NULL))));
 
 -- name: replace_incidents
 -- $1 incident_id, $2 incident_id[] of incidents of the same device that it replaces, $3 now.
