@@ -37,6 +37,7 @@ class _Stored(msgspec.Struct):
 
     since: datetime
     routes: list[str]
+    telling: list[str] = []  # a message is on its way; if the daemon is killed now, it is in doubt whether it arrives
 
 
 class OwnOutage:
@@ -52,7 +53,10 @@ class OwnOutage:
         stored = self._read()
         # Since when the daemon is not ready, or the start of the outage that routes were told of.
         self._since = stored.since if stored else None
-        self._told = set(stored.routes) & {route.name for route in self._routes} if stored else set()
+        names = {route.name for route in self._routes}
+        self._told = set(stored.routes) & names if stored else set()
+        self._in_doubt = set(stored.telling) & names if stored else set()  # perhaps told, before the daemon was killed
+        self._telling: set[str] = set()
         self._reason = ""
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -74,40 +78,46 @@ class OwnOutage:
         if not self._readiness.is_ready:
             self._since = self._since or now
             self._reason = " ".join(self._readiness.reasons()) or self._reason
-        elif not self._told:
+        elif not self._told | self._in_doubt | self._telling:
             self._since = None
         for route in self._routes:
             if self._is_due(route.name, now) and route.name not in self._tasks and not route.is_quiet(now):
                 task = self._tasks[route.name] = asyncio.create_task(
-                    self._tell(route, is_ready=route.name in self._told)
+                    self._tell(route, is_ready=self._readiness.is_ready)
                 )
                 task.add_done_callback(lambda _, name=route.name: self._tasks.pop(name))  # type: ignore[misc]
 
     def _is_due(self, route: str, now: datetime) -> bool:
         """Return whether the route does not know the present state."""
-        is_outage = not self._readiness.is_ready and self._since is not None and now - self._since >= TOLD_AFTER
-        return is_outage if route not in self._told else self._readiness.is_ready
+        if self._readiness.is_ready:
+            return route in self._told | self._in_doubt
+        return self._since is not None and now - self._since >= TOLD_AFTER and route not in self._told
 
     async def _tell(self, route: Route, *, is_ready: bool) -> None:
         assert self._since is not None  # noqa: S101 - there is an outage, or there was one
         message = self._message(route, self._since, is_ready=is_ready)
 
         def is_outdated(_: RetryCallState) -> bool:
-            return not self._is_due(route.name, self._now())
+            return self._readiness.is_ready is not is_ready or not self._is_due(route.name, self._now())
 
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(DeliveryFailed), stop=is_outdated, reraise=True,
             wait=wait_random_exponential(multiplier=1, max=LONGEST_RETRY_S),
         )  # fmt: skip
+        if not is_ready:
+            self._telling.add(route.name)
+            self._store()
         try:
             await attempts(self._channels.send, route, message)
         except DeliveryFailed as error:
             _log.warning("notify.failed", route=route.name, id=message.message_id, error=error.detail)
-            return
-        if is_ready:
-            self._told.discard(route.name)
         else:
-            self._told.add(route.name)
+            self._in_doubt.discard(route.name)
+            if is_ready:
+                self._told.discard(route.name)
+            else:
+                self._told.add(route.name)
+        self._telling.discard(route.name)
         self._store()
 
     def _message(self, route: Route, since: datetime, *, is_ready: bool) -> Message:
@@ -126,11 +136,12 @@ class OwnOutage:
     def _store(self) -> None:
         """Store the outage and the routes that were told of it. If the disk is full, a restart may repeat a message."""
         try:
-            if not self._told or self._since is None:
+            telling = self._telling | self._in_doubt
+            if not self._told | telling or self._since is None:
                 self._path.unlink(missing_ok=True)
                 return
             temporary = self._path.with_name(f".{FILE}.{os.getpid()}")
-            temporary.write_bytes(msgspec.json.encode(_Stored(self._since, sorted(self._told))))
+            temporary.write_bytes(msgspec.json.encode(_Stored(self._since, sorted(self._told), sorted(telling))))
             temporary.replace(self._path)
         except OSError as error:
             _log.warning("notify.outage_not_kept", error=str(error))

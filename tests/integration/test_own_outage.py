@@ -135,3 +135,57 @@ async def test_a_receiver_that_fails_gets_the_same_id_again_and_nothing_once_the
         await asyncio.sleep(0.1)
     assert len(set(receiver.attempts)) == 1
     assert receiver.messages == []
+
+
+async def test_a_daemon_that_is_killed_before_the_response_tells_the_end_after_its_restart(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    """A daemon was killed right after a route had received its message: it had not kept yet that the route was told,
+    and so the route never received the end."""
+    arrived = asyncio.Event()
+
+    async def hang(_request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    readiness, clock = Readiness(), Clock()
+    receiver.respond = hang
+    readiness.block(Source.DATABASE, "The database cannot be reached.")
+    async with watching(readiness, tmp_path, clock, receiver.route(self=True)):
+        await asyncio.sleep(0.03)
+        clock.now += TOLD_AFTER
+        await arrived.wait()
+    receiver.respond = accept
+    async with watching(readiness, tmp_path, clock, receiver.route(self=True)):
+        again = (await receiver.count(1))[0]  # still not ready
+    async with watching(Readiness(), tmp_path, clock, receiver.route(self=True)):
+        last = (await receiver.count(2))[1]
+    assert again.message_id == receiver.attempts[0]
+    assert (again.body["type"], last.body["type"]) == ("nexhb.not_ready", "nexhb.ready")
+    assert again.body["data"]["since"] == last.body["data"]["since"] == "2026-06-01T00:00:00Z"
+
+
+async def test_an_outage_that_ends_while_its_message_is_sent_is_told_with_its_end(
+    receiver: Receiver, tmp_path: Path
+) -> None:
+    arrived, may_respond = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: web.Request) -> web.StreamResponse:
+        arrived.set()
+        await may_respond.wait()
+        return await accept(request)
+
+    readiness, clock = Readiness(), Clock()
+    receiver.respond = wait
+    readiness.block(Source.DATABASE, "The database cannot be reached.")
+    async with watching(readiness, tmp_path, clock, receiver.route(self=True)):
+        await asyncio.sleep(0.03)
+        clock.now += TOLD_AFTER
+        await arrived.wait()
+        readiness.clear(Source.DATABASE)
+        await asyncio.sleep(0.05)
+        may_respond.set()
+        first, last = await receiver.count(2)
+    assert (first.body["type"], last.body["type"]) == ("nexhb.not_ready", "nexhb.ready")
+    assert last.body["data"]["since"] == "2026-06-01T00:00:00Z"
