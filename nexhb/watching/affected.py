@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from nexhb.devices.presence import Presence
@@ -58,22 +58,22 @@ async def _by_site(
     affected = Counter(site_of[no] for no in await find(conn, list(site_of), rules, presence))
     several = {site for site, number in affected.items() if number > 1}
     numbers = [no for no, site in site_of.items() if site in several]
-    heard = await conn.fetch(_Q["heard"], numbers) if numbers else []
+    heard = await conn.fetch(_Q["heard"], _array(numbers)) if numbers else []
     devices = Counter(site_of[row["device_no"]] for row in heard)
     return {site: (devices[site], affected[site]) for site in sites}
 
 
 async def _without_unity(conn: Connection, numbers: Sequence[int], _: Rules, __: Presence) -> Sequence[int]:
-    return [row["device_no"] for row in await conn.fetch(_Q["unity_down_of"], numbers)]
+    return [row["device_no"] for row in await conn.fetch(_Q["unity_down_of"], _array(numbers))]
 
 
 async def _overdue(conn: Connection, numbers: Sequence[int], rules: Rules, presence: Presence) -> Sequence[int]:
     """Return the devices that have not been heard for one and a half of their intervals; an interval that was learned
     counts as at least half of the usual one, so that intervals are read only of devices that may be overdue."""
     shortest = rules.interval / 2
-    rows = await conn.fetch(_Q["heard_before"], numbers, presence.now - INTERVALS_OVERDUE * shortest)
+    rows = await conn.fetch(_Q["heard_before"], _array(numbers), presence.now - INTERVALS_OVERDUE * shortest)
     heard_at = {row["device_no"]: row["heard_at"] for row in rows}
-    known = await conn.fetch(_Q["intervals"], list(heard_at)) if heard_at else []
+    known = await conn.fetch(_Q["intervals"], _array(heard_at)) if heard_at else []
     interval_of = {row["device_no"]: max(shortest, timedelta(seconds=row["interval_s"])) for row in known}
     return [no for no, at in heard_at.items() if _is_overdue(presence, at, interval_of.get(no, rules.interval))]
 
@@ -104,8 +104,13 @@ async def _fleet(conn: Connection, kind: str, rules: Rules, presence: Presence) 
         long["device_no"]: timedelta(seconds=long["interval_s"])
         for long in await conn.fetch(_Q["long_intervals"], rules.interval.total_seconds() * 1.1)
     }
-    for heard in await conn.fetch(_Q["heard"], list(intervals)):
+    for heard in await conn.fetch(_Q["heard"], _array(intervals)):
         is_counted = presence.silence(heard["heard_at"]) > INTERVALS_OVERDUE * rules.interval
         if is_counted and not _is_overdue(presence, heard["heard_at"], intervals[heard["device_no"]]):
             affected -= 1
     return devices, affected
+
+
+def _array(numbers: Iterable[int]) -> str:
+    """Return an array as PostgreSQL's text: of thousands of numbers, asyncpg takes 4 µs for each."""
+    return "{" + ",".join(map(str, numbers)) + "}"

@@ -248,22 +248,22 @@ SELECT site, array_agg(device_no) AS numbers
 FROM devices WHERE site = ANY($1::text[]) AND revoked_at IS NULL GROUP BY site;
 
 -- name: unity_down_of
--- $1 device_no[]. Those of these devices whose Unity app is not running.
+-- $1 device_no[] as text. Those of these devices whose Unity app is not running.
 SELECT device_no FROM device_last_status
-WHERE device_no = ANY($1::int[]) AND unity_running = false AND status = 'ok';
+WHERE device_no = ANY($1::text::int[]) AND unity_running = false AND status = 'ok';
 
 -- name: heard_before
--- $1 device_no[], $2 time. Those of these devices that were last heard before this time.
+-- $1 device_no[] as text, $2 time. Those of these devices that were last heard before this time.
 SELECT device_no, heard_at FROM device_last_status
-WHERE device_no = ANY($1::int[]) AND heard_at < $2 AND status = 'ok';
+WHERE device_no = ANY($1::text::int[]) AND heard_at < $2 AND status = 'ok';
 
 -- name: intervals
--- $1 device_no[]. The intervals that were learned.
-SELECT device_no, interval_s FROM device_state WHERE device_no = ANY($1::int[]) AND interval_s IS NOT NULL;
+-- $1 device_no[] as text. The intervals that were learned.
+SELECT device_no, interval_s FROM device_state WHERE device_no = ANY($1::text::int[]) AND interval_s IS NOT NULL;
 
 -- name: heard
--- $1 device_no[].
-SELECT device_no, heard_at FROM device_last_status WHERE device_no = ANY($1::int[]) AND status = 'ok';
+-- $1 device_no[] as text.
+SELECT device_no, heard_at FROM device_last_status WHERE device_no = ANY($1::text::int[]) AND status = 'ok';
 
 -- name: fleet_rows
 -- About how many rows device_last_status has; less than 1 if that is not known.
