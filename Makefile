@@ -19,7 +19,7 @@ SWIFT  := .venv-swift
 PREFIX  ?= /opt/nexhb
 DESTDIR ?=
 
-.PHONY: help run demo test lint audit fuzz faults timelapse drama bench bench-compare bench-curve bench-status bench-daemons install uninstall lock clean
+.PHONY: help run demo test lint audit fuzz faults kills timelapse drama bench bench-compare bench-curve bench-status bench-watch bench-daemons install uninstall lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -90,6 +90,9 @@ fuzz: $(VENV)/.test ## send a million malformed bodies to a real daemon (BODIES=
 faults: $(VENV)/.test ## inject faults under simulated devices, then compare every row (SEED= the first, SEEDS= how many)
 	@$(BIN)/python -m tests.faults --seeds $(or $(SEED),1)-$$(($(or $(SEED),1) + $(or $(SEEDS),1) - 1))
 
+kills: $(VENV)/.test ## kill daemon, database and receiver while messages are delivered, then compare what arrived (SEED=, KILLS=)
+	@$(BIN)/python -m tests.faults.messages --seed $(or $(SEED),1) --kills $(or $(KILLS),200)
+
 timelapse: $(VENV)/.test ## simulate 200 days of a fleet in minutes with every kind of fault, then find every heartbeat (SEED=)
 	@$(BIN)/python -m tests.timelapse --days 200 --seed $(or $(SEED),1)
 
@@ -111,6 +114,9 @@ bench-curve: $(VENV)/.test ## measure 2,000 to 500,000 devices and the highest r
 
 bench-status: $(VENV)/.test ## measure the lists of a million devices over HTTP, 1 minute; writes docs/performance.md (QUICK=1: less)
 	@$(BIN)/python -m bench status $(if $(QUICK),--quick)
+
+bench-watch: $(VENV)/.test ## measure the watcher of a million devices, 8 minutes; writes docs/performance.md (QUICK=1: less)
+	@$(BIN)/python -m bench watch $(if $(QUICK),--quick)
 
 bench-daemons: $(VENV)/.test ## measure 1, 2 and 3 daemons on one PostgreSQL, 1 minute; writes docs/performance.md (QUICK=1: less)
 	@$(BIN)/python -m bench daemons $(if $(QUICK),--quick)
