@@ -22,6 +22,7 @@ from bench.runs.migration import Import
 from bench.runs.overload import Overload
 from bench.runs.status import Status
 from bench.runs.steady import STEADY_500, STEADY_2000
+from bench.runs.watch import Watch
 from bench.stack import StackError
 from nexhb import log
 
@@ -29,7 +30,8 @@ SCENARIOS: Final[tuple[Plan, ...]] = (
     STEADY_500, STEADY_2000, Reconnect(), Kill(), Archive(), Overload(),
 )  # fmt: skip
 COMMANDS: Final[Mapping[str, Plan]] = {
-    plan.name: plan for plan in (Archive(), Overload(), Import(), Outage(), Compare(), Curve(), Status(), Daemons())
+    plan.name: plan
+    for plan in (Archive(), Overload(), Import(), Outage(), Compare(), Curve(), Status(), Daemons(), Watch())
 }
 
 
