@@ -70,7 +70,7 @@ FROM devices WHERE device_no = ANY($1::int[]);
 -- the limit; $17: whether to count the devices of all pages. It runs with plan_cache_mode = force_custom_plan, so that
 -- the conditions for which an argument is null are left out, and the indexes serve the others: a list of silent devices
 -- reads these only. Otherwise the table is read once for a page, without an index, because an index that the columns of
--- these conditions need would end the HOT updates: 0.2 to 0.6 s with a million devices.
+-- these conditions need would end the HOT updates.
 WITH matching AS NOT MATERIALIZED (
     SELECT device_no, device_id,
            CASE $13::text WHEN 'heard_at' THEN (extract(epoch FROM heard_at) * 1000000)::bigint

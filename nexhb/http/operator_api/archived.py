@@ -20,7 +20,7 @@ from nexhb.http.transport.problem import Problem
 from nexhb.http.transport.query import invalid
 from nexhb.reading.reads import Row
 
-# Limits of a request. A day of 2,000 devices at 60 s takes some 10 s of a core.
+# Limits of a request: reading a day reads and verifies its whole archive.
 MAX_DAYS = 7
 MAX_S = 60.0
 MAX_AT_ONCE = 2  # per daemon

@@ -16,13 +16,13 @@ from nexhb.http.transport import query
 from nexhb.http.transport.csv_response import Row, stream_csv
 from nexhb.http.transport.problem import Problem, json_response
 
-# Limits of CSV. Each response holds one page in memory, some 10 MB, and a connection of the database only while a page
-# is read. With a million rows of 150 bytes, MAX_S requires a client that reads 85 kB/s.
+# Limits of CSV. Each response holds one page in memory, and a connection of the database only while a page is read.
+# With a million rows of 250 bytes, MAX_S requires a client that reads 140 kB/s.
 MAX_AT_ONCE = 4  # per daemon
 MAX_ROWS = 1_000_000
 MAX_S = 1800.0
 CSV_PAGE = 10_000  # rows read at once: each page of a list without an index costs a scan
-CSV_SLICE = 250  # rows written at once: 3 ms, in which no heartbeat is handled
+CSV_SLICE = 100  # rows written at once: 5 ms (19 columns, busy cores), in which no heartbeat is handled
 MAX_AFTER_CHARS = 150
 
 RUNNING: web.AppKey[Counter[str]] = web.AppKey("csv lists", Counter)
