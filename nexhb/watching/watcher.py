@@ -106,7 +106,7 @@ class Watcher:
         await adopting.adopt_if_needed(conn, self._rules, presence, replaced=self._replaced)
         if self._replaced or self._full_scan_is_due(now):
             self._replaced, self._silent_since, self._full_scan_at = False, None, now
-        one = Round(conn, self._rules, None if self._is_held(now) else presence, now)
+        one = Round(conn, self._rules, None if self._is_held(now, started) else presence, now)
         await one.judge_changes()
         await one.judge_due()
         if one.presence is not None:
@@ -124,9 +124,8 @@ class Watcher:
         last = self._full_scan_at
         return last is None or not last <= now <= last + FULL_SCAN_EVERY
 
-    def _is_held(self, now: datetime) -> bool:
+    def _is_held(self, now: datetime, monotonic: float) -> bool:
         """Return whether silence may not be judged, because the database's clock was moved a short while ago."""
-        monotonic = self._monotonic()
         if self._last is not None:
             moved = (now - self._last[0]).total_seconds() - (monotonic - self._last[1])
             if abs(moved) > CLOCK_MOVED_S:

@@ -14,7 +14,7 @@ from nexhb.devices import registry
 from nexhb.errors import StateChanged
 from nexhb.jobs.reconcile import reconcile
 from nexhb.postgres.connections import Connection
-from nexhb.watching import counts, judging, retention, rounds
+from nexhb.watching import adopting, counts, judging, retention, rounds
 from nexhb.watching.judging import Judgement, Subject
 from tests.conftest import StartDaemon, example, shown
 from tests.support.watching import MINUTE, Watched
@@ -377,3 +377,26 @@ async def test_both_ways_to_adopt_a_state_are_equal(watched: Watched) -> None:
         )
     assert found[0] == found[1]
     assert {kind for row in found[0] for kind in row["adopted"]} == {"unity_down", "battery_low", "clock_wrong"}
+
+
+async def test_an_adoption_that_takes_long_is_not_a_clock_that_was_moved(
+    start_daemon: StartDaemon, conn: Connection, now: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To adopt a million devices took 40 s. The next round compared the times from before and after it, took the clock
+    for moved, and judged no silence for ten minutes."""
+    watched = await Watched.start(start_daemon, conn, now)
+    await watched.add("k1", "k2", "k3")
+    await watched.minutes(2)
+    await watched.minutes(5, silent=["k1"])
+    adopt = adopting.adopt_if_needed
+
+    async def slowly(*arguments: Any, **options: Any) -> None:
+        await adopt(*arguments, **options)
+        watched.now += MINUTE
+        watched.nexhb.clock.fixed = watched.now
+
+    monkeypatch.setattr(adopting, "adopt_if_needed", slowly)
+    await watched.round()
+    monkeypatch.setattr(adopting, "adopt_if_needed", adopt)
+    await watched.minutes(6, silent=["k1"])
+    assert ("k1", "offline", "unknown") in await watched.events()
