@@ -96,7 +96,7 @@ kills: $(VENV)/.test ## kill daemon, database and receiver while messages are de
 timelapse: $(VENV)/.test ## simulate 200 days of a fleet in minutes with every kind of fault, then find every heartbeat (SEED=)
 	@$(BIN)/python -m tests.timelapse --days 200 --seed $(or $(SEED),1)
 
-drama: $(VENV)/.test ## play what happens to 500 kiosks in two weeks, and compare what the watcher finds with the truth (SEED=, DAYS=)
+drama: $(VENV)/.test ## simulate 500 kiosks with faults for two weeks, and compare what nexhb records and sends with the script (SEED=, DAYS=)
 	@$(BIN)/python -m bench.sim --seed $(or $(SEED),1) --days $(or $(DAYS),14)
 
 audit: $(VENV)/.test ## list known vulnerabilities of the locked dependencies; needs the Internet, and fails without it

@@ -1,1 +1,1 @@
-"""A simulated fleet with a known truth: what the watcher must find, and whether it finds it."""
+"""A simulated fleet whose faults are known, and a comparison of what nexhb records and sends with these faults."""

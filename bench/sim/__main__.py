@@ -23,7 +23,7 @@ SHOWN = 40
 
 
 def main() -> None:
-    """Play the script of a seed, and print every difference."""
+    """Simulate the script of a seed, and print every difference."""
     parser = argparse.ArgumentParser(prog="python -m bench.sim", description=main.__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--days", type=int, default=14)

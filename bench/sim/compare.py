@@ -1,4 +1,4 @@
-"""Compare what the watcher found with what it had to find."""
+"""Compare what the watcher recorded with what the rules require."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _causes(script: Script, known: dict[int, Known], found: Found) -> list[str]:
 
 
 def _incidents(script: Script, right: Sequence[Incident], found: Found) -> tuple[dict[int, Incident], list[str]]:
-    """Return which incident each incident_id is, with the times at which it was found; and the differences."""
+    """Return which incident each incident_id is, with the times at which it was recorded; and the differences."""
     left = list(found.incidents)
     pairs: dict[int, Incident] = {}
     wrong = []

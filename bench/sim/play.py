@@ -1,4 +1,4 @@
-"""Play a script to the real writer and the real watcher, on a real PostgreSQL, with the clock of the script.
+"""Feed a script to the real writer and the real watcher, on a real PostgreSQL, with the clock of the script.
 
 A round of the watcher is due every ten seconds. Those in which nothing can change are left out (unless `every_round`):
 a round follows each heartbeat that differs from the last one of its kiosk, each moment at which a kiosk may have become
@@ -53,7 +53,7 @@ _LABELS: dict[str, Label] = {}
 
 
 class Want(NamedTuple):
-    """A round is wanted at `at`: `reason` is silence, down (an outage of ours begins), told (routes are told of it), up
+    """A round must run at `at`: `reason` is silence, down (an outage of ours begins), told (routes are told of it), up
     (it ends), or moment (something in the script begins or ends)."""
 
     at: float
@@ -62,7 +62,7 @@ class Want(NamedTuple):
 
 @dataclass
 class Found:
-    """What the watcher found."""
+    """What the watcher recorded."""
 
     events: list[Any] = field(default_factory=list)
     outages: list[Any] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Found:
 
 
 async def play(script: Script, database: Database, *, every_round: bool = False) -> Found:
-    """Play the whole script. Return what is then in the database."""
+    """Simulate the whole script. Return what nexhb recorded in the database."""
     conn = await database.connect(application="sim watch", jit="off", synchronous_commit="off")
     writer = await database.connect(application="sim writer", jit="off", synchronous_commit="off")
     try:
@@ -151,7 +151,7 @@ class _Ahead:
             await asyncio.sleep(0.002 if self._is_full else 0)
 
     def _make(self) -> bool:
-        """Make a few items: a response of PostgreSQL waits so long. Return whether there were any."""
+        """Make a few items; a response of PostgreSQL waits meanwhile. Return whether there were any."""
         before = len(self._made)
         self._made.extend(islice(self._items, 20))
         return len(self._made) > before

@@ -1,4 +1,4 @@
-"""The truth: which kiosks there are, and what happens to each of them and when. The seed determines everything. Pure.
+"""The script of a simulation: the kiosks, and what happens to each of them and when. Its seed determines it. Pure.
 
 Times are seconds since the beginning of the simulation.
 """
@@ -18,13 +18,14 @@ DST = datetime(2026, 3, 29, 12, tzinfo=UTC)  # noon of the day on which daylight
 ZONE, OPENS, CLOSES = "Europe/Berlin", 8, 20  # the hours of those sites that have hours
 _ZONE = ZoneInfo(ZONE)
 
-# What can be true of a kiosk from one moment to another.
+# Conditions that a kiosk can have for a span of time.
+# No line, no power, battery empty, agent stopped, Unity down, clock wrong.
 LINE, POWER, FLAT, AGENT, UNITY, CLOCK = "line", "power", "flat", "agent", "unity", "clock"
 CLONE = "clone"  # another kiosk sends with the same token
 
 
 class Truth(NamedTuple):
-    """What is true of a kiosk for the time `start` ≤ t < `end`."""
+    """A condition that a kiosk has while `start` ≤ t < `end`."""
 
     kind: str
     start: float
@@ -32,7 +33,7 @@ class Truth(NamedTuple):
 
 
 class Silence(NamedTuple):
-    """Nothing is told about `value` (a site, a tag, a kiosk; None: the fleet) for the time `start` ≤ t < `end`."""
+    """A silence of `value` (a site, a tag, a kiosk; None: the fleet) while `start` ≤ t < `end`."""
 
     scope: str
     value: str | None
@@ -41,7 +42,7 @@ class Silence(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Who is told what: about incidents of these kinds, of at least this severity, of these sites and with this tag."""
+    """A route: for incidents of these kinds, of at least this severity, of these sites and with this tag."""
 
     name: str
     kinds: tuple[str, ...] = ("offline", "unity_down")
@@ -88,13 +89,13 @@ class Kiosk:
         return (TAG,) if self.number % 25 == 0 else ()
 
     def truth(self, t: float, *kinds: str) -> Truth | None:
-        """Return what is true of the kiosk at `t`, of these kinds."""
+        """Return the kiosk's condition at `t` that is of one of these kinds, or None."""
         return next((each for each in self.truths if each.start <= t < each.end and each.kind in kinds), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """Everything that happens."""
+    """The whole simulation: its kiosks, and everything that happens to them and to nexhb."""
 
     seed: int
     start: datetime

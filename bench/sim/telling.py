@@ -1,4 +1,4 @@
-"""What tells the routes of the script: the real teller, the real delivery, and a receiver on loopback."""
+"""Messages in a simulation: the real teller, the real delivery, and a receiver on loopback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Teller(Teller):
 
 
 class Voice:
-    """Tells, delivers, and knows what was received."""
+    """Puts messages into the outbox, delivers them, and records what was received."""
 
     def __init__(self, receiver: Receiver, opened: Channels, folder: Path, now: Callable[[], datetime]) -> None:
         self.receiver = receiver

@@ -1,4 +1,4 @@
-"""Uptimes: make the days that were played, and compare each kiosk's with what the script says was true of it.
+"""Uptimes: make the simulated days, and compare the uptime of each kiosk with the script.
 
 Each edge may be wrong by an interval of the kiosk: what happens between two heartbeats is not known more precisely.
 """
@@ -69,7 +69,7 @@ def _differences(kiosk: Kiosk, script: Script, start: float, found: DayParts) ->
 
     first = 2.5 * edge if start <= 0 else 0.0  # the first heartbeat comes after two intervals
     ours = 2 * SLACK * len(downs)
-    # After an outage of ours, live heartbeats may count as replayed; in a line that was down for hardly longer than
+    # After an outage of ours, live heartbeats may count as replayed; on a line that was down for hardly longer than
     # LATE, replayed ones as heard.
     moved = sum(WAIT + edge for _ in downs) + sum(
         each.end - each.start for each in near if each.kind == LINE and each.end - each.start < LATE + 2 * edge

@@ -1,5 +1,5 @@
-"""A short script, played to the real watcher and teller: they find and tell what the rules say, unless a rule is
-broken."""
+"""A short simulation with the real watcher and teller: what they record and send agrees with the rules, and a watcher
+that breaks one of the rules is detected."""
 
 from __future__ import annotations
 

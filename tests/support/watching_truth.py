@@ -65,7 +65,7 @@ class Outage:
 
 @dataclass(slots=True)
 class Known:
-    """What must be found of one kiosk."""
+    """What the watcher must record about one kiosk."""
 
     events: list[Event] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -158,7 +158,7 @@ def _due_offline(kiosk: Kiosk, heard: float, found: float, limit: float, script:
 
 
 def of_kiosk(kiosk: Kiosk, script: Script) -> Known:
-    """Return what must be found of one kiosk."""
+    """Return what the watcher must record about one kiosk."""
     known = Known()
     content = _Content(kiosk, script, known)
     made: list[float] = []
