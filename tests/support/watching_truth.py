@@ -112,7 +112,9 @@ def silent_at(heard: float, limit: float, ours: Ours) -> float:
 
 
 def next_round(t: float, ours: Ours) -> float:
-    """Return the first round after `t`; there are none in an outage of ours."""
+    """Return the first round after `t`; there are none in an outage of ours, and none after NEVER."""
+    if t == NEVER:
+        return NEVER
     for down, up in ours:
         if down <= t < up:
             t = up
