@@ -277,7 +277,7 @@ async def world(
         "postgresql://nexhb_import@old-host/nexmdm?passfile=/etc/nexhb/nexmdm.pgpass": reader,
         "nexhb_import": role, "2026-11-20": f"{datetime.now(UTC) - timedelta(days=1):%F}",
     }  # fmt: skip
-    [toml] = runbook.blocks(PAGE, "toml")
+    toml, _of_relaunching = runbook.blocks(PAGE, "toml")
     settings = tomllib.loads(replaced(toml, places))
     settings["auth"]["admin_key"] = ADMIN_KEY
     settings["server"] |= {"port": 0, "shutdown_timeout_seconds": 2}
@@ -432,7 +432,8 @@ async def test_a_fleet_that_moves_as_the_page_describes_loses_nothing(
         await move.follow("NexMDM again")
         await move.beat()
         await move.old.until(lambda: len(move.old.of("/v1/heartbeat")) >= len(move.kiosks))  # the copies
-        assert not [heading for heading, blocks in move.chapters.items() if blocks]  # every block of the page was run
+        del move.chapters["Relaunching crashed apps"]  # tests/integration/test_relaunch.py runs the program
+        assert not [heading for heading, blocks in move.chapters.items() if blocks]  # every other block was run
         await nothing_is_lost(move)
 
 

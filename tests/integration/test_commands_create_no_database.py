@@ -31,8 +31,8 @@ ARGUMENTS = {
 }  # fmt: skip
 ASK_THE_DAEMON = {
     "device", "devices set", "fleet", "get devices", "get events", "get incidents", "get sites", "history",
-    "notify test", "offline", "silence add", "silence list", "silence remove", "sites import", "sites list",
-    "sites remove", "sites set", "status", "unity-down",
+    "incident ack", "notify test", "offline", "silence add", "silence list", "silence remove", "sites import",
+    "sites list", "sites remove", "sites set", "status", "unity-down", "uptime",
 }  # fmt: skip
 MAKE_ONE, ASK_NONE = {"migrate", "serve"}, {"config check", *ASK_THE_DAEMON}
 NEEDS_A_SOURCE = {"import-legacy"}

@@ -77,7 +77,7 @@ async def test_lists_are_limited_and_sorted_by_the_same_options(run: Run) -> Non
     assert [row[0] for row in below] == ["a", "b"]
     assert await cells(run, "unity-down", "--limited") == []
     [line] = await run("get", "devices", "--state", "asleep", code=cli.EXIT_USAGE)
-    assert "The parameter state is not valid" in line
+    assert line.startswith("nexhb: The input is not valid. state must be online, offline,")
 
 
 async def test_an_incident_is_acknowledged_and_a_silence_is_shown(run: Run) -> None:
