@@ -79,6 +79,21 @@ class Cluster:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
+    async def restart_if_unreachable(self, timeout_s: float) -> None:
+        """Kill the postmaster unless the cluster accepts a connection within this time. If PostgreSQL 18 crashed while
+        no file could be created, its postmaster may wait forever for a startup process that has ended. This was seen
+        on a busy machine; an operator would restart PostgreSQL."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            with suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+                conn = await asyncpg.connect(self.dsn, timeout=3)
+                conn.terminate()
+                return
+            await asyncio.sleep(0.1)
+        starts = self.starts
+        self.kill()
+        await self.wait_for_restart(starts)
+
     def stop(self) -> None:
         """Shut the cluster down (fast), and do not restart it until `may_start` is called."""
         self._may_start.clear()
